@@ -1,0 +1,70 @@
+"""Every error relay raises, by whose fault it is.
+
+EAGAIN, end of stream and a peer's close are states of a stream, not errors: they never appear here.
+An error's text names the operation, the object, the errno in words, and what to do next.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+
+class RelayError(Exception):
+    """Above all errors that relay raises on purpose.
+
+    `hint` says what the operator can do next; it is part of the text when it is not empty.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class ConfigError(RelayError):
+    """A configuration is wrong at `file`:`line`:`column` (both from 1; 0 where there is no place)."""
+
+    def __init__(self, message: str, *, file: str = "", line: int = 0, column: int = 0, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.file = file
+        self.line = line
+        self.column = column
+
+    def __str__(self) -> str:
+        place = ":".join(str(part) for part in (self.file, self.line, self.column) if part)
+        return f"{place}: {super().__str__()}" if place else super().__str__()
+
+
+class EndpointError(RelayError):
+    """A source or a sink failed: `operation` on `address` answered `errno` (0 when no call failed)."""
+
+    def __init__(self, address: str, operation: str, errno: int = 0, hint: str = "", *, reason: str = "") -> None:
+        self.address = address
+        self.operation = operation
+        self.errno = errno
+        why = reason or (os.strerror(errno) if errno else "failed")
+        code = f" ({_errno.errorcode.get(errno, errno)})" if errno else ""
+        super().__init__(f"{operation} {address}: {why}{code}", hint=hint)
+
+
+class SourceError(EndpointError):
+    """The source failed: where bytes enter."""
+
+
+class SinkError(EndpointError):
+    """A sink failed: where bytes leave."""
+
+
+class KernelError(RelayError):
+    """The kernel refused something relay cannot do without; `hint` says what to raise or allow."""
+
+
+class RelayBug(RelayError):
+    """An invariant of relay's own is broken."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"bug in relay: {message}", hint="please report this with the log around it")
