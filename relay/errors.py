@@ -28,7 +28,9 @@ class RelayError(Exception):
 class ConfigError(RelayError):
     """A configuration is wrong at `file`:`line`:`column` (both from 1; 0 where there is no place)."""
 
-    def __init__(self, message: str, *, file: str = "", line: int = 0, column: int = 0, hint: str = "") -> None:
+    def __init__(
+        self, message: str, *, file: str = "", line: int = 0, column: int = 0, hint: str = ""
+    ) -> None:
         super().__init__(message, hint=hint)
         self.file = file
         self.line = line
@@ -42,7 +44,9 @@ class ConfigError(RelayError):
 class EndpointError(RelayError):
     """A source or a sink failed: `operation` on `address` answered `errno` (0 when no call failed)."""
 
-    def __init__(self, address: str, operation: str, errno: int = 0, hint: str = "", *, reason: str = "") -> None:
+    def __init__(
+        self, address: str, operation: str, errno: int = 0, hint: str = "", *, reason: str = ""
+    ) -> None:
         self.address = address
         self.operation = operation
         self.errno = errno

@@ -1,0 +1,228 @@
+"""What every source and every sink at work has in common.
+
+A source or a sink owns its descriptor and the `struct relay_end` that names it to the pump; the pump borrows
+both while the end is wired to a pipeline. All methods run on the engine's thread. What happens to an end is
+told through its hooks, plain fields that the pipeline (or a test) fills in; none is called twice.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from relay.engine import Engine
+from relay.errors import EndpointError, SinkError, SourceError
+from relay.kernel import core
+
+# What to do next, by errno, where one sentence helps whoever reads the error.
+HINTS = {
+    "ECONNREFUSED": "is the receiver running and listening there?",
+    "ENOENT": "check the path",
+    "EACCES": "check the permissions, or run as another user",
+    "EPERM": "check the permissions, or run as another user",
+    "EISDIR": "name a file in that directory",
+    "ENOTDIR": "a part of the path is no directory",
+    "ENOSPC": "free some space; what was written stays",
+    "EDQUOT": "free some space; what was written stays",
+    "EROFS": "the filesystem is mounted read-only",
+    "EFBIG": "the file size limit is reached (ulimit -f); what was written stays",
+    "EADDRINUSE": "another program listens there: stop it or choose another port",
+    "EADDRNOTAVAIL": "this machine has no such address",
+    "ETIMEDOUT": "is the host up and reachable?",
+    "EHOSTUNREACH": "is the host up and reachable?",
+    "ENETUNREACH": "is there a route to that network?",
+    "ECONNRESET": "the peer closed the connection before it had everything",
+    "EPIPE": "the reader went away before it had everything",
+    "EMFILE": "raise the limit of open files (ulimit -n)",
+    "ENFILE": "raise fs.file-max",
+    "ENXIO": "nothing is at the other end",
+    "EIO": "the device reports an error: see dmesg",
+}
+
+
+def hint(code: int) -> str:
+    """One sentence on what to do about that errno, or nothing."""
+    import errno
+
+    return HINTS.get(errno.errorcode.get(code, ""), "")
+
+
+class End:
+    """One descriptor at the edge of a pipeline. `c` is its struct; `c.fd` is -1 while it is not open."""
+
+    failure: type[EndpointError] = EndpointError
+
+    def __init__(self, engine: Engine, address: str) -> None:
+        self.engine = engine
+        self.address = address
+        self.c = core.new_end()
+        self.opened_at = 0.0
+        self.closed = False
+
+    def error(self, operation: str, code: int, *, reason: str = "", advice: str = "") -> EndpointError:
+        """This end's error for `operation`, with the hint that fits the errno."""
+        return self.failure(self.address, operation, code, advice or hint(code), reason=reason)
+
+    def attach(self, fd: int, mask: int) -> None:
+        """Takes `fd` over and registers it, edge-triggered, with `mask`.
+
+        A file that epoll refuses (EPERM) never waits: it counts as always ready.
+        """
+        self.c.fd = fd
+        self.opened_at = time.monotonic()
+        if self.engine.add_end(self.c, mask):
+            self.c.kind = core.INSTANT
+            self.c.readable = self.c.writable = 1
+
+    def detach(self) -> int:
+        """Unregisters the descriptor and hands it to the caller, who owns it from then on (-1: none)."""
+        fd = int(self.c.fd)
+        if fd >= 0:
+            if self.c.kind == core.POLLED:
+                self.engine.drop_end(self.c)
+            self.c.fd = -1
+        return fd
+
+    @property
+    def moved(self) -> int:
+        """Payload bytes that went through."""
+        return int(self.c.moved)
+
+    @property
+    def method(self) -> str:
+        """How bytes cross here."""
+        return core.METHOD_NAMES[self.c.method]
+
+
+class Source(End):
+    """Where bytes enter. `copies` says why it cannot be spliced; empty when it can."""
+
+    failure = SourceError
+
+    def __init__(self, engine: Engine, address: str) -> None:
+        super().__init__(engine, address)
+        self.peer = ""
+        self.name = ""
+        self.copies = ""
+        self.on_open: Callable[[], None] = _nothing
+        self.on_fail: Callable[[EndpointError], None] = _ignore
+
+    def open(self) -> None:
+        """Opens it; calls on_open, or on_fail with a SourceError, now or later."""
+        self.on_open()
+
+    def changed(self) -> str:
+        """What changed under the reader while it was read; empty where nothing did."""
+        return ""
+
+    def close(self, *, reset: bool = False) -> None:
+        """Closes it; with `reset` its peer learns that the stream was not delivered. Safe to call again."""
+        if not self.closed:
+            self.closed = True
+            fd = self.detach()
+            if fd >= 0:
+                os.close(fd)
+
+
+State = Literal["opening", "open", "finishing", "finished", "failed"]
+
+
+class Sink(End):
+    """Where bytes leave.
+
+    Its life: `open`, bytes, then either `finish` (the stream ended; on_finish is called when its end has
+    everything) or `fail`/`abort` (on_fail is called). `copies` says why it cannot be spliced; empty when it
+    can. `lost` counts bytes handed over that are known not to have arrived.
+    """
+
+    failure = SinkError
+
+    def __init__(self, engine: Engine, address: str) -> None:
+        super().__init__(engine, address)
+        self.state: State = "opening"
+        self.copies = ""
+        self.lost = 0
+        self.reason = ""
+        self.failed_with: EndpointError | None = None
+        self.started_at = time.monotonic()
+        self.ended_at = 0.0
+        self.on_open: Callable[[Sink], None] = _ignore
+        self.on_finish: Callable[[Sink], None] = _ignore
+        self.on_fail: Callable[[Sink], None] = _ignore
+
+    def wire(self, pipeline: core.Struct) -> None:
+        """Names the pipeline that this sink's readiness wakes. Call it before `open`."""
+        self.c.writes = pipeline
+
+    def open(self) -> None:
+        """Starts to open it. Bytes meant for it wait in its pipe until then."""
+        raise NotImplementedError  # every kind has its own way; this class is never used by itself
+
+    def opened(self) -> None:
+        """For subclasses: it is open."""
+        if self.state == "opening":
+            self.state = "open"
+            self.on_open(self)
+
+    def finish(self) -> None:
+        """The stream is complete and all of it was handed over: end it so that the receiver knows."""
+        self.finished()
+
+    def finished(self) -> None:
+        """For subclasses: the receiver has everything."""
+        if self.state in ("failed", "finished"):
+            return
+        self.state = "finished"
+        self.ended_at = time.monotonic()
+        self.close()
+        self.on_finish(self)
+
+    def broke(self, code: int) -> None:
+        """The pump met `code` while giving it bytes."""
+        self.fail(self.error("writing to", code))
+
+    def peer_ended(self) -> None:
+        """The peer of a one-way sink shut its write side: noted, not acted on."""
+
+    def fail(self, error: EndpointError) -> None:
+        """It failed; closes it and says so once."""
+        if self.state in ("failed", "finished"):
+            return
+        self.state = "failed"
+        self.failed_with = error
+        self.reason = str(error)
+        self.ended_at = time.monotonic()
+        self.close()
+        self.on_fail(self)
+
+    def abort(self, reason: str) -> None:
+        """Ends it before its stream is complete, so that the receiver can tell."""
+        self.fail(self.error("ending", 0, reason=reason))
+
+    def close(self) -> None:
+        """Closes the descriptor, abruptly where that tells the receiver of a failure. Safe to call again."""
+        if not self.closed:
+            self.closed = True
+            fd = self.detach()
+            if fd >= 0:
+                os.close(fd)
+
+    @property
+    def seconds(self) -> float:
+        """From when it was made until it ended, or now."""
+        return (self.ended_at or time.monotonic()) - self.started_at
+
+    @property
+    def result_path(self) -> str:
+        """Where what it wrote can be found; empty for a sink that is no file."""
+        return ""
+
+
+def _nothing() -> None:
+    """A hook that nobody filled in."""
+
+
+def _ignore(_what: object) -> None:
+    """A hook that nobody filled in."""

@@ -1,0 +1,123 @@
+"""A ferry: one blocking end, one thread, two pipes that change hands whole.
+
+Facts (see kernel/ferry.c): a pipe is locked while a splice on it blocks, and a write to a regular file may
+block for seconds. So the engine fills a pipe that is its own, hands it over, and does not touch it until it
+comes back empty. While both are away the sink is slow.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from relay.engine import Engine
+from relay.kernel import core
+from relay.kernel.pipe import Pipe
+
+BUFFER = 256 * 1024  # bytes copied at a time where the end cannot be spliced
+
+
+class Ferry:
+    """Owns both pipes and both eventfds until its thread has ended and `close` was called.
+
+    `work` runs on the thread; it takes loads by `wait`/`give_back` or all of them by `carry`, and what it
+    returns (or raises) is given to `then` on the engine's thread, after which the ferry closes itself.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        end: core.Struct,
+        capacity: int,
+        work: Callable[[], Any],
+        then: Callable[[Any, BaseException | None], None],
+    ) -> None:
+        self._engine = engine
+        self._work = work
+        self._then = then
+        self.pipes = (Pipe(capacity), Pipe(capacity))
+        self._knock = os.eventfd(0, os.EFD_CLOEXEC)
+        self._answer = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.c = core.new("ferry", fd=-1, method=core.SPLICE, knock=self._knock, answer=self._answer)
+        for i, pipe in enumerate(self.pipes):
+            self.c.pipe_r[i], self.c.pipe_w[i] = pipe.read_fd, pipe.write_fd
+        self._buffer: core.Struct = None
+        self._end = end
+        end.kind = core.FERRY
+        end.ferry = self.c
+        self._answered = core.new("end", fd=self._answer, kind=core.ANSWER)
+        self._answered.writes = end.writes
+        core.check(core.lib.relay_watch(engine.c, self._answered, select.EPOLLIN), "epoll_ctl")
+        self._watched = True
+        self._thread = threading.Thread(target=self._run, name=f"{engine.name}-ferry", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """No more will come: the thread finishes what it has. On the engine's thread."""
+        core.lib.relay_ferry_end(self.c)
+
+    def release(self) -> None:
+        """The pipeline is going away: the thread's answers wake nobody any more."""
+        self._answered.writes = core.ffi.NULL
+        if self._watched:
+            self._watched = False
+            core.lib.relay_unwatch(self._engine.c, self._answered)
+
+    # -- on the ferry's thread
+
+    def wait(self) -> tuple[Pipe, int]:
+        """The next loaded pipe and its bytes; 0 bytes means the end."""
+        load = int(core.lib.relay_ferry_wait(self.c))
+        if load < 0:
+            raise OSError(-load, os.strerror(-load))
+        return self.pipes[self.c.away], load
+
+    def give_back(self) -> None:
+        """The pipe that `wait` gave is empty again."""
+        core.lib.relay_ferry_give_back(self.c)
+
+    def carry(self, fd: int, *, copy: bool) -> None:
+        """Carries every load to `fd` until the end. Raises OSError with what the write answered."""
+        self.c.fd = fd
+        if copy:
+            self.c.method = core.COPY
+        while True:
+            if self.c.method == core.COPY and self._buffer is None:
+                self._buffer = core.buffer(BUFFER)
+                self.c.buffer, self.c.buffer_size = self._buffer, BUFFER
+            answer = int(core.lib.relay_ferry_run(self.c))
+            if answer == 0:
+                return
+            if not (self._buffer is None and self.c.method == core.COPY):
+                raise OSError(-answer, os.strerror(-answer))
+
+    def _run(self) -> None:
+        try:
+            result, failed = self._work(), None
+        except BaseException as error:  # handed to `then`, whatever it is
+            result, failed = None, error
+        self._engine.post(lambda: self._ended(result, failed))
+
+    def _ended(self, result: Any, failed: BaseException | None) -> None:
+        self._thread.join()
+        self._then(result, failed)
+        self.close()
+
+    def close(self) -> None:
+        """Closes the pipes and eventfds. The thread must have ended. Safe to call again."""
+        if self._knock < 0:
+            return
+        self.release()
+        for pipe in self.pipes:
+            pipe.close()
+        os.close(self._knock)
+        os.close(self._answer)
+        self._knock = self._answer = -1
+        for i in range(2):
+            self.c.pipe_r[i] = self.c.pipe_w[i] = -1

@@ -1,0 +1,360 @@
+"""Stream sockets as ends, for tcp and unix alike: accept, connect, read from, write to, end well.
+
+Facts (man 7 tcp, 7 unix, 2 close; net/ipv4/tcp.c):
+- close() with unread inbound bytes resets the connection and destroys what is under way to the peer.
+- SIOCOUTQ gives the bytes not yet acknowledged, and counts an unacknowledged FIN as one more; after a reset
+  it still tells (tcp). On unix sockets it counts memory that the peer has not read yet.
+- SO_LINGER with a time of 0 makes close() send a reset.
+- A nonblocking connect is over when the socket is writable; SO_ERROR says how.
+
+What this means here: what the peer of a one-way sink sends is read and discarded by the pump. A sink ends by
+shutting its write side; it is delivered when nothing is unacknowledged; it closes at the peer's end of stream
+or GRACE seconds later. A source is closed when its stream has been delivered, and reset when it has not.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import select
+import socket
+import struct
+import termios
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from relay.endpoints.base import Sink, Source
+from relay.engine import Engine, Timer, Watch
+
+log = logging.getLogger("relay.endpoints")
+
+BACKLOG = 4096
+GRACE = 2.0  # seconds a delivered sink waits for its peer to close first
+CONNECT_TIMEOUT = 10.0
+READ_WRITE = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP
+
+Place = tuple[int, Any]  # an address family and what connect() takes there
+
+
+def unacknowledged(fd: int) -> int:
+    """SIOCOUTQ: bytes sent on `fd` that its peer has not acknowledged (tcp) or not read (unix, as memory)."""
+    answer = fcntl.ioctl(fd, termios.TIOCOUTQ, b"\0\0\0\0")
+    return int(struct.unpack("i", answer)[0])
+
+
+def close_with_reset(fd: int) -> None:
+    """Closes `fd` so that its peer sees a reset, not an end of stream."""
+    sock = socket.socket(fileno=fd)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    except OSError:
+        pass  # the connection is gone already
+    sock.close()
+
+
+class SocketSource(Source):
+    """A connected stream socket as source; owns it. `peer` is where it comes from."""
+
+    def __init__(self, engine: Engine, address: str, sock: socket.socket, peer: str) -> None:
+        super().__init__(engine, address)
+        self.peer = peer
+        self.c.is_socket = 1
+        self._sock: socket.socket | None = sock
+        sock.setblocking(False)
+
+    def open(self) -> None:
+        """Registers the socket with the engine."""
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            self.attach(sock.detach(), select.EPOLLIN | select.EPOLLRDHUP)
+        self.on_open()
+
+    def close(self, *, reset: bool = False) -> None:
+        """Closes the connection; with `reset` its peer sees ECONNRESET."""
+        if self.closed:
+            return
+        self.closed = True
+        fd = self._sock.detach() if self._sock is not None else self.detach()
+        self._sock = None
+        if fd >= 0:
+            close_with_reset(fd) if reset else socket.close(fd)
+
+
+class SocketSink(Sink):
+    """A connected stream socket as a one-way sink; subclasses connect it. Owns the socket once connected."""
+
+    counts_fin = True  # an unacknowledged FIN is one more in SIOCOUTQ
+
+    def __init__(self, engine: Engine, address: str, *, close_with_peer: bool = False) -> None:
+        super().__init__(engine, address)
+        self.c.is_socket = 1
+        self.c.discard = 1
+        self.close_with_peer = close_with_peer
+        self._timer: Timer | None = None
+        self._delivered_at = 0.0
+        self._wait = 0.001
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Takes the connected socket over and is open."""
+        if self.state != "opening":
+            sock.close()
+            return
+        sock.setblocking(False)
+        self.attach(sock.detach(), READ_WRITE)
+        self.opened()
+
+    def finish(self) -> None:
+        """Shuts the write side, waits until the peer's kernel has everything, then for the peer to close."""
+        if self.state == "opening":  # nothing came before it was connected: it still gets its end of stream
+            self.on_open, then = self._finish_when_open, self.on_open
+            self._after_open = then
+            return
+        if self.state != "open":
+            return
+        self.state = "finishing"
+        try:
+            socket_of(self.c.fd, lambda sock: sock.shutdown(socket.SHUT_WR))
+        except OSError as error:
+            self.fail(self.error("ending the stream to", error.errno or 0))
+            return
+        self._await_delivery()
+
+    def _finish_when_open(self, sink: Sink) -> None:
+        self._after_open(sink)
+        self.finish()
+
+    def _await_delivery(self) -> None:
+        if self.state != "finishing":
+            return
+        now = self.engine.now
+        if not self._delivered_at and unacknowledged(self.c.fd) == 0:
+            self._delivered_at = now
+        if self._delivered_at and (self.c.peer_ended or now - self._delivered_at >= GRACE):
+            self.finished()
+            return
+        self._timer = self.engine.later(self._wait, self._await_delivery)
+        self._wait = min(self._wait * 2, 0.05)
+
+    def peer_ended(self) -> None:
+        """Notes the peer's half-close; while finishing it may settle that everything arrived."""
+        if self.state == "finishing":
+            if self._timer is not None:
+                self._timer.cancel()
+            self._await_delivery()
+        elif self.close_with_peer:
+            self.fail(self.error("writing to", 0, reason="its peer closed", advice="peer_eof is close"))
+
+    def broke(self, code: int) -> None:
+        """Counts what the peer had not acknowledged as lost. A reset after everything was is no failure."""
+        if self.state == "finishing":
+            self.lost = self._outstanding()
+            if self.lost == 0:
+                self.reason = "the peer reset the connection after it had everything"
+                self.finished()
+                return
+        elif self.state == "open":
+            self.lost = self._outstanding()
+        super().broke(code)
+
+    def _outstanding(self) -> int:
+        if self._delivered_at:
+            return 0
+        try:
+            waiting = unacknowledged(self.c.fd)
+        except OSError:
+            return 0
+        if self.counts_fin and self.state == "finishing" and waiting:
+            waiting -= 1
+        return min(waiting, self.moved)
+
+    def abort(self, reason: str) -> None:
+        """Resets the connection: the receiver must not take what it has for the whole."""
+        if self.state in ("open", "finishing"):
+            self.lost = self._outstanding()
+        super().abort(reason)
+
+    def close(self) -> None:
+        """Closes the connection; with a reset if the stream was not delivered."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        fd = self.detach()
+        if fd >= 0:
+            close_with_reset(fd) if self.state == "failed" else socket.close(fd)
+
+
+def socket_of(fd: int, use: Callable[[socket.socket], Any]) -> Any:
+    """`use` on a socket object that borrows `fd`."""
+    sock = socket.socket(fileno=fd)
+    try:
+        return use(sock)
+    finally:
+        sock.detach()
+
+
+class Connecting:
+    """A connect under way, trying each place in turn; owns its socket until `done` gets it.
+
+    `done(socket, 0)` on success, `done(None, errno)` when no place answered. `cancel` ends it silently.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        places: Sequence[Place],
+        done: Callable[[socket.socket | None, int], None],
+        *,
+        prepare: Callable[[socket.socket], None] | None = None,
+        timeout: float = CONNECT_TIMEOUT,
+    ) -> None:
+        self._engine = engine
+        self._places = list(places)
+        self._done = done
+        self._prepare = prepare
+        self._sock: socket.socket | None = None
+        self._watch: Watch | None = None
+        self._last = errno.EADDRNOTAVAIL
+        self._timer = engine.later(timeout, self._timed_out)
+        self._try_next()
+
+    def cancel(self) -> None:
+        """Gives up without calling `done`."""
+        self._timer.cancel()
+        self._places.clear()
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def _try_next(self) -> None:
+        while self._places:
+            family, place = self._places.pop(0)
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM)
+                sock.setblocking(False)
+                self._sock = sock
+                if self._prepare is not None:
+                    self._prepare(sock)
+                sock.connect(place)
+            except BlockingIOError as error:
+                if error.errno == errno.EINPROGRESS:
+                    self._watch = self._engine.watch(sock.fileno(), select.EPOLLOUT, self._settled)
+                    return
+                # a unix listener whose backlog is full says EAGAIN and tells nothing later
+                self._last = error.errno or errno.EAGAIN
+                self._drop()
+                self._places.append((family, place))
+                self._engine.later(0.02, self._try_next)
+                return
+            except OSError as error:
+                self._last = error.errno or errno.EIO
+                self._drop()
+                continue
+            self._succeed()
+            return
+        if self._timer.action is not None:
+            self._timer.cancel()
+            self._done(None, self._last)
+
+    def _settled(self, _mask: int) -> None:
+        assert self._sock is not None
+        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._last = code
+            self._drop()
+            self._try_next()
+        else:
+            self._succeed()
+
+    def _succeed(self) -> None:
+        self._timer.cancel()
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        sock, self._sock = self._sock, None
+        self._done(sock, 0)
+
+    def _timed_out(self) -> None:
+        self._timer.cancel()
+        self._places.clear()
+        self._drop()
+        self._done(None, errno.ETIMEDOUT)
+
+
+class Listener:
+    """A listening socket; owns it. `accepted(socket, peer)` gets each connection and owns it from then on.
+
+    When no descriptor is left it stops accepting for a moment, says so, and goes on: what runs is not touched.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sock: socket.socket,
+        address: str,
+        accepted: Callable[[socket.socket, str], None],
+    ) -> None:
+        self.address = address
+        self._engine = engine
+        self._sock: socket.socket | None = sock
+        self._accepted = accepted
+        sock.setblocking(False)
+        self._watch: Watch | None = engine.watch(sock.fileno(), select.EPOLLIN, self._readable)
+
+    def _readable(self, _mask: int) -> None:
+        for _ in range(64):
+            if self._sock is None:
+                return
+            try:
+                sock, peer = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                log.warning(
+                    "accepting on %s: %s; it tries again in 0.2 s, raise the limit of open files (ulimit -n)",
+                    self.address,
+                    error.strerror,
+                )
+                self.pause()
+                self._engine.later(0.2, self.resume)
+                return
+            self._accepted(sock, peer_name(sock, peer))
+
+    def pause(self) -> None:
+        """Leaves new connections in the kernel's backlog until `resume`."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    def resume(self) -> None:
+        """Accepts again."""
+        if self._watch is None and self._sock is not None:
+            self._watch = self._engine.watch(self._sock.fileno(), select.EPOLLIN, self._readable)
+
+    def close(self) -> None:
+        """Stops listening. Safe to call again."""
+        self.pause()
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+
+def peer_name(sock: socket.socket, peer: Any) -> str:
+    """How a peer is named in records: host:port, [v6]:port, or pid:N for a unix peer."""
+    if sock.family == socket.AF_INET6:
+        host = str(peer[0])
+        if host.startswith("::ffff:") and "." in host:
+            return f"{host[7:]}:{peer[1]}"
+        return f"[{host}]:{peer[1]}"
+    if sock.family == socket.AF_INET:
+        return f"{peer[0]}:{peer[1]}"
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return f"pid:{struct.unpack('3i', credentials)[0]}"

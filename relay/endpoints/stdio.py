@@ -1,0 +1,203 @@
+"""Inherited descriptors: stdin, stdout (`-`) and `fd://N`.
+
+Facts (man 2 open, 5 proc, 7 pipe):
+- O_NONBLOCK belongs to the open file description, which is shared with whoever gave us the descriptor: setting
+  it would break them. Opening /proc/self/fd/N makes a description of our own for pipes, terminals and files;
+  for sockets it is ENXIO, so those are used with MSG_DONTWAIT, call by call.
+- splice refuses terminals, and files opened with O_APPEND, with EINVAL.
+
+What this means here: the descriptor we were given is never changed and never closed; what we open ourselves is.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import stat
+
+from relay.endpoints.base import Sink, Source
+from relay.endpoints.ferry import Ferry
+from relay.endpoints.file import FileSource
+from relay.endpoints.socket import READ_WRITE, SocketSink
+from relay.engine import Engine
+from relay.kernel import core
+from relay.kernel.pipe import LARGEST_CAPACITY, enlarge
+
+NAMES = {0: "stdin", 1: "stdout", 2: "stderr"}
+
+
+def name_of(fd: int) -> str:
+    """stdin, stdout, or fd://N."""
+    return NAMES.get(fd, f"fd://{fd}")
+
+
+def _is_null(status: os.stat_result) -> bool:
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(1, 3)
+
+
+def _reopen(fd: int, flags: int) -> int:
+    """A description of our own for the same pipe or device, nonblocking; -1 where the system refuses."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError:
+        return -1
+
+
+class InheritedSource(FileSource):
+    """Reads a descriptor that relay was started with, from where it stands."""
+
+    def __init__(self, engine: Engine, fd: int) -> None:
+        super().__init__(engine, name_of(fd))
+        self.name = name_of(fd)
+        self.peer = name_of(fd)
+        self._given = fd
+
+    def open(self) -> None:
+        """Finds out what the descriptor is and takes a description of its own where it can."""
+        try:
+            status = os.fstat(self._given)
+        except OSError as error:
+            self.on_fail(
+                self.error("using", error.errno or 0, advice="it is not open: redirect something to it")
+            )
+            return
+        mode = status.st_mode
+        if fcntl.fcntl(self._given, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+            self.on_fail(self.error("reading", errno.EBADF, reason="it is open for writing only"))
+        elif stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            self._offset = os.lseek(self._given, 0, os.SEEK_CUR) if stat.S_ISREG(mode) else 0
+            self.take(os.dup(self._given))
+        elif _is_null(status):
+            self.c.kind, self.c.left, self.c.readable = core.INSTANT, 0, 1
+            self.on_open()
+        elif stat.S_ISSOCK(mode):
+            self.c.is_socket = 1
+            self.copies = "an inherited socket is not made nonblocking"
+            self.attach(os.dup(self._given), select.EPOLLIN | select.EPOLLRDHUP)
+            self.on_open()
+        else:
+            self._open_pipe_or_device(stat.S_ISFIFO(mode))
+
+    def _open_pipe_or_device(self, is_pipe: bool) -> None:
+        own = _reopen(self._given, os.O_RDONLY)
+        if own < 0:
+            own = os.dup(self._given)  # splice from a pipe obeys SPLICE_F_NONBLOCK without the flag
+            if not is_pipe:
+                self.on_fail(self.error("reopening", errno.EACCES, advice="redirect a pipe or a file to it"))
+                os.close(own)
+                return
+        if is_pipe:
+            enlarge(own, LARGEST_CAPACITY)
+        else:
+            self.copies = "a terminal or device is not spliced"
+        self.attach(own, select.EPOLLIN)
+        self.on_open()
+
+
+class InheritedSocketSink(SocketSink):
+    """A connected socket that relay was started with: written with MSG_DONTWAIT, half-closed at the end."""
+
+    def __init__(self, engine: Engine, fd: int) -> None:
+        super().__init__(engine, name_of(fd))
+        self._given = fd
+        self.copies = "an inherited socket is not made nonblocking"
+
+    def open(self) -> None:
+        """Registers a duplicate of the descriptor."""
+        self.attach(os.dup(self._given), READ_WRITE)
+        self.opened()
+
+
+class PipeSink(Sink):
+    """A pipe, terminal or device that epoll can tell about, opened anew; owns that descriptor."""
+
+    def __init__(self, engine: Engine, fd: int, own: int, *, is_pipe: bool) -> None:
+        super().__init__(engine, name_of(fd))
+        self._own = own
+        if is_pipe:
+            enlarge(own, LARGEST_CAPACITY)
+        else:
+            self.copies = "a terminal or device is not spliced"
+
+    def open(self) -> None:
+        """Registers the descriptor."""
+        own, self._own = self._own, -1
+        self.attach(own, select.EPOLLOUT)
+        self.opened()
+
+
+class BlockingSink(Sink):
+    """A file, or anything that cannot be opened anew: a thread writes to the descriptor as it is."""
+
+    def __init__(self, engine: Engine, fd: int, *, copies: str = "") -> None:
+        super().__init__(engine, name_of(fd))
+        self._given = fd
+        self._ferry: Ferry | None = None
+        self._why = copies
+        self.c.kind = core.FERRY
+
+    @property
+    def moved(self) -> int:
+        """Bytes that reached the descriptor."""
+        return int(self._ferry.c.moved) if self._ferry is not None else 0
+
+    @property
+    def method(self) -> str:
+        """How bytes reach the descriptor."""
+        return core.METHOD_NAMES[self._ferry.c.method] if self._ferry is not None else "splice"
+
+    def open(self) -> None:
+        """Starts the thread."""
+        self._ferry = Ferry(self.engine, self.c, LARGEST_CAPACITY, self._write, self._written)
+        self._ferry.start()
+        self.opened()
+
+    def _write(self) -> None:
+        assert self._ferry is not None
+        self._ferry.carry(self._given, copy=bool(self._why))
+
+    def _written(self, _result: object, failed: BaseException | None) -> None:
+        if failed is None and self.state == "finishing":
+            self.finished()
+        elif isinstance(failed, OSError):
+            self.fail(self.error("writing to", failed.errno or 0))
+
+    def finish(self) -> None:
+        """Hands over what is left."""
+        if self._ferry is not None and self.state == "open":
+            self.state = "finishing"
+            self._ferry.end()
+
+    def close(self) -> None:
+        """Lets the thread end; the descriptor is not ours to close."""
+        if not self.closed:
+            self.closed = True
+            if self._ferry is not None and self.state != "finished":
+                self._ferry.end()
+
+
+def inherited_sink(engine: Engine, fd: int) -> Sink:
+    """The sink that fits what `fd` is; a closed descriptor gives one that fails when it is opened."""
+    from relay.endpoints.null import NullSink
+
+    try:
+        status = os.fstat(fd)
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    except OSError:
+        return BlockingSink(engine, fd)
+    if _is_null(status):
+        sink: Sink = NullSink(engine)
+        sink.address = name_of(fd)
+        return sink
+    if stat.S_ISSOCK(status.st_mode):
+        return InheritedSocketSink(engine, fd)
+    if stat.S_ISREG(status.st_mode):
+        append = "O_APPEND refuses splice" if flags & os.O_APPEND else ""
+        return BlockingSink(engine, fd, copies=append)
+    is_pipe = stat.S_ISFIFO(status.st_mode)
+    own = _reopen(fd, os.O_WRONLY)
+    if own < 0:
+        return BlockingSink(engine, fd, copies="" if is_pipe else "a terminal or device is not spliced")
+    return PipeSink(engine, fd, own, is_pipe=is_pipe)

@@ -1,0 +1,221 @@
+"""TCP: `tcp://host:port` to listen on or to connect to, IPv4 and IPv6.
+
+Facts (man 7 tcp, 7 ipv6; RFC 8305 for trying addresses in turn):
+- Name look-up may take seconds: it runs on a thread, never on the loop, and again at every connect.
+- Without TCP_NODELAY the tail of a write waits for the acknowledgement of what is under way.
+- An IPv6 socket bound to :: serves IPv4 as well when IPV6_V6ONLY is off.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from relay.endpoints.address import Address
+from relay.endpoints.socket import BACKLOG, Connecting, Listener, Place, SocketSink, SocketSource
+from relay.engine import Engine
+from relay.errors import SourceError
+
+log = logging.getLogger("relay.endpoints")
+
+
+def tune(sock: socket.socket) -> None:
+    """What every tcp socket of relay's gets: no Nagle delay, and keepalive to find a dead idle peer."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+
+def lookup(host: str, port: int, *, passive: bool = False) -> list[Place]:
+    """The places a name stands for, in the resolver's order. Blocks; raises socket.gaierror."""
+    flags = socket.AI_PASSIVE if passive else socket.AI_ADDRCONFIG
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
+    except socket.gaierror:
+        if passive:
+            raise
+        # AI_ADDRCONFIG hides loopback addresses on a machine without a network
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)
+    places: list[Place] = []
+    for family, _kind, _protocol, _name, place in found:
+        if (family, place) not in places:
+            places.append((family, place))
+    return places
+
+
+def is_numeric(host: str) -> bool:
+    """Whether no look-up is needed: "" or an address in figures."""
+    try:
+        socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        return False
+    return True
+
+
+def connect(
+    engine: Engine,
+    address: Address,
+    done: Callable[[socket.socket | None, int, str], None],
+) -> Callable[[], None]:
+    """Connects, looking the name up off the loop: `done(socket, errno, reason)`; returns how to cancel it."""
+    state: dict[str, Any] = {}
+
+    def settled(sock: socket.socket | None, code: int) -> None:
+        if sock is not None:
+            tune(sock)
+        done(sock, code, "")
+
+    def found(places: list[Place] | None, failed: BaseException | None) -> None:
+        if "cancelled" in state:
+            return
+        if failed is not None or not places:
+            reason = failed.strerror if isinstance(failed, socket.gaierror) else str(failed)
+            done(None, 0, f"looking up {address.host!r}: {reason}")
+            return
+        state["connecting"] = Connecting(engine, places, settled)
+
+    def cancel() -> None:
+        state["cancelled"] = True
+        if "connecting" in state:
+            state["connecting"].cancel()
+
+    host = address.host or "localhost"
+    if is_numeric(host):
+        found(lookup(host, address.port), None)
+    else:
+        engine.work(lambda: lookup(host, address.port), found)
+    return cancel
+
+
+class TcpSink(SocketSink):
+    """Connects out and writes there."""
+
+    def __init__(self, engine: Engine, address: Address, *, close_with_peer: bool = False) -> None:
+        super().__init__(engine, str(address), close_with_peer=close_with_peer)
+        self._to = address
+        self._cancel: Callable[[], None] | None = None
+
+    def open(self) -> None:
+        """Connects; the name is looked up on a thread."""
+        self._cancel = connect(self.engine, self._to, self._connected)
+
+    def _connected(self, sock: socket.socket | None, code: int, reason: str) -> None:
+        self._cancel = None
+        if sock is not None:
+            self.adopt(sock)
+        elif self.state == "opening":
+            advice = "check the name, or write the address in figures" if reason else ""
+            self.fail(self.error("connecting to", code, reason=reason, advice=advice))
+
+    def close(self) -> None:
+        """Gives up connecting, or closes the connection."""
+        if self._cancel is not None:
+            self._cancel()
+            self._cancel = None
+        super().close()
+
+
+class TcpSource(SocketSource):
+    """Connects out and reads from there."""
+
+    def __init__(self, engine: Engine, address: Address) -> None:
+        super().__init__(engine, str(address), socket.socket(), str(address))
+        assert self._sock is not None
+        self._sock.close()
+        self._sock = None
+        self._to = address
+        self._cancel: Callable[[], None] | None = None
+
+    def open(self) -> None:
+        """Connects; then on_open, or on_fail."""
+        self._cancel = connect(self.engine, self._to, self._connected)
+
+    def _connected(self, sock: socket.socket | None, code: int, reason: str) -> None:
+        self._cancel = None
+        if sock is None:
+            self.on_fail(self.error("connecting to", code, reason=reason))
+            return
+        self._sock = sock
+        sock.setblocking(False)
+        super().open()
+
+    def close(self, *, reset: bool = False) -> None:
+        """Gives up connecting, or closes the connection."""
+        if self._cancel is not None:
+            self._cancel()
+            self._cancel = None
+        super().close(reset=reset)
+
+
+def listen(
+    engine: Engine, address: Address, accepted: Callable[[socket.socket, str], None]
+) -> list[Listener]:
+    """Listens on every place the address stands for; raises SourceError when one of them is refused.
+
+    With an empty host that is one dual-stack socket, or 0.0.0.0 where there is no IPv6. Port 0 takes any free
+    port: the listeners' `address` says which. Name look-up blocks: this runs before streams flow.
+    """
+    try:
+        places: list[Place] = (
+            [(socket.AF_INET6, ("::", address.port))]
+            if not address.host
+            else lookup(address.host, address.port, passive=True)
+        )
+    except socket.gaierror as error:
+        raise SourceError(
+            str(address),
+            "looking up",
+            0,
+            "check the name, or write the address in figures",
+            reason=str(error.strerror),
+        ) from error
+    listeners: list[Listener] = []
+    port = address.port
+    try:
+        for family, place in places:
+            listeners.append(_listen_at(engine, address, family, (place[0], port, *place[2:]), accepted))
+            if port == 0:  # the next family takes the same port
+                port = Address.parse(listeners[0].address).port
+    except SourceError:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
+def _listen_at(
+    engine: Engine, address: Address, family: int, place: Any, accepted: Callable[[socket.socket, str], None]
+) -> Listener:
+    from relay.endpoints.base import hint
+
+    sock: socket.socket | None = None
+    try:
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:
+            if address.host or error.errno != errno.EAFNOSUPPORT:
+                raise
+            family, place = socket.AF_INET, ("0.0.0.0", place[1])
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1 if address.host else 0)
+        sock.bind(place)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        raise SourceError(str(address), "listening on", error.errno or 0, hint(error.errno or 0)) from error
+
+    def tuned(got: socket.socket, peer: str) -> None:
+        tune(got)
+        accepted(got, peer)
+
+    bound = sock.getsockname()
+    shown = Address("tcp", host=str(bound[0]), port=int(bound[1]))
+    return Listener(engine, sock, str(shown), tuned)

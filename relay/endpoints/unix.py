@@ -1,0 +1,185 @@
+"""Unix stream sockets: `unix:///path`, or `unix://@name` in the abstract namespace.
+
+Facts (man 7 unix):
+- bind() makes a file that outlives the process; connecting to one whose owner is gone is ECONNREFUSED.
+- An abstract name has no file and no permissions; it is gone with its last descriptor.
+- connect() on a nonblocking socket says EAGAIN when the listener's backlog is full, and tells nothing later.
+
+What this means here: a stale socket file (nobody answers) is replaced; anything else that exists is refused
+and left as it is; the file is removed at the end if it is still ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from relay.endpoints.address import Address
+from relay.endpoints.base import hint
+from relay.endpoints.socket import BACKLOG, Connecting, Listener, SocketSink, SocketSource
+from relay.engine import Engine
+from relay.errors import SourceError
+
+
+def place(address: Address) -> str:
+    """What bind() and connect() take for the address: a path, or NUL and the abstract name."""
+    return "\0" + address.path[1:] if address.path.startswith("@") else address.path
+
+
+class UnixSink(SocketSink):
+    """Connects to a listening unix socket and writes there."""
+
+    counts_fin = False
+
+    def __init__(self, engine: Engine, address: Address, *, close_with_peer: bool = False) -> None:
+        super().__init__(engine, str(address), close_with_peer=close_with_peer)
+        self._to = address
+        self._connecting: Connecting | None = None
+
+    def open(self) -> None:
+        """Connects."""
+        self._connecting = Connecting(self.engine, [(socket.AF_UNIX, place(self._to))], self._connected)
+        if self.state != "opening":
+            self._connecting = None
+
+    def _connected(self, sock: socket.socket | None, code: int) -> None:
+        self._connecting = None
+        if sock is not None:
+            self.adopt(sock)
+        elif self.state == "opening":
+            self.fail(self.error("connecting to", code))
+
+    def close(self) -> None:
+        """Gives up connecting, or closes the connection."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
+        super().close()
+
+
+class UnixSource(SocketSource):
+    """Connects to a listening unix socket and reads from there."""
+
+    def __init__(self, engine: Engine, address: Address) -> None:
+        super().__init__(engine, str(address), socket.socket(socket.AF_UNIX), str(address))
+        self._to = address
+        self._connecting: Connecting | None = None
+
+    def open(self) -> None:
+        """Connects; then on_open, or on_fail."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        Connecting(self.engine, [(socket.AF_UNIX, place(self._to))], self._connected)
+
+    def _connected(self, sock: socket.socket | None, code: int) -> None:
+        if sock is None:
+            self.on_fail(self.error("connecting to", code))
+            return
+        self._sock = sock
+        if self.closed:
+            sock.close()
+            return
+        super().open()
+
+
+class UnixListener(Listener):
+    """A listener that removes its socket file when it closes, if the file is still its own."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sock: socket.socket,
+        address: Address,
+        accepted: Callable[[socket.socket, str], None],
+    ) -> None:
+        super().__init__(engine, sock, str(address), accepted)
+        self._path = "" if address.path.startswith("@") else address.path
+        self._made = _identity(self._path)
+
+    def close(self) -> None:
+        """Stops listening and removes the file."""
+        super().close()
+        if self._path and self._made and _identity(self._path) == self._made:
+            Path(self._path).unlink(missing_ok=True)
+        self._path = ""
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino)
+
+
+def listen(
+    engine: Engine,
+    address: Address,
+    accepted: Callable[[socket.socket, str], None],
+    *,
+    mode: int | None = None,
+    owner: int = -1,
+    group: int = -1,
+) -> list[Listener]:
+    """Listens; the file gets `mode` before anybody can connect, and `owner` and `group` (ids, -1: as it is).
+
+    Raises SourceError when the path holds something that is no stale socket.
+    """
+    where = place(address)
+    named = not address.path.startswith("@")
+    if named:
+        _make_way(address)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # nobody but the owner may connect between bind and chmod
+        mask = os.umask(0o177) if mode is not None and named else None
+        try:
+            sock.bind(where)
+        finally:
+            if mask is not None:
+                os.umask(mask)
+        if named and (owner >= 0 or group >= 0):
+            os.chown(address.path, owner, group)
+        if named and mode is not None:
+            os.chmod(address.path, mode)  # noqa: PTH101 - a path as given, next to chown
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise SourceError(str(address), "listening on", error.errno or 0, hint(error.errno or 0)) from error
+    return [UnixListener(engine, sock, address, accepted)]
+
+
+def _make_way(address: Address) -> None:
+    """Removes a stale socket; refuses anything else that exists."""
+    try:
+        kind = os.lstat(address.path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SourceError(str(address), "looking at", error.errno or 0, hint(error.errno or 0)) from error
+    if not stat.S_ISSOCK(kind):
+        raise SourceError(
+            str(address),
+            "listening on",
+            errno.EEXIST,
+            "it is left as it is: move it away or choose another path",
+            reason="the path exists and is not a socket",
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(address.path)
+        except ConnectionRefusedError:
+            Path(address.path).unlink(missing_ok=True)
+            return
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                raise SourceError(
+                    str(address), "looking at", error.errno or 0, hint(error.errno or 0)
+                ) from error
+    raise SourceError(str(address), "listening on", errno.EADDRINUSE, hint(errno.EADDRINUSE))

@@ -1,0 +1,45 @@
+"""Compiles the C core into relay.kernel._pump: cffi API mode, stable ABI, warnings are errors.
+
+`python relay/kernel/build.py` builds it in place, for work in a checkout.
+`RELAY_SANITIZE=1` adds AddressSanitizer and UndefinedBehaviorSanitizer (tests/sanitized runs it so).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+SOURCES = ("pump.c", "loop.c", "ferry.c")
+
+flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing"]
+links: list[str] = []
+if os.environ.get("RELAY_SANITIZE"):
+    sanitizers = [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+        "-fno-omit-frame-pointer",
+    ]
+    flags += [*sanitizers, "-g", "-O1"]
+    links += sanitizers
+
+builder = FFI()
+builder.cdef((HERE / "pump.h").read_text())
+builder.set_source(
+    "relay.kernel._pump",
+    '#include <stdint.h>\n#include "pump.h"\n',
+    sources=[os.path.relpath(HERE / name, ROOT) for name in SOURCES],
+    include_dirs=[os.path.relpath(HERE, ROOT)],
+    depends=[os.path.relpath(HERE / name, ROOT) for name in ("pump.h", "calls.h")],
+    extra_compile_args=flags,
+    extra_link_args=links,
+    py_limited_api=True,
+    define_macros=[("Py_LIMITED_API", "0x030b0000")],
+)
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    builder.compile(verbose=False)

@@ -1,0 +1,81 @@
+"""The typed face of the C core (pump.h). The only importer of the compiled module.
+
+A struct made here belongs to the Python object that keeps it: C borrows it while it is wired to an engine.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any, Final, TypeAlias
+
+from relay.errors import KernelError
+
+try:
+    from relay.kernel import _pump
+except ImportError as error:
+    raise KernelError(
+        f"loading the C core relay.kernel._pump: {error}",
+        hint="install relay with pip (a C compiler is needed), or run python relay/kernel/build.py in a checkout",
+    ) from error
+
+ffi: Final[Any] = _pump.ffi
+lib: Final[Any] = _pump.lib
+
+# A pointer to a C struct. cffi's objects carry no static types: their fields are those of pump.h.
+Struct: TypeAlias = Any
+
+POLLED: Final = int(lib.RELAY_POLLED)
+INSTANT: Final = int(lib.RELAY_INSTANT)
+FERRY: Final = int(lib.RELAY_FERRY)
+WATCH: Final = int(lib.RELAY_WATCH)
+ANSWER: Final = int(lib.RELAY_ANSWER)
+
+SPLICE: Final = int(lib.RELAY_SPLICE)
+COPY: Final = int(lib.RELAY_COPY)
+SENDFILE: Final = int(lib.RELAY_SENDFILE)
+VMSPLICE: Final = int(lib.RELAY_VMSPLICE)
+
+WATCHED: Final = int(lib.RELAY_WATCHED)
+SOURCE_ENDED: Final = int(lib.RELAY_SOURCE_ENDED)
+SOURCE_FAILED: Final = int(lib.RELAY_SOURCE_FAILED)
+SINK_DRAINED: Final = int(lib.RELAY_SINK_DRAINED)
+SINK_FAILED: Final = int(lib.RELAY_SINK_FAILED)
+PEER_ENDED: Final = int(lib.RELAY_PEER_ENDED)
+WANTS_COPY: Final = int(lib.RELAY_WANTS_COPY)
+SOURCE_COPIES: Final = int(lib.RELAY_SOURCE_COPIES)
+SLOW: Final = int(lib.RELAY_SLOW)
+CAUGHT_UP: Final = int(lib.RELAY_CAUGHT_UP)
+IDLE: Final = int(lib.RELAY_IDLE)
+DONE: Final = int(lib.RELAY_DONE)
+REMOVED: Final = int(lib.RELAY_REMOVED)
+BROKEN: Final = int(lib.RELAY_BROKEN)
+
+METHOD_NAMES: Final = {SPLICE: "splice", COPY: "copy", SENDFILE: "sendfile", VMSPLICE: "vmsplice"}
+
+
+def new(kind: str, /, **fields: Any) -> Struct:
+    """A zeroed `struct relay_<kind>` with the given fields set; it lives as long as what is returned."""
+    struct = ffi.new(f"struct relay_{kind} *")
+    for name, value in fields.items():
+        setattr(struct, name, value)
+    return struct
+
+
+def new_end(fd: int = -1, kind: int = POLLED, method: int = SPLICE) -> Struct:
+    """A `struct relay_end` without bounds: no offset of its own, as many bytes as there are."""
+    return new("end", fd=fd, kind=kind, method=method, offset=-1, left=-1)
+
+
+def buffer(size: int) -> Struct:
+    """`size` bytes of zeroed memory for C to copy through."""
+    return ffi.new("char[]", size)
+
+
+def check(answer: int, operation: str, *, hint: str = "") -> int:
+    """The answer of a call that gives -errno, or KernelError naming the operation."""
+    if answer < 0:
+        raise KernelError(
+            f"{operation}: {os.strerror(-answer)} ({errno.errorcode.get(-answer, -answer)})", hint=hint
+        )
+    return answer

@@ -1,0 +1,120 @@
+/* The thread's side of a ferry, and the thin calls.
+ *
+ * Facts (fs/splice.c, fs/pipe.c): while a splice on a pipe blocks, the pipe's mutex is held, and any other
+ * call on it hangs in uninterruptible sleep. Regular files are never "not ready": a write to one may block
+ * for seconds in writeback. So the engine fills a pipe that is its own, hands it over whole, and does not
+ * touch it until it comes back empty. */
+#include "calls.h"
+
+static int64_t take_knock(struct relay_ferry *f)
+{
+    uint64_t count;
+    while (read(f->knock, &count, sizeof count) < 0)
+        if (errno != EINTR)
+            return -errno;
+    return 0;
+}
+
+static void answer(struct relay_ferry *f)
+{
+    uint64_t one = 1;
+    while (write(f->answer, &one, sizeof one) < 0 && errno == EINTR) {}
+}
+
+int64_t relay_ferry_wait(struct relay_ferry *f)
+{
+    for (;;) {
+        /* `ending` is read first: the last load was handed over before it was set */
+        int ending = __atomic_load_n(&f->ending, __ATOMIC_ACQUIRE);
+        if (__atomic_load_n(&f->turn[f->away], __ATOMIC_ACQUIRE) == RELAY_WITH_THREAD)
+            return f->load[f->away];
+        if (ending)
+            return 0;
+        int64_t failed = take_knock(f);
+        if (failed)
+            return failed;
+    }
+}
+
+void relay_ferry_give_back(struct relay_ferry *f)
+{
+    int k = f->away;
+    f->load[k] = 0;
+    f->away ^= 1;
+    __atomic_store_n(&f->turn[k], RELAY_WITH_ENGINE, __ATOMIC_RELEASE);
+    answer(f);
+}
+
+void relay_ferry_end(struct relay_ferry *f)
+{
+    uint64_t one = 1;
+    if (f->load[f->at] && __atomic_load_n(&f->turn[f->at], __ATOMIC_ACQUIRE) == RELAY_WITH_ENGINE) {
+        int k = f->at;
+        f->at ^= 1;
+        __atomic_store_n(&f->turn[k], RELAY_WITH_THREAD, __ATOMIC_RELEASE);
+    }
+    __atomic_store_n(&f->ending, 1, __ATOMIC_RELEASE);
+    while (write(f->knock, &one, sizeof one) < 0 && errno == EINTR) {}
+}
+
+static int64_t write_whole(struct relay_ferry *f, int64_t size)
+{
+    int64_t done = 0;
+    while (done < size) {
+        int64_t n = call_write(f->fd, 0, f->buffer + done, size - done);
+        if (n <= 0)
+            return n ? n : -EIO;
+        done += n;
+        __atomic_fetch_add(&f->moved, n, __ATOMIC_RELAXED);
+    }
+    return done;
+}
+
+int relay_ferry_run(struct relay_ferry *f)
+{
+    for (;;) {
+        int64_t load = relay_ferry_wait(f), n = 0;
+        if (load <= 0)
+            return (int)load;
+        while (f->load[f->away]) {
+            int from = f->pipe_r[f->away];
+            load = f->load[f->away];
+            if (f->method == RELAY_SPLICE) {
+                do n = result(splice(from, NULL, f->fd, NULL, (size_t)load, SPLICE_F_MOVE));
+                while (n == -EINTR);
+                if (not_this_way(n)) {
+                    f->method = RELAY_COPY;
+                    continue;
+                }
+                if (n > 0)
+                    __atomic_fetch_add(&f->moved, n, __ATOMIC_RELAXED);
+            } else {
+                if (!f->buffer)
+                    return -ENOBUFS;
+                n = call_read(from, 0, f->buffer, load < f->buffer_size ? load : f->buffer_size);
+                if (n > 0)
+                    n = write_whole(f, n);
+            }
+            if (n == -EAGAIN)
+                continue;
+            if (n <= 0) {
+                n = n ? n : -EIO;
+                __atomic_store_n(&f->error, (int)-n, __ATOMIC_RELEASE);
+                answer(f);
+                return (int)n;
+            }
+            f->load[f->away] -= n;
+        }
+        relay_ferry_give_back(f);
+    }
+}
+
+int64_t relay_lend(int pipe_w, const char *memory, int64_t size) { return call_lend(pipe_w, memory, size); }
+
+int64_t relay_tee(int pipe_r, int pipe_w, int64_t size) { return call_tee(pipe_r, pipe_w, size); }
+
+int64_t relay_splice(int from, int64_t offset, int to, int64_t size, int more)
+{
+    loff_t at = offset;
+    return call_splice(from, offset < 0 ? NULL : &at, to, size, more ? SPLICE_F_MORE : 0);
+}

@@ -1,0 +1,197 @@
+/* The C core's face. cffi reads this file as its cdef and the compiler as a header, so it has no
+ * preprocessor lines. Python allocates every struct and opens and closes every descriptor; C borrows
+ * them for as long as the struct that names them is wired to an engine. C allocates nothing, keeps no
+ * globals, calls nobody back and logs nothing: what Python must decide is returned as an event.
+ *
+ *            tee              tee
+ *        +---------+      +---------+
+ *        |         v      |         v
+ * source -> node 0 |  -> node 1 |  -> ... node n       every node is one kernel pipe
+ *              | splice        | splice        | splice
+ *            sink, or the first node of a branch
+ *
+ * A node moves bytes so: if nothing is `owed`, tee what it holds into `next`, which makes that owed; then
+ * move exactly the owed bytes out. tee(2) always starts at the head of a pipe, so it never runs while
+ * anything is owed. A node without `next` owes all it holds. */
+
+enum {                       /* relay_end.kind: how a descriptor tells that it is ready */
+    RELAY_POLLED = 1,        /* epoll tells: sockets, fifos, terminals */
+    RELAY_INSTANT = 2,       /* never waits: /dev/null; a file being read; memory */
+    RELAY_FERRY = 3,         /* blocks, so a thread carries whole pipes to it: files, devices, hashes */
+    RELAY_WATCH = 4,         /* no part of a pipeline: Python is told of each event */
+    RELAY_ANSWER = 5         /* the eventfd by which a ferry's thread says that a pipe is back */
+};
+
+enum {                       /* relay_end.method */
+    RELAY_SPLICE = 1,
+    RELAY_COPY = 2,
+    RELAY_SENDFILE = 3,      /* a source file straight to the only sink, without a pipe of ours */
+    RELAY_VMSPLICE = 4       /* a source in memory, lent page by page */
+};
+
+enum {                       /* relay_event.what */
+    RELAY_WATCHED = 1,       /* end: epoll said `mask` */
+    RELAY_SOURCE_ENDED = 2,  /* pipeline: the source came to its end */
+    RELAY_SOURCE_FAILED = 3, /* pipeline: `error` */
+    RELAY_SINK_DRAINED = 4,  /* end: it was given all that it will get */
+    RELAY_SINK_FAILED = 5,   /* end: `error`; what was meant for it is discarded from here on */
+    RELAY_PEER_ENDED = 6,    /* end: the peer of a one-way sink shut its write side */
+    RELAY_WANTS_COPY = 7,    /* node: the kernel refuses zero-copy here (`error`); give it a stash */
+    RELAY_SOURCE_COPIES = 8, /* pipeline: the same for the source; it goes on by itself */
+    RELAY_SLOW = 9,          /* node: its way out was full for `after_ns` */
+    RELAY_CAUGHT_UP = 10,    /* node: emptied again */
+    RELAY_IDLE = 11,         /* pipeline: nothing is under way between the source and the sinks */
+    RELAY_DONE = 12,         /* pipeline: every sink has ended or failed */
+    RELAY_REMOVED = 13,      /* node: out of the chain; its pipe may be closed */
+    RELAY_BROKEN = 14        /* node: moving bytes between pipes failed with `error` */
+};
+
+enum { RELAY_WITH_ENGINE = 0, RELAY_WITH_THREAD = 1 };
+
+struct relay_event {
+    uint64_t token;
+    int32_t what;
+    int32_t error;
+    uint32_t mask;
+};
+
+/* One blocking end, one thread, two pipes that change hands whole. A pipe is locked while a splice on it
+ * blocks, so the engine never touches a pipe that the thread has. They alternate: 0, 1, 0, 1. */
+struct relay_ferry {
+    int fd;                  /* the blocking end */
+    int method;              /* RELAY_SPLICE or RELAY_COPY, through buffer */
+    int pipe_r[2], pipe_w[2];
+    int64_t load[2];         /* bytes in each; written by whoever has the pipe */
+    int turn[2];             /* RELAY_WITH_...; the hand-over is the release store */
+    int at;                  /* the pipe the engine fills */
+    int away;                /* the pipe the thread waits for next */
+    int knock;               /* eventfd, engine to thread */
+    int answer;              /* eventfd, thread to engine */
+    int ending;              /* engine: nothing more will come */
+    int error;               /* thread: errno that stopped it */
+    char *buffer;
+    int64_t buffer_size;
+    int64_t moved;           /* bytes that reached fd */
+};
+
+/* One descriptor at the edge of a pipeline: where bytes enter or leave. */
+struct relay_end {
+    uint64_t token;
+    int fd;                  /* -1: not open (yet); nothing is tried */
+    int kind;
+    int method;
+    int is_socket;           /* recv and send with MSG_DONTWAIT instead of read and write */
+    int readable, writable;  /* edges seen and not yet contradicted by EAGAIN */
+    int discard;             /* a one-way sink: what its peer sends is read and thrown away */
+    int peer_ended;
+    int failed;
+    int64_t moved;           /* payload bytes: in for a source, out for a sink */
+    int64_t discarded;
+    int64_t last_ns;         /* monotonic time of the last byte */
+    int64_t offset;          /* of a file or memory being read; -1: the descriptor's own */
+    int64_t left;            /* bytes it may still give; -1: no bound */
+    char *memory;            /* RELAY_VMSPLICE: what is lent */
+    struct relay_ferry *ferry;
+    struct relay_pipeline *reads, *writes;   /* whom its readiness wakes */
+};
+
+struct relay_node {
+    uint64_t token;
+    struct relay_node *after;  /* sweep order: a node comes before all that it fills */
+    struct relay_node *next;   /* teed into */
+    struct relay_node *into;   /* moved into: the following stage, or the head of a branch */
+    struct relay_end *sink;    /* or moved out to this end; with neither, discarded */
+    int pipe_r, pipe_w;
+    int64_t capacity;          /* bytes granted for the pipe */
+    int64_t held;              /* bytes in the pipe and the stash: fed - drained */
+    int64_t owed;              /* of these, already given to next and still to go out */
+    int64_t passed;            /* bytes that went out */
+    int64_t dropped;           /* bytes discarded by policy, or because the sink is gone */
+    int full;                  /* filling it met EAGAIN, nothing was drained since */
+    int ended;                 /* nothing more will come in */
+    int done;                  /* its end was passed on */
+    int leaving;               /* take it out of the chain when it is empty */
+    /* gate */
+    int64_t rate;              /* bytes a second, 0: none */
+    int64_t burst;             /* most tokens */
+    double tokens;
+    int64_t stamp_ns;
+    int64_t skip;              /* bytes still to be discarded first */
+    int64_t left;              /* bytes that may still pass, -1: no bound */
+    /* bytes put in front of what comes in: lent, never written again */
+    char *prefix;
+    int64_t prefix_left;
+    /* a slow way out */
+    int64_t after_ns;          /* 0: never judged */
+    int64_t since_ns;          /* full since, 0: is not */
+    int64_t blocked_ns;        /* for how long in all */
+    int slow;
+    int dropping;              /* discard while slow; gaps start and end at multiples of align */
+    int64_t align;
+    int64_t rest_need, rest_have; /* the piece that was under way when the gap began, kept in stash */
+    /* crossing by hand */
+    int tee_copies, out_copies;
+    char *stash;
+    int64_t stash_size, stash_len, stash_next, stash_out;
+};
+
+struct relay_pipeline {
+    uint64_t token;
+    struct relay_end *source;
+    struct relay_node *head;
+    int nodes;
+    int source_ended;
+    int keep;                  /* the source's end is not the stream's: connections take turns */
+    int tell_idle;
+    int done;
+    int paused;                /* 1: the source is not read */
+    int64_t fed;               /* bytes that entered the head */
+    /* the engine's */
+    int queued, timed, retry;
+    int64_t wake_ns;
+    struct relay_pipeline *ready_next;
+    struct relay_pipeline *timed_next, *timed_prev;
+};
+
+struct relay_engine {
+    int epoll;
+    int null_fd;
+    char *scratch;
+    int64_t scratch_size;
+    int64_t budget;            /* bytes a pipeline may read before another has its turn */
+    int64_t now_ns;
+    int64_t calls;             /* system calls made for payload */
+    int64_t wakeups;
+    struct relay_pipeline *ready_first, *ready_last;
+    struct relay_pipeline *timed;
+};
+
+/* Registers end->fd edge-triggered (RELAY_WATCH and RELAY_ANSWER level-triggered): 0 or -errno. */
+int relay_watch(struct relay_engine *e, struct relay_end *end, uint32_t events);
+int relay_rewatch(struct relay_engine *e, struct relay_end *end, uint32_t events);
+int relay_unwatch(struct relay_engine *e, struct relay_end *end);
+/* Puts a pipeline on the ready list; relay_forget takes it off every list of the engine. */
+void relay_ready(struct relay_engine *e, struct relay_pipeline *p);
+void relay_forget(struct relay_engine *e, struct relay_pipeline *p);
+/* Waits at most timeout_ns (-1: for ever), pumps what is ready, returns the number of events or -errno.
+ * `out` must have room for 4 events a node of the largest pipeline, and 16 more. */
+int relay_poll(struct relay_engine *e, int64_t timeout_ns, struct relay_event *out, int max);
+/* One sweep of one pipeline, without waiting: for tests. */
+int relay_sweep(struct relay_engine *e, struct relay_pipeline *p, struct relay_event *out, int max);
+
+/* A newcomer: `node` joins the chain in front of `before` (which it tees into) and moves its bytes to `leaf`. */
+void relay_insert(struct relay_pipeline *p, struct relay_node *before, struct relay_node *node,
+                  struct relay_node *leaf);
+
+/* A ferry's thread: wait for the next loaded pipe (its bytes; 0: the end), give it back, or do both until
+ * the end (0), -errno on failure, -ENOBUFS when it must copy and has no buffer. */
+int64_t relay_ferry_wait(struct relay_ferry *f);
+void relay_ferry_give_back(struct relay_ferry *f);
+int relay_ferry_run(struct relay_ferry *f);
+/* The engine's side: no more will come. */
+void relay_ferry_end(struct relay_ferry *f);
+
+/* Thin calls, never blocking on the pipe side: bytes moved, or -errno. */
+int64_t relay_lend(int pipe_w, const char *memory, int64_t size);
+int64_t relay_tee(int pipe_r, int pipe_w, int64_t size);
+int64_t relay_splice(int from, int64_t offset, int to, int64_t size, int more);
