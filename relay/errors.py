@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from collections.abc import Iterable, Sequence
 
 
 class RelayError(Exception):
@@ -41,6 +42,17 @@ class ConfigError(RelayError):
         return f"{place}: {super().__str__()}" if place else super().__str__()
 
 
+class ConfigErrors(RelayError):
+    """A configuration is refused: `errors` holds every problem found, in the order of their places.
+
+    Its text has one `file:line:column: message` a line.
+    """
+
+    def __init__(self, errors: Sequence[ConfigError]) -> None:
+        super().__init__("\n".join(str(error) for error in errors))
+        self.errors = tuple(errors)
+
+
 class EndpointError(RelayError):
     """A source or a sink failed: `operation` on `address` answered `errno` (0 when no call failed)."""
 
@@ -72,3 +84,12 @@ class RelayBug(RelayError):
 
     def __init__(self, message: str) -> None:
         super().__init__(f"bug in relay: {message}", hint="please report this with the log around it")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'listen'?` if `word` looks like a slip for one of `known`, otherwise nothing."""
+    from difflib import get_close_matches  # only on the way to an error message
+
+    lowered = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
+    return f"; did you mean '{lowered[close[0]]}'?" if close else ""

@@ -1,0 +1,202 @@
+"""The whole configuration as frozen models: what the YAML says, checked, nothing opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, PlainValidator, ValidationError, WithJsonSchema
+
+from relay.endpoints.address import Address, AddressError
+from relay.endpoints.settings import SinkSettings, SourceSettings
+from relay.settings import FrozenModel, Place, Problem
+from relay.stages.base import AnyStage
+from relay.units import Duration
+
+
+class Route(FrozenModel):
+    """One source, ordered stages, one sink."""
+
+    source: SourceSettings = Field(description="where bytes enter: a mapping, or a plain address")
+    stages: tuple[AnyStage, ...] = Field(default=(), description="what happens on the way, in order")
+    replies: tuple[AnyStage, ...] = Field(
+        default=(), description="with duplex: what happens on the way back, in order"
+    )
+    sink: SinkSettings = Field(description="where bytes leave: a mapping, or a plain address")
+    duplex: bool = Field(default=False, description="move bytes both ways between two sockets")
+    method: Literal["auto", "zero-copy", "copy"] = Field(
+        default="auto", description="how bytes cross; auto picks and says why"
+    )
+    wait_for_sinks: bool = Field(
+        default=False, description="read nothing from the source until every sink is there"
+    )
+
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """Keys that need `duplex`, or that it leaves no use for."""
+        if "replies" in given and given.get("duplex") is not True:
+            yield Problem(
+                "'replies' needs 'duplex: true': without it nothing comes back", ("replies",), at_key=True
+            )
+        sink = given.get("sink")
+        if given.get("duplex") is True and isinstance(sink, Mapping) and "peer_eof" in sink:
+            said = "'peer_eof' is for one-way sinks; with duplex an end of stream passes through"
+            yield Problem(said, ("sink", "peer_eof"), at_key=True)
+
+    def check_made(self) -> Iterator[Problem]:
+        """Ends that cannot carry two ways, and pipelines that cannot each have the sink."""
+        if self.duplex:
+            for role, end in (("source", self.source), ("sink", self.sink)):
+                if end.address.scheme not in ("tcp", "unix", "fd"):
+                    yield Problem(
+                        f"duplex needs a socket at both ends; this {role} is {str(end.address)!r}", (role,)
+                    )
+            if self.sink.verb == "listen":
+                said = (
+                    "duplex needs one peer at each end, a listening sink broadcasts to many; connect instead"
+                )
+                yield Problem(said, ("sink", "listen"), at_key=True)
+        if self.source.connections == "each":
+            for _, sink in self.sinks():
+                if sink.verb == "listen":
+                    yield Problem(
+                        f"'connections: each' gives each connection sinks of its own, but {str(sink.address)!r} "
+                        "can be listened on once only; write 'one'",
+                        ("source", "connections"),
+                    )
+
+    def sinks(self) -> Iterator[tuple[Place, SinkSettings]]:
+        """Every sink of the route with its place in it: those of its tees first, in order, replies too."""
+        for key, stages in (("stages", self.stages), ("replies", self.replies)):
+            for index, stage in enumerate(stages):
+                for place, sink in stage.sinks():
+                    yield (key, index, stage.kind, *place), sink
+        yield ("sink",), self.sink
+
+    def turns(self) -> Literal["each", "one"]:
+        """Whether each connection gets a pipeline of its own, or connections take turns on one.
+
+        Unless the source says: one if a sink anywhere listens, is stdio or a descriptor, or is a file without
+        placeholder.
+        """
+        if self.source.connections:
+            return self.source.connections
+        for _, sink in self.sinks():
+            scheme = sink.address.scheme
+            if (
+                sink.verb == "listen"
+                or scheme in ("stdio", "fd")
+                or (scheme == "file" and not sink.placeholders)
+            ):
+                return "one"
+        return "each"
+
+
+def _unix(value: object) -> Address:
+    address = Address.of(value)
+    if address.scheme != "unix":
+        raise AddressError(
+            f"the admin socket is a unix socket, got {str(address)!r}", hint="write unix:///path"
+        )
+    return address
+
+
+def _tcp(value: object) -> Address:
+    address = Address.of(value)
+    if address.scheme != "tcp":
+        raise AddressError(
+            f"admin http listens on tcp, got {str(address)!r}", hint="write tcp://127.0.0.1:9464"
+        )
+    return address
+
+
+class Admin(FrozenModel):
+    """Where a running relay can be asked and told."""
+
+    socket: (
+        Annotated[
+            Address, PlainValidator(_unix), WithJsonSchema({"type": "string", "pattern": r"^unix://|\$\{"})
+        ]
+        | None
+    ) = Field(default=None, description="unix socket for relay status, reload, drain and health")
+    http: (
+        Annotated[
+            Address, PlainValidator(_tcp), WithJsonSchema({"type": "string", "pattern": r"^tcp://|\$\{"})
+        ]
+        | None
+    ) = Field(default=None, description="tcp address for metrics and health over HTTP")
+
+
+def _some(routes: dict[str, Route]) -> dict[str, Route]:
+    if not routes:
+        raise ValueError("there are no routes; a configuration needs at least one")
+    for name in routes:
+        if not name or not name.isprintable():
+            raise ValueError(f"{name!r} is not a name for a route")
+    return routes
+
+
+class Config(FrozenModel):
+    """A relay's configuration."""
+
+    routes: Annotated[dict[str, Route], AfterValidator(_some)] = Field(description="routes by name")
+    admin: Admin | None = Field(default=None, description="where a running relay can be asked and told")
+    engines: int | None = Field(
+        default=None, ge=1, le=1024, description="threads that move bytes; one a CPU by default"
+    )
+    drain: Duration = Field(default=10.0, description="how long streams under way may take after SIGTERM")
+
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """Two listeners on one address, among whatever routes are right in themselves."""
+        routes = given.get("routes")
+        right: dict[str, Route] = {}
+        for name, route in routes.items() if isinstance(routes, Mapping) else ():
+            try:
+                right[str(name)] = Route.model_validate(route)
+            except ValidationError:
+                continue  # reported when the routes themselves are read
+        try:
+            admin = Admin.model_validate(given["admin"]) if "admin" in given else None
+        except ValidationError:
+            admin = None
+        yield from _clashes(right, admin)
+
+
+def _clashes(routes: Mapping[str, Route], admin: Admin | None) -> Iterator[Problem]:
+    seen: list[tuple[str, Address]] = []
+    for place, address in _listeners(routes, admin):
+        what = f"route '{place[1]}'" if place[0] == "routes" else f"admin {place[1]}"
+        for other, taken in seen:
+            if _overlap(address, taken):
+                beside = "" if address == taken else f" as {taken}"
+                yield Problem(f"{address} is listened on by {other} already{beside}", place)
+                break
+        seen.append((what, address))
+
+
+def _listeners(routes: Mapping[str, Route], admin: Admin | None) -> Iterator[tuple[Place, Address]]:
+    for key in ("socket", "http") if admin else ():
+        address = getattr(admin, key)
+        if address is not None:
+            yield ("admin", key), address
+    for name, route in routes.items():
+        if route.source.listen:
+            yield ("routes", name, "source", "listen"), route.source.listen
+        for place, sink in route.sinks():
+            if sink.listen:
+                yield ("routes", name, *place, "listen"), sink.listen
+
+
+def _overlap(one: Address, other: Address) -> bool:
+    """Whether the kernel would refuse to listen on both; names are compared as they are written."""
+    if one.scheme != other.scheme:
+        return False
+    if one.scheme == "unix":
+        return one.path == other.path
+    if one.port != other.port or one.port == 0:
+        return False
+    hosts = {one.host, other.host}
+    if len(hosts) == 1 or hosts & {"", "::"}:
+        return True
+    return "0.0.0.0" in hosts and not any(":" in host for host in hosts)

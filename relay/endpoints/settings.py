@@ -1,0 +1,507 @@
+"""Sources and sinks as the configuration says them; the runtime classes beside this file own the descriptors.
+
+A mapping has exactly one of `listen`, `connect`, `file`, `fifo` and `fd`. A plain address is the short
+form: a source listens on tcp and unix and reads the rest, a sink connects to tcp and unix and writes the
+rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
+
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
+
+from relay.endpoints.address import Address, AddressError
+from relay.endpoints.template import check_path, placeholders
+from relay.settings import FrozenModel, Problem, list_of
+from relay.units import Duration, PositiveDuration, PositiveSize, Size, parse_duration, parse_size, show
+
+Algorithm = Literal["sha256", "blake3", "xxh3", "crc32c"]
+Policy = Literal["block", "drop", "disconnect", "spill"]
+Network = IPv4Network | IPv6Network
+
+ENDS = ("listen", "connect", "file", "fifo", "fd")
+MEMORY_SPILL = 64 << 20  # bytes that a spill without directory may hold
+
+_AFTER = {"block": 1.0, "drop": 0.2, "disconnect": 5.0}  # seconds
+
+
+# What may stand behind each of the ENDS.
+
+
+def _socket(verb: str, value: object) -> Address:
+    address = Address.of(value)
+    if address.scheme not in ("tcp", "unix"):
+        fits = address.scheme in ("file", "fifo", "fd")
+        way = (
+            f"write {address.scheme}: {show(address.path or address.number)}"
+            if fits
+            else "write the plain address"
+        )
+        raise AddressError(f"'{verb}' takes a tcp or unix address, got {str(address)!r}", hint=way)
+    return address
+
+
+def _listening(value: object) -> Address:
+    return _socket("listen", value)
+
+
+def _connecting(value: object) -> Address:
+    address = _socket("connect", value)
+    if address.scheme == "tcp" and not address.port:
+        raise AddressError(
+            f"port 0 in {str(address)!r} is for listening only", hint="give the port of the peer"
+        )
+    if address.scheme == "tcp" and not address.host:
+        hint = f"this machine is tcp://127.0.0.1:{address.port}"
+        raise AddressError(f"{str(address)!r} names no host to connect to", hint=hint)
+    return address
+
+
+def _path(scheme: Literal["file", "fifo"], value: object) -> Address:
+    if isinstance(value, Address) and value.scheme == scheme:
+        return value
+    if not isinstance(value, str):
+        quote = "; put it in quotes" if isinstance(value, int | float) else ""
+        raise AddressError(f"expected the path of a {scheme}, got {show(value)}{quote}")
+    if not value or "\0" in value:
+        raise AddressError(f"{value!r} is not a path", hint=f"write the path of a {scheme}")
+    if value == "-" or value == "null:":
+        raise AddressError(
+            f"{value!r} is not the path of a {scheme}",
+            hint=f"write the plain address {value!r} in place of the mapping",
+        )
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+        address = Address.parse(value)
+        if address.scheme != scheme:
+            raise AddressError(f"'{scheme}' takes a path, got the {address.scheme} address {value!r}")
+        return address
+    return Address(scheme, path=value)
+
+
+def _file(value: object) -> Address:
+    return _path("file", value)
+
+
+def _file_template(value: object) -> Address:
+    address = _path("file", value)
+    check_path(address.path)
+    if address.path.endswith("/"):
+        raise AddressError(
+            f"{address.path!r} is a directory", hint="add a file name, such as {time}-{id}.bin"
+        )
+    return address
+
+
+def _fifo(value: object) -> Address:
+    return _path("fifo", value)
+
+
+def _descriptor(value: object) -> Address:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return Address("fd", number=value)
+    if isinstance(value, Address) or (isinstance(value, str) and value.startswith("fd:")):
+        address = Address.of(value)
+        if address.scheme == "fd":
+            return address
+    raise AddressError(f"expected the number of a descriptor, such as 3, got {show(value)}")
+
+
+_SOCKET_JSON = WithJsonSchema({"type": "string", "pattern": r"^(tcp|unix)://|\$\{"})
+_PATH_JSON = WithJsonSchema({"type": "string", "minLength": 1})
+_FD_JSON = WithJsonSchema(
+    {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^fd://|\$\{"}]}
+)
+
+ListenAddress = Annotated[Address, PlainValidator(_listening), _SOCKET_JSON]
+ConnectAddress = Annotated[Address, PlainValidator(_connecting), _SOCKET_JSON]
+
+
+def _mode(value: object) -> int:
+    """`0660`, `"660"` and `0o660` are all the permissions rw-rw----: digits of a mode are octal, always."""
+    text = (
+        str(value).removeprefix("0o") if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    )
+    if not re.fullmatch("0?[0-7]{3}", text):
+        raise ValueError(f"expected permissions such as 0660, got {show(value)}")
+    return int(text, 8)
+
+
+def _network(value: object) -> Network:
+    if isinstance(value, IPv4Network | IPv6Network):
+        return value
+    try:
+        if isinstance(value, str):
+            return ip_network(value)
+    except ValueError as error:
+        if "host bits" in str(error) and isinstance(value, str):
+            outer = ip_network(value, strict=False)
+            raise ValueError(f"{value!r} has bits beyond its prefix; did you mean '{outer}'?") from None
+    raise ValueError(f"expected an IP address or a network such as 10.0.0.0/8, got {show(value)}")
+
+
+def _account(value: object) -> str | int:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(f"expected a name or a number, got {show(value)}")
+
+
+_MODE_JSON = {"anyOf": [{"type": "string", "pattern": r"^(0o?)?[0-7]{3}$|\$\{"}, {"type": "integer"}]}
+_ACCOUNT_JSON = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}]}
+Mode = Annotated[int, PlainValidator(_mode), WithJsonSchema(_MODE_JSON)]
+Account = Annotated[str | int, PlainValidator(_account), WithJsonSchema(_ACCOUNT_JSON)]
+NetworkText = Annotated[Network, PlainValidator(_network), WithJsonSchema({"type": "string"})]
+
+
+class OnSlow(FrozenModel):
+    """What happens to a sink that does not keep pace. As written; `effective` fills in what was left out."""
+
+    short_schema: ClassVar[dict[str, Any] | None] = {"enum": list(get_args(Policy))}
+
+    policy: Policy | None = Field(
+        default=None,
+        description="block, drop, disconnect or spill; by default sinks block, listening sinks disconnect",
+    )
+    after: Duration | None = Field(
+        default=None,
+        description="how long a full backlog is tolerated: 200ms for drop, 5s for disconnect, 1s for block",
+    )
+    buffer: Size = Field(default=0, description="bytes of backlog beside the pipe's own")
+    align: PositiveSize = Field(
+        default=1,
+        description="with drop: gaps begin and end at multiples of it, from the stream's first byte",
+    )
+    directory: str | None = Field(
+        default=None,
+        min_length=1,
+        description="with spill: where the log is kept on disk; in memory if left out",
+    )
+    max: PositiveSize | None = Field(
+        default=None,
+        description="with spill: the most bytes the log may hold; 64MiB in memory, no limit on disk",
+    )
+    then: Literal["block", "drop", "disconnect"] | None = Field(
+        default=None,
+        description="with spill: what happens at max; by default sinks block, listening sinks disconnect",
+    )
+
+    @classmethod
+    def from_short(cls, value: object) -> Mapping[str, Any]:
+        """`on_slow: drop`."""
+        return {"policy": value} if isinstance(value, str) else super().from_short(value)
+
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """Keys that only one policy has a use for."""
+        policy = given.get("policy")
+        for key in ("directory", "max", "then"):
+            if key in given and policy != "spill":
+                yield Problem(f"'{key}' belongs to policy spill, {_this(policy)}", (key,), at_key=True)
+        if "align" in given and policy != "drop" and given.get("then") != "drop":
+            yield Problem(f"'align' belongs to policy drop, {_this(policy)}", ("align",), at_key=True)
+
+    def effective(self, *, listening: bool) -> OnSlow:
+        """The same with `policy`, `after` and, for spill, `then` and the `max` of a log in memory filled."""
+        usual: Literal["block", "disconnect"] = "disconnect" if listening else "block"
+        policy = self.policy or usual
+        then, most = self.then, self.max
+        if policy == "spill":
+            then = then or usual
+            most = MEMORY_SPILL if most is None and self.directory is None else most
+        after = (
+            self.after if self.after is not None else _AFTER[then if policy == "spill" and then else policy]
+        )
+        return self.model_copy(update={"policy": policy, "after": after, "then": then, "max": most})
+
+
+def _this(policy: object) -> str:
+    return f"this one is {policy}" if isinstance(policy, str) else "and no policy is given here"
+
+
+class Limits(FrozenModel):
+    """What a listening source lets in, and for how long; what is left out is unlimited."""
+
+    connections: int | None = Field(default=None, ge=1, description="connections open at once")
+    per_peer: int | None = Field(default=None, ge=1, description="connections open at once from one address")
+    idle: PositiveDuration | None = Field(
+        default=None, description="end a connection on which nothing moves for so long"
+    )
+    lifetime: PositiveDuration | None = Field(
+        default=None, description="end a connection after so long, whatever it does"
+    )
+    allow: tuple[NetworkText, ...] = Field(default=(), description="networks that may connect; all if empty")
+    deny: tuple[NetworkText, ...] = Field(
+        default=(), description="networks that may not; stronger than allow"
+    )
+
+
+class Rotate(FrozenModel):
+    """When a file sink begins its next file: whichever comes first. No full file is overwritten."""
+
+    short_schema: ClassVar[dict[str, Any] | None] = {"type": "string", "description": "a size or a duration"}
+
+    size: PositiveSize | None = Field(default=None, description="bytes in one file")
+    every: PositiveDuration | None = Field(default=None, description="time in one file")
+
+    @classmethod
+    def from_short(cls, value: object) -> Mapping[str, Any]:
+        """`rotate: 100MiB` or `rotate: 1h`."""
+        if isinstance(value, str) and not value.strip().isdigit():
+            for key, parse in (("size", parse_size), ("every", parse_duration)):
+                try:
+                    parse(value)
+                except ValueError:
+                    continue
+                return {key: value}
+        raise ValueError(f"expected a size such as 100MiB or a duration such as 1h, got {show(value)}")
+
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """Rotation needs a moment to rotate."""
+        if not given:
+            yield Problem("rotate needs 'size', 'every' or both", at_key=True)
+
+
+def _fsync(value: object) -> str | float:
+    if value in ("never", "close"):
+        return str(value)
+    try:
+        seconds = parse_duration(value)
+    except ValueError:
+        seconds = 0
+    if not seconds:
+        raise ValueError(f"expected never, close or a duration such as 1s, got {show(value)}")
+    return seconds
+
+
+def _sidecar(value: object) -> object:
+    return {True: "sha256", False: None}[value] if isinstance(value, bool) else value
+
+
+class _Scope(NamedTuple):
+    """To which ends an option applies, and how to say so."""
+
+    verbs: frozenset[str]
+    schemes: frozenset[str]
+    words: str
+
+
+_SOCKETS = frozenset({"tcp", "unix"})
+_LISTEN = frozenset({"listen"})
+_LIVE = frozenset({"listen", "connect"})
+_FILES = _Scope(frozenset({"file"}), frozenset({"file"}), "files")
+_UNIX_LISTEN = _Scope(_LISTEN, frozenset({"unix"}), "unix sockets that listen on a path")
+_SCOPES = {
+    "append": _FILES,
+    "rotate": _FILES,
+    "fsync": _FILES,
+    "direct": _FILES,
+    "sidecar": _FILES,
+    "mode": _UNIX_LISTEN,
+    "owner": _UNIX_LISTEN,
+    "group": _UNIX_LISTEN,
+    "dead_after": _Scope(_LIVE, frozenset({"tcp"}), "tcp"),
+    "peer_eof": _Scope(_LIVE, _SOCKETS, "tcp and unix"),
+    "burst": _Scope(_LISTEN, _SOCKETS, "sinks that listen"),
+    "connections": _Scope(_LISTEN, _SOCKETS, "sources that listen"),
+    "limits": _Scope(_LIVE, _SOCKETS, "sources that listen or connect"),
+}
+_LIMIT_SCOPES = {
+    "connections": _Scope(_LISTEN, _SOCKETS, "sources that listen"),
+    "per_peer": _Scope(_LISTEN, frozenset({"tcp"}), "sources that listen on tcp"),
+    "allow": _Scope(_LISTEN, frozenset({"tcp"}), "sources that listen on tcp"),
+    "deny": _Scope(_LISTEN, frozenset({"tcp"}), "sources that listen on tcp"),
+}
+
+
+class EndpointSettings(FrozenModel):
+    """What sources and sinks have in common: one end, and the options of that kind of end."""
+
+    hidden = frozenset({"plain"})
+    short_schema: ClassVar[dict[str, Any] | None] = {
+        "type": "string",
+        "minLength": 1,
+        "description": "a plain address",
+    }
+    short_verb: ClassVar[Literal["listen", "connect"]]
+    role: ClassVar[str]
+
+    listen: ListenAddress | None = Field(default=None, description="tcp or unix address to listen on")
+    connect: ConnectAddress | None = Field(default=None, description="tcp or unix address to connect to")
+    file: Annotated[Address, PlainValidator(_file), _PATH_JSON] | None = Field(
+        default=None, description="path of a file"
+    )
+    fifo: Annotated[Address, PlainValidator(_fifo), _PATH_JSON] | None = Field(
+        default=None, description="path of a named pipe"
+    )
+    fd: Annotated[Address, PlainValidator(_descriptor), _FD_JSON] | None = Field(
+        default=None, description="number of a descriptor that relay was started with"
+    )
+    plain: Address | None = Field(
+        default=None, description="stdin, stdout or null; set by the short form only"
+    )
+
+    mode: Mode | None = Field(default=None, description="permissions of the unix socket, such as 0660")
+    owner: Account | None = Field(default=None, description="owner of the unix socket, by name or number")
+    group: Account | None = Field(default=None, description="group of the unix socket, by name or number")
+    dead_after: PositiveDuration = Field(
+        default=15.0, description="tcp: give up on a peer that has left data unanswered for so long"
+    )
+
+    @classmethod
+    def from_short(cls, value: object) -> Mapping[str, Any]:
+        """A plain address."""
+        if not isinstance(value, str | Address):
+            raise ValueError(
+                f"expected an address or a mapping with one of {list_of(ENDS)}, got {show(value)}"
+            )
+        address = Address.of(value)
+        match address.scheme:
+            case "tcp" | "unix":
+                return {cls.short_verb: address}
+            case "file" | "fifo" | "fd":
+                return {address.scheme: address}
+        return {"plain": address}
+
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """One end, and only the options of that kind of end."""
+        ends = [key for key in ENDS if key in given]
+        if not ends:
+            yield Problem(f"a {cls.role} needs one of {list_of(ENDS)}", at_key=True)
+            return
+        for second in ends[1:]:
+            yield Problem(
+                f"a {cls.role} has one of {list_of(ENDS)}; '{ends[0]}' is given already",
+                (second,),
+                at_key=True,
+            )
+        verb, scheme, abstract = ends[0], ends[0], False
+        if verb in _LIVE:
+            try:
+                address = Address.of(given[verb])
+            except AddressError:
+                scheme = ""  # reported with the address itself
+            else:
+                scheme, abstract = address.scheme, address.abstract
+        kind = (
+            f"{verb} on {scheme}"
+            if verb == "listen"
+            else f"{verb} to {scheme}"
+            if verb == "connect"
+            else verb
+        )
+        kind = kind if scheme else verb
+        for place, scope in cls._scoped(given):
+            wrong_scheme = bool(scheme) and scheme not in scope.schemes
+            if verb not in scope.verbs or wrong_scheme or (abstract and scope is _UNIX_LISTEN):
+                said = f"'{place[-1]}' applies to {scope.words} only, this {cls.role} is '{kind}'"
+                yield Problem(said + " with an abstract name" * abstract, place, at_key=True)
+
+    @classmethod
+    def _scoped(cls, given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], _Scope]]:
+        """The options given that apply to some kinds of end only."""
+        for key in given:
+            if key in _SCOPES:
+                yield (key,), _SCOPES[key]
+
+    @property
+    def address(self) -> Address:
+        """Where the bytes come from or go to."""
+        found = self.listen or self.connect or self.file or self.fifo or self.fd or self.plain
+        assert found is not None  # `check` saw to it
+        return found
+
+
+class SourceSettings(EndpointSettings):
+    """Where bytes enter: a mapping, or a plain address."""
+
+    short_verb = "listen"
+    role = "source"
+
+    connections: Literal["each", "one"] | None = Field(
+        default=None,
+        description="each connection gets sinks of its own, or connections take turns on one pipeline",
+    )
+    limits: Limits = Field(default=Limits(), description="what a listening source lets in, and for how long")
+
+    @classmethod
+    def _scoped(cls, given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], _Scope]]:
+        yield from super()._scoped(given)
+        limits = given.get("limits")
+        if isinstance(limits, Mapping) and ("listen" in given or "connect" in given):
+            for key in limits:
+                if key in _LIMIT_SCOPES:
+                    yield ("limits", key), _LIMIT_SCOPES[key]
+
+    @property
+    def verb(self) -> Literal["listen", "connect", "read"]:
+        """What the source does to get its bytes."""
+        return "listen" if self.listen else "connect" if self.connect else "read"
+
+
+class SinkSettings(EndpointSettings):
+    """Where bytes leave: a mapping, or a plain address."""
+
+    short_verb = "connect"
+    role = "sink"
+
+    file: Annotated[Address, PlainValidator(_file_template), _PATH_JSON] | None = Field(
+        default=None, description="path of a file; {route} {time} {peer} {id} {name} are filled in"
+    )
+    on_slow: OnSlow = Field(default=OnSlow(), description="what happens when this sink does not keep pace")
+    burst: Size = Field(
+        default=0, description="listening sinks: the last bytes of the stream that a newcomer gets at once"
+    )
+    peer_eof: Literal["note", "close"] = Field(
+        default="note",
+        description="what a one-way sink does when its peer ends its own stream: note it, or close",
+    )
+    append: bool = Field(default=False, description="write at the end of the file that is there, in place")
+    rotate: Rotate | None = Field(default=None, description="begin a new file by size or time")
+    fsync: Annotated[str | float, PlainValidator(_fsync), WithJsonSchema({"type": ["string", "number"]})] = (
+        Field(
+            default="never",
+            description="never, close (before the file gets its name), or a duration between two",
+        )
+    )
+    direct: bool = Field(default=False, description="write past the page cache (O_DIRECT)")
+    sidecar: Annotated[
+        Algorithm | None,
+        BeforeValidator(_sidecar),
+        WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": list(get_args(Algorithm))}]}),
+    ] = Field(
+        default=None,
+        description="write a checksum beside the file that the standard tool verifies; true is sha256",
+    )
+
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """What the parent checks, and file options that exclude each other."""
+        yield from super().check(given)
+        if given.get("append") is True and given.get("sidecar"):
+            yield Problem(
+                "'sidecar' covers whole files; with 'append' it could not be verified",
+                ("sidecar",),
+                at_key=True,
+            )
+
+    @property
+    def verb(self) -> Literal["listen", "connect", "write"]:
+        """What the sink does to get rid of its bytes."""
+        return "listen" if self.listen else "connect" if self.connect else "write"
+
+    @property
+    def slow(self) -> OnSlow:
+        """The policy in force, with its defaults filled in; a tee's own goes before its sink's."""
+        return self.on_slow.effective(listening=self.verb == "listen")
+
+    @property
+    def placeholders(self) -> frozenset[str]:
+        """The placeholders in the path of a file; empty for everything else."""
+        return placeholders(self.address.path) if self.address.scheme == "file" else frozenset()

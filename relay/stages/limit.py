@@ -1,0 +1,29 @@
+"""limit: skip the first bytes of a stream, stop after so many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import Field
+
+from relay.settings import Problem
+from relay.stages.base import StageSettings
+from relay.units import Size
+
+
+class Settings(StageSettings):
+    """Discards the first `skip` bytes, lets `stop` bytes through, then ends the stream at this point."""
+
+    kind = "limit"
+
+    skip: Size = Field(default=0, description="bytes discarded at the beginning")
+    stop: Size | None = Field(
+        default=None, description="bytes let through after those skipped; unlimited if left out"
+    )
+
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """A limit without a limit is a slip."""
+        if "skip" not in given and "stop" not in given:
+            yield Problem("limit needs 'skip', 'stop' or both", at_key=True)

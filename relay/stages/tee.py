@@ -1,0 +1,47 @@
+"""tee: the stream a second time, into a sink of its own, through stages of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import Field
+
+from relay.endpoints.settings import OnSlow, SinkSettings
+from relay.settings import Place, Problem
+from relay.stages.base import AnyStage, StageSettings
+
+
+class Settings(StageSettings):
+    """Branches the stream here: `stages` in order, then `to`. What the chain carries on is unchanged."""
+
+    kind = "tee"
+
+    to: SinkSettings = Field(description="the branch's sink: a mapping, or a plain address")
+    stages: tuple[AnyStage, ...] = Field(default=(), description="stages of the branch alone")
+    on_slow: OnSlow = Field(
+        default=OnSlow(),
+        description="what happens when the branch does not keep pace; covers the whole branch",
+    )
+
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """A branch has one policy, beside `to` or inside it."""
+        to = given.get("to")
+        if "on_slow" in given and isinstance(to, Mapping) and "on_slow" in to:
+            yield Problem(
+                "'on_slow' is given inside 'to' as well; a branch has one policy", ("on_slow",), at_key=True
+            )
+
+    @property
+    def slow(self) -> OnSlow:
+        """The branch's policy in force, wherever it was written, with its defaults filled in."""
+        written = self.on_slow if "on_slow" in self.model_fields_set else self.to.on_slow
+        return written.effective(listening=self.to.verb == "listen")
+
+    def sinks(self) -> Iterator[tuple[Place, SinkSettings]]:
+        """The branch's sinks: those of its stages in order, then its own."""
+        for index, stage in enumerate(self.stages):
+            for place, sink in stage.sinks():
+                yield ("stages", index, stage.kind, *place), sink
+        yield ("to",), self.to
