@@ -12,6 +12,7 @@ from relay.endpoints.settings import SinkSettings
 from relay.errors import did_you_mean
 from relay.settings import FrozenModel, Place, Problem, failure, problems_of
 from relay.stages import catalogue
+from relay.stages.stage import Stage
 from relay.units import show
 
 
@@ -21,6 +22,10 @@ class StageSettings(FrozenModel):
     kind: ClassVar[str]
 
     name: str | None = Field(default=None, min_length=1, description="what logs and metrics call this stage")
+
+    def make(self) -> Stage:
+        """The stage at work for one pipeline."""
+        return Stage(self.kind, self.name or self.kind)
 
     def sinks(self) -> Iterator[tuple[Place, SinkSettings]]:
         """Every sink this stage feeds, with its place below the stage's settings; most stages feed none."""

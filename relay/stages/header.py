@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64 as _base64
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from relay.endpoints.template import check_text
+from relay.endpoints.template import check_text, fill_text
+from relay.errors import SourceError
+from relay.kernel.arena import Arena
 from relay.settings import Problem
 from relay.stages.base import StageSettings
+from relay.stages.stage import Stage, Turn
 
 
 def _check_base64(text: str) -> str:
@@ -54,3 +58,45 @@ class Settings(StageSettings):
     def content(self) -> bytes | None:
         """The bytes given by `base64`; None if they come from `text` or `file`."""
         return None if self.base64 is None else _base64.b64decode(self.base64)
+
+    def make(self) -> Header:
+        """The stage at work for one pipeline."""
+        return Header(self)
+
+
+class Header(Stage):
+    """Owns the arena whose pages are lent in front of each stream; they are written once and then unmapped."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.kind, settings.name or settings.kind)
+        self._settings = settings
+        self._arena: Arena | None = None
+
+    def begin(self, turn: Turn) -> None:
+        """Lays the header out in memory for the pump to lend. Raises SourceError when its file cannot be read."""
+        self.close()
+        content = self._content(turn)
+        if content:
+            self._arena = Arena(content)
+            self.node.prefix = self._arena.pointer()
+            self.node.prefix_left = self._arena.size
+
+    def _content(self, turn: Turn) -> bytes:
+        settings = self._settings
+        if settings.text is not None:
+            return fill_text(settings.text, turn.values()).encode()
+        if settings.file is not None:
+            try:
+                return Path(settings.file).read_bytes()
+            except OSError as error:
+                raise SourceError(
+                    settings.file, "reading the header from", error.errno or 0, "check the path in the stage 'header'"
+                ) from error
+        return settings.content() or b""
+
+    def close(self) -> None:
+        """Unmaps the header; pages that were lent live on with their readers."""
+        if self._arena is not None:
+            self.node.prefix_left = 0
+            self._arena.close()
+            self._arena = None

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from relay.settings import Problem
 from relay.stages.base import StageSettings
+from relay.stages.stage import Stage, Turn
 from relay.units import Size
 
 
@@ -27,3 +28,21 @@ class Settings(StageSettings):
         """A limit without a limit is a slip."""
         if "skip" not in given and "stop" not in given:
             yield Problem("limit needs 'skip', 'stop' or both", at_key=True)
+
+    def make(self) -> Limit:
+        """The stage at work for one pipeline."""
+        return Limit(self)
+
+
+class Limit(Stage):
+    """Counts down in the stage's node, anew for each stream."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.kind, settings.name or settings.kind)
+        self._skip = settings.skip
+        self._stop = settings.stop
+
+    def begin(self, turn: Turn) -> None:
+        """Sets the node's counters."""
+        self.node.skip = self._skip
+        self.node.left = -1 if self._stop is None else self._stop

@@ -10,6 +10,7 @@ from pydantic import Field
 from relay.endpoints.settings import OnSlow, SinkSettings
 from relay.settings import Place, Problem
 from relay.stages.base import AnyStage, StageSettings
+from relay.stages.stage import Branch, Stage
 
 
 class Settings(StageSettings):
@@ -45,3 +46,20 @@ class Settings(StageSettings):
             for place, sink in stage.sinks():
                 yield ("stages", index, stage.kind, *place), sink
         yield ("to",), self.to
+
+    def make(self) -> Tee:
+        """The stage at work for one pipeline."""
+        return Tee(self)
+
+
+class Tee(Stage):
+    """The node that is teed onwards; what it owes goes into the branch."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.kind, settings.name or str(settings.to.address))
+        self._branch = Branch(settings.stages, settings.to, settings.slow)
+
+    @property
+    def branch(self) -> Branch:
+        """Where else the stream goes."""
+        return self._branch

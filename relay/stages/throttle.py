@@ -7,7 +7,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from relay.engine import Engine
+from relay.kernel import core
 from relay.stages.base import StageSettings
+from relay.stages.stage import Stage
 from relay.units import PositiveRate, PositiveSize
 
 
@@ -27,3 +30,23 @@ class Settings(StageSettings):
     def from_short(cls, value: object) -> Mapping[str, Any]:
         """`throttle: 10MB/s`."""
         return {"rate": value} if isinstance(value, str | int) else super().from_short(value)
+
+    def make(self) -> Throttle:
+        """The stage at work for one pipeline."""
+        return Throttle(self)
+
+
+class Throttle(Stage):
+    """A token bucket in the stage's node: `burst` bytes at once, `rate` bytes a second on average."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.kind, settings.name or settings.kind)
+        self._rate = settings.rate
+        # a tenth of a second's worth: smooth to the eye, and long against the loop's latency
+        self._burst = settings.burst or max(settings.rate // 10, 1)
+
+    def wire(self, engine: Engine, node: core.Struct) -> None:
+        """Sets the node's gate."""
+        super().wire(engine, node)
+        node.rate = self._rate
+        node.burst = self._burst
