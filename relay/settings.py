@@ -93,7 +93,7 @@ class FrozenModel(BaseModel):
 
     @classmethod
     def _known(cls, value: Mapping[Any, Any], found: list[Problem]) -> dict[str, Any]:
-        """The keys that are fields, lists as tuples, without empty values where they mean what no key means."""
+        """The keys that are fields, lists as tuples; an empty value that means no key is left out."""
         keys = cls.keys()
         given: dict[str, Any] = {}
         for key, item in value.items():
@@ -113,8 +113,10 @@ class FrozenModel(BaseModel):
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
         made: dict[str, Any] = handler(schema)
+        inner: dict[str, Any] = handler.resolve_ref_schema(made)
+        for name in cls.hidden:
+            inner["properties"].pop(name)
         if cls.short_schema is not None:
-            inner = handler.resolve_ref_schema(made)
             whole = dict(inner)
             inner.clear()
             inner.update({"anyOf": [cls.short_schema, whole]})

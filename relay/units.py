@@ -33,7 +33,7 @@ _LONGEST = 3650 * 86400.0  # ten years: beyond it lie typing errors and overflow
 
 
 def parse_size(value: object) -> int:
-    """Whole bytes, rounded down, of `64KiB`, `10MB`, `1.5GiB` or a plain number; ValueError in plain words."""
+    """Whole bytes, rounded down, of `64KiB`, `1.5GiB` or a plain number; ValueError in plain words."""
     if isinstance(value, str):
         matched = _QUANTITY.fullmatch(value.strip())
         if matched and matched[2] in ("", *_BYTES) and (matched[2] or "." not in matched[1]):

@@ -34,7 +34,7 @@ class Route(FrozenModel):
     @classmethod
     def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
         """Keys that need `duplex`, or that it leaves no use for."""
-        if "replies" in given and given.get("duplex") is not True:
+        if "replies" in given and given.get("duplex", False) is False:
             yield Problem(
                 "'replies' needs 'duplex: true': without it nothing comes back", ("replies",), at_key=True
             )
@@ -60,8 +60,8 @@ class Route(FrozenModel):
             for _, sink in self.sinks():
                 if sink.verb == "listen":
                     yield Problem(
-                        f"'connections: each' gives each connection sinks of its own, but {str(sink.address)!r} "
-                        "can be listened on once only; write 'one'",
+                        f"'connections: each' gives each connection sinks of its own, but "
+                        f"{str(sink.address)!r} can be listened on once only; write 'one'",
                         ("source", "connections"),
                     )
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from relay.endpoints.address import Address, AddressError
 from relay.endpoints.template import check_path, placeholders
@@ -199,6 +199,8 @@ class OnSlow(FrozenModel):
     def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
         """Keys that only one policy has a use for."""
         policy = given.get("policy")
+        if not isinstance(policy, str | None):
+            return
         for key in ("directory", "max", "then"):
             if key in given and policy != "spill":
                 yield Problem(f"'{key}' belongs to policy spill, {_this(policy)}", (key,), at_key=True)
@@ -321,6 +323,8 @@ _LIMIT_SCOPES = {
 
 class EndpointSettings(FrozenModel):
     """What sources and sinks have in common: one end, and the options of that kind of end."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": [end]} for end in ENDS]})
 
     hidden = frozenset({"plain"})
     short_schema: ClassVar[dict[str, Any] | None] = {

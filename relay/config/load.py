@@ -1,0 +1,142 @@
+"""A configuration file, or its text, as a checked `Config`; or every problem in it, each with its place.
+
+Nothing that the configuration names is opened here: files, sockets and directories are the business of
+those who run it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from errno import errorcode
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from relay.config.document import Document, Spot, Unreadable, parse
+from relay.config.models import Config
+from relay.errors import ConfigError, ConfigErrors
+from relay.settings import Place, Problem, problems_of
+from relay.units import show
+
+LARGEST = 4 << 20  # bytes; a thousand routes take a tenth of it
+
+_HINTS = {
+    "ENOENT": "check the path",
+    "EISDIR": "give the YAML file in it",
+    "EACCES": "let the user that runs relay read it",
+}
+_DEFAULT = Path(__file__).parent.parent / "configs" / "default.yaml"  # a link to configs/ of the source tree
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """The configuration in the file at `path`; ConfigErrors if there is none or it is wrong."""
+    name = os.fspath(path)
+    try:
+        with open(name, "rb") as file:
+            size = os.fstat(
+                file.fileno()
+            ).st_size  # before a byte is read; 0 for a pipe, which is read up to the limit
+            raw = file.read(LARGEST + 1) if size <= LARGEST else b""
+    except OSError as error:
+        code = errorcode.get(error.errno or 0, "error")
+        raise _refusal(
+            name, f"cannot read it: {error.strerror} ({code})", hint=_HINTS.get(code, "")
+        ) from error
+    except ValueError as error:
+        raise _refusal(repr(name), f"cannot read it: {error}", hint="check the path") from error
+    if size > LARGEST or len(raw) > LARGEST:
+        mib = f"{size / (1 << 20):.0f} MiB" if size else "more than that"
+        raise _refusal(name, f"larger than a configuration may be: the limit is 4 MiB, this is {mib}")
+    return loads(_decoded(raw, name), name)
+
+
+def loads(text: str, name: str = "<text>") -> Config:
+    """The configuration that `text` says; ConfigErrors, which call the text `name`, if it is wrong."""
+    if len(text) > LARGEST:
+        raise _refusal(name, "larger than a configuration may be: the limit is 4 MiB")
+    try:
+        document = parse(text.removeprefix("\ufeff"))
+    except Unreadable as error:
+        raise ConfigErrors(
+            [ConfigError(error.message, file=name, line=error.spot[0], column=error.spot[1])]
+        ) from error
+    if document.data is None and not document.problems:
+        raise _refusal(
+            name, "the configuration is empty", line=1, column=1, hint="it needs at least 'routes:'"
+        )
+    return _built(document, name)
+
+
+def from_data(data: Mapping[str, Any], name: str = "relay") -> Config:
+    """The configuration in `data`, shaped as the YAML is; ConfigErrors, without lines, if it is wrong."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        found = [ConfigError(_said(problem.place, problem), file=name) for problem in problems_of(error)]
+        raise ConfigErrors(found) from error
+
+
+def default_text() -> str:
+    """The text of the built-in default, comments and all."""
+    return _DEFAULT.read_text(encoding="utf-8")
+
+
+def load_default() -> Config:
+    """The built-in default, checked like any other configuration."""
+    return loads(default_text(), "default.yaml")
+
+
+def _built(document: Document, name: str) -> Config:
+    """The models of `document`; ConfigErrors with the problems of text and meaning together."""
+    found = list(document.problems)
+    config = None
+    if isinstance(document.data, dict):
+        try:
+            config = Config.model_validate(document.data)
+        except ValidationError as error:
+            for problem in problems_of(error):
+                if not any(problem.place[: len(place)] == place for place in document.broken):
+                    found.append((document.spot(problem), problem))
+    elif not found:
+        problem = Problem(f"expected a mapping that begins with 'routes:', got {show(document.data)}")
+        found.append((document.spot(problem), problem))
+    if config is None or found:
+        unique = dict.fromkeys(sorted(found, key=lambda item: item[0]))
+        raise ConfigErrors(
+            [_error(spot, document.written(problem.place), problem, name) for spot, problem in unique]
+        )
+    return config
+
+
+def _error(spot: Spot, place: Place, problem: Problem, name: str) -> ConfigError:
+    return ConfigError(_said(place, problem), file=name, line=spot[0], column=spot[1])
+
+
+def _said(place: Place, problem: Problem) -> str:
+    """The message behind the path of what it is about, such as `routes.camera.stages[0].tee`."""
+    path = ""
+    for part in place:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:
+            word = part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else repr(part)
+            path += f".{word}" if path else word
+    return f"{path}: {problem.message}" if path else problem.message
+
+
+def _decoded(raw: bytes, name: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode("utf-8")
+        line = before.count("\n") + 1
+        column = len(before) - (before.rfind("\n") + 1) + 1
+        said = f"not UTF-8: byte 0x{raw[error.start]:02x}"
+        raise _refusal(name, said, line=line, column=column, hint="save the file as UTF-8") from error
+
+
+def _refusal(name: str, message: str, *, line: int = 0, column: int = 0, hint: str = "") -> ConfigErrors:
+    return ConfigErrors([ConfigError(message, file=name, line=line, column=column, hint=hint)])
