@@ -179,3 +179,14 @@ Duration = Annotated[float, _DURATION]
 PositiveSize = Annotated[int, replace(_SIZE, positive=True)]
 PositiveRate = Annotated[int, replace(_RATE, positive=True)]
 PositiveDuration = Annotated[float, replace(_DURATION, positive=True)]
+
+
+def show_size(amount: float) -> str:
+    """Bytes as people read them: `512 B`, `1.5 MiB`, `20.0 GiB`."""
+    if abs(amount) < 1024:
+        return f"{amount:.0f} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        amount /= 1024
+        if abs(amount) < 1024:
+            return f"{amount:.1f} {unit}"
+    return f"{amount / 1024:.1f} PiB"

@@ -86,14 +86,18 @@ class SocketSink(Sink):
 
     counts_fin = True  # an unacknowledged FIN is one more in SIOCOUTQ
 
-    def __init__(self, engine: Engine, address: str, *, close_with_peer: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, address: str, *, close_with_peer: bool = False, patience: float = 0.0
+    ) -> None:
         super().__init__(engine, address)
         self.c.is_socket = 1
         self.c.discard = 1
         self.close_with_peer = close_with_peer
+        self._patient_until = engine.now + patience
         self._timer: Timer | None = None
         self._delivered_at = 0.0
         self._wait = 0.001
+        self._finish_asked = False
 
     def adopt(self, sock: socket.socket) -> None:
         """Takes the connected socket over and is open."""
@@ -103,12 +107,22 @@ class SocketSink(Sink):
         sock.setblocking(False)
         self.attach(sock.detach(), READ_WRITE)
         self.opened()
+        if self._finish_asked:
+            self.finish()
+
+    def not_connected(self, code: int, reason: str = "", advice: str = "") -> None:
+        """For subclasses: a connect failed. Tries again while there is patience left."""
+        if self.state != "opening":
+            return
+        if self.engine.now < self._patient_until:
+            self._timer = self.engine.later(0.1, self.open)
+            return
+        self.fail(self.error("connecting to", code, reason=reason, advice=advice))
 
     def finish(self) -> None:
         """Shuts the write side, waits until the peer's kernel has everything, then for the peer to close."""
         if self.state == "opening":  # nothing came before it was connected: it still gets its end of stream
-            self.on_open, then = self._finish_when_open, self.on_open
-            self._after_open = then
+            self._finish_asked = True
             return
         if self.state != "open":
             return
@@ -119,10 +133,6 @@ class SocketSink(Sink):
             self.fail(self.error("ending the stream to", error.errno or 0))
             return
         self._await_delivery()
-
-    def _finish_when_open(self, sink: Sink) -> None:
-        self._after_open(sink)
-        self.finish()
 
     def _await_delivery(self) -> None:
         if self.state != "finishing":

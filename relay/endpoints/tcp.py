@@ -95,8 +95,10 @@ def connect(
 class TcpSink(SocketSink):
     """Connects out and writes there."""
 
-    def __init__(self, engine: Engine, address: Address, *, close_with_peer: bool = False) -> None:
-        super().__init__(engine, str(address), close_with_peer=close_with_peer)
+    def __init__(
+        self, engine: Engine, address: Address, *, close_with_peer: bool = False, patience: float = 0.0
+    ) -> None:
+        super().__init__(engine, str(address), close_with_peer=close_with_peer, patience=patience)
         self._to = address
         self._cancel: Callable[[], None] | None = None
 
@@ -108,9 +110,8 @@ class TcpSink(SocketSink):
         self._cancel = None
         if sock is not None:
             self.adopt(sock)
-        elif self.state == "opening":
-            advice = "check the name, or write the address in figures" if reason else ""
-            self.fail(self.error("connecting to", code, reason=reason, advice=advice))
+        else:
+            self.not_connected(code, reason, "check the name, or write the address in figures" if reason else "")
 
     def close(self) -> None:
         """Gives up connecting, or closes the connection."""

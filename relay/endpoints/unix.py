@@ -35,8 +35,10 @@ class UnixSink(SocketSink):
 
     counts_fin = False
 
-    def __init__(self, engine: Engine, address: Address, *, close_with_peer: bool = False) -> None:
-        super().__init__(engine, str(address), close_with_peer=close_with_peer)
+    def __init__(
+        self, engine: Engine, address: Address, *, close_with_peer: bool = False, patience: float = 0.0
+    ) -> None:
+        super().__init__(engine, str(address), close_with_peer=close_with_peer, patience=patience)
         self._to = address
         self._connecting: Connecting | None = None
 
@@ -50,8 +52,8 @@ class UnixSink(SocketSink):
         self._connecting = None
         if sock is not None:
             self.adopt(sock)
-        elif self.state == "opening":
-            self.fail(self.error("connecting to", code))
+        else:
+            self.not_connected(code)
 
     def close(self) -> None:
         """Gives up connecting, or closes the connection."""

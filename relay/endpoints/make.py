@@ -1,0 +1,74 @@
+"""From settings to ends at work: which class serves which address."""
+
+from __future__ import annotations
+
+from relay.endpoints.address import Address
+from relay.endpoints.base import Sink, Source
+from relay.endpoints.fifo import FifoSink, FifoSource
+from relay.endpoints.file import FileSink, FileSource, Writing
+from relay.endpoints.null import NullSink, NullSource
+from relay.endpoints.settings import SinkSettings
+from relay.endpoints.stdio import InheritedSource, inherited_sink
+from relay.endpoints.tcp import TcpSink, TcpSource
+from relay.endpoints.unix import UnixSink, UnixSource
+from relay.engine import Engine
+from relay.errors import RelayBug
+
+
+def make_source(engine: Engine, address: Address) -> Source:
+    """The source that connects to or reads `address`; one that listens is made by its listener instead."""
+    match address.scheme:
+        case "tcp":
+            return TcpSource(engine, address)
+        case "unix":
+            return UnixSource(engine, address)
+        case "file":
+            return FileSource(engine, address.path)
+        case "fifo":
+            return FifoSource(engine, address.path)
+        case "fd":
+            return InheritedSource(engine, address.number)
+        case "stdio":
+            return InheritedSource(engine, 0)
+        case "null":
+            return NullSource(engine)
+    raise RelayBug(f"no source for {address}")
+
+
+def make_sink(
+    engine: Engine, settings: SinkSettings, path: str, *, in_place: bool, copy: bool, patience: float = 0.0
+) -> Sink:
+    """The sink that connects to or writes `settings.address`; `path` is a file's, with placeholders filled.
+
+    `in_place`: a plain path of a stream without end is not written as `.part`. `patience`: for how many
+    seconds a refused connection is tried again.
+    """
+    address = settings.address
+    close_with_peer = settings.peer_eof == "close"
+    match address.scheme:
+        case "tcp":
+            return TcpSink(engine, address, close_with_peer=close_with_peer, patience=patience)
+        case "unix":
+            return UnixSink(engine, address, close_with_peer=close_with_peer, patience=patience)
+        case "file":
+            return FileSink(
+                engine,
+                path,
+                Writing(
+                    append=settings.append,
+                    in_place=in_place,
+                    keep=bool(settings.placeholders),
+                    fsync_at_close=settings.fsync == "close",
+                    copy=copy,
+                    sidecar=settings.sidecar or "",
+                ),
+            )
+        case "fifo":
+            return FifoSink(engine, address.path)
+        case "fd":
+            return inherited_sink(engine, address.number)
+        case "stdio":
+            return inherited_sink(engine, 1)
+        case "null":
+            return NullSink(engine)
+    raise RelayBug(f"no sink for {address}")

@@ -1,0 +1,113 @@
+"""The record of a finished session: what moved, how, how long it took, who ended it and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from relay.units import show_size
+
+
+@dataclass
+class SinkRecord:
+    """One sink's part. `result` is delivered or failed; `bytes` reached the sink, `lost` of these are known
+    not to have arrived, `dropped` never left by policy. `reason` says why it ended when not by the stream."""
+
+    sink: str
+    address: str
+    bytes: int
+    seconds: float
+    method: str
+    result: str
+    reason: str = ""
+    lost: int = 0
+    dropped: int = 0
+    blocked_seconds: float = 0.0
+    path: str = ""
+    why_method: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: without what is empty."""
+        found = {
+            "sink": self.sink,
+            "address": self.address,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 6),
+            "method": self.method,
+            "result": self.result,
+        }
+        for key in ("reason", "lost", "dropped", "path", "why_method"):
+            if value := getattr(self, key):
+                found[key] = value
+        if self.blocked_seconds > 0:
+            found["blocked_seconds"] = round(self.blocked_seconds, 6)
+        return found
+
+
+@dataclass
+class SessionRecord:
+    """One stream from its first byte to the last sink's end. `ended_by` is source, sinks or relay."""
+
+    route: str
+    id: str
+    source: str
+    peer: str
+    bytes: int
+    seconds: float
+    method: str
+    ended_by: str
+    result: str
+    reason: str = ""
+    why_method: str = ""
+    sinks: list[SinkRecord] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    source_failed: bool = False
+
+    @property
+    def failed_sinks(self) -> int:
+        """How many sinks did not get their stream whole."""
+        return sum(1 for sink in self.sinks if sink.result == "failed")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        found: dict[str, Any] = {
+            "route": self.route,
+            "id": self.id,
+            "source": self.source,
+            "peer": self.peer,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 6),
+            "method": self.method,
+            "ended_by": self.ended_by,
+            "result": self.result,
+            "sinks": [sink.as_dict() for sink in self.sinks],
+        }
+        for key in ("reason", "why_method", "stages"):
+            if value := getattr(self, key):
+                found[key] = value
+        return found
+
+    def as_text(self) -> str:
+        """One line for people."""
+        rate = show_size(self.bytes / self.seconds) if self.seconds > 0 else "0 B"
+        parts = [
+            f"{self.route} #{self.id} from {self.peer or self.source}: {show_size(self.bytes)} "
+            f"in {self.seconds:.2f} s ({rate}/s, {self.method}), {self.result}, ended by {self.ended_by}"
+        ]
+        if self.reason:
+            parts.append(self.reason)
+        for sink in self.sinks:
+            text = f"{sink.sink} {show_size(sink.bytes)} {sink.method} {sink.result}"
+            if sink.path:
+                text += f" {sink.path}"
+            if sink.dropped:
+                text += f", {sink.dropped} bytes dropped"
+            if sink.lost:
+                text += f", {sink.lost} bytes lost"
+            if sink.reason:
+                text += f" ({sink.reason})"
+            parts.append(text)
+        parts += [
+            f"{stage['stage']} {stage['algorithm']} {stage['digest']}" for stage in self.stages if "digest" in stage
+        ]
+        return "; ".join(parts)

@@ -1,0 +1,85 @@
+"""Which method a hop gets, and why in words: the one place that chooses.
+
+A hop is a source into the chain, a tee, or a node out to its sink. What a kind of end can do is known from its
+kind (docs/kernel-facts.md says how); what the machine allows is probed; `method` on the route or the command
+may force a way. Pure: nothing is opened here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from relay.kernel.probe import Machine
+
+Forced = Literal["auto", "zero-copy", "copy", "sendfile", "splice", "vmsplice"]
+Method = Literal["splice", "tee", "sendfile", "vmsplice", "copy"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method and its reason."""
+
+    method: Method
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.method} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The choices for one route: what was asked for, on this machine."""
+
+    machine: Machine
+    forced: Forced = "auto"
+
+    def _copies(self, call: str) -> str:
+        if self.forced == "copy":
+            return "asked for by method: copy"
+        return self.machine.refused(call)
+
+    def from_source(self, scheme: str, *, copies: str = "", alone: bool = False) -> Choice:
+        """How bytes enter. `copies` is why this end cannot be spliced; `alone`: one socket sink, no stages."""
+        if scheme == "null":
+            return Choice("splice", "there is nothing to move")
+        if reason := self._copies("splice"):
+            return Choice("copy", reason)
+        if copies:
+            return Choice("copy", copies)
+        if scheme in ("file", "memory") and self.forced == "vmsplice":
+            refused = self.machine.refused("vmsplice")
+            return Choice("copy", refused) if refused else Choice("vmsplice", "asked for")
+        if scheme == "file" and alone and self.forced in ("auto", "zero-copy", "sendfile"):
+            refused = self.machine.refused("sendfile")
+            if not refused:
+                return Choice("sendfile", "a file straight to one socket needs no pipe")
+        if scheme == "file":
+            return Choice("splice", "page-cache pages go into the pipe by reference")
+        return Choice("splice", "pages move into the pipe by reference")
+
+    def tee(self) -> Choice:
+        """How the stream is doubled."""
+        if reason := self._copies("tee") or self.machine.refused("splice"):
+            return Choice("copy", reason)
+        return Choice("tee", "both pipes refer to the same pages")
+
+    def to_sink(self, scheme: str, *, copies: str = "") -> Choice:
+        """How bytes leave. `copies` is why this end cannot be spliced."""
+        if reason := self._copies("splice"):
+            return Choice("copy", reason)
+        if copies:
+            return Choice("copy", copies)
+        if scheme == "file":
+            return Choice("splice", "into the page cache, which the kernel fills once")
+        if scheme == "null":
+            return Choice("splice", "pages are let go unseen")
+        if scheme == "digest":
+            return Choice("copy", "a checksum must see the bytes")
+        return Choice("splice", "pages move to the end by reference")
+
+    def between(self) -> Choice:
+        """How bytes go from one of relay's pipes to the next."""
+        if reason := self._copies("splice"):
+            return Choice("copy", reason)
+        return Choice("splice", "pages move between pipes by reference")
