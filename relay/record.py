@@ -108,6 +108,8 @@ class SessionRecord:
                 text += f" ({sink.reason})"
             parts.append(text)
         parts += [
-            f"{stage['stage']} {stage['algorithm']} {stage['digest']}" for stage in self.stages if "digest" in stage
+            f"{stage['stage']} {stage['algorithm']} {stage['digest']}"
+            for stage in self.stages
+            if "digest" in stage
         ]
         return "; ".join(parts)

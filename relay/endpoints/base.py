@@ -103,6 +103,7 @@ class Source(End):
 
     def __init__(self, engine: Engine, address: str) -> None:
         super().__init__(engine, address)
+        self.scheme = "tcp"
         self.peer = ""
         self.name = ""
         self.copies = ""
@@ -112,6 +113,11 @@ class Source(End):
     def open(self) -> None:
         """Opens it; calls on_open, or on_fail with a SourceError, now or later."""
         self.on_open()
+
+    @property
+    def method_now(self) -> str:
+        """How its bytes enter the chain."""
+        return self.method
 
     def changed(self) -> str:
         """What changed under the reader while it was read; empty where nothing did."""
@@ -155,6 +161,10 @@ class Sink(End):
     def wire(self, pipeline: core.Struct) -> None:
         """Names the pipeline that this sink's readiness wakes. Call it before `open`."""
         self.c.writes = pipeline
+
+    def unwire(self) -> None:
+        """The pipeline is going away: nothing of this sink names it any more."""
+        self.c.reads = self.c.writes = core.ffi.NULL
 
     def open(self) -> None:
         """Starts to open it. Bytes meant for it wait in its pipe until then."""

@@ -96,6 +96,12 @@ class DigestSink(Sink):
         self._ferry.start()
         self.opened()
 
+    def unwire(self) -> None:
+        """The pipeline is going away; the thread may still be at work."""
+        super().unwire()
+        if self._ferry is not None:
+            self._ferry.release()
+
     def _hash(self) -> str:
         assert self._ferry is not None
         digest = new_digest(self._algorithm)

@@ -42,6 +42,7 @@ class FifoSource(Source):
         super().__init__(engine, f"fifo://{path}")
         self._path = path
         self.peer = path
+        self.scheme = "fifo"
 
     def open(self) -> None:
         """Opens it; reading begins when a writer comes."""

@@ -38,6 +38,7 @@ class FileSource(Source):
     def __init__(self, engine: Engine, path: str, *, offset: int = 0, length: int | None = None) -> None:
         super().__init__(engine, path)
         self.name = Path(path).name
+        self.scheme = "file"
         self._offset = offset
         self._length = length
         self.size = 0
@@ -176,6 +177,12 @@ class FileSink(Sink):
             self._aborted = True
         if self._ferry is not None and self.state != "finished":
             self._ferry.end()
+
+    def unwire(self) -> None:
+        """The pipeline is going away; the thread may still be at work."""
+        super().unwire()
+        if self._ferry is not None:
+            self._ferry.release()
 
     # -- on the ferry's thread
 

@@ -18,6 +18,7 @@ class NullSource(Source):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, "null:")
+        self.scheme = "null"
 
     def open(self) -> None:
         """There is nothing to open: the pump sees a source with no bytes left."""

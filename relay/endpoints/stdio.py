@@ -64,6 +64,7 @@ class InheritedSource(FileSource):
             )
             return
         mode = status.st_mode
+        self.scheme = "file" if stat.S_ISREG(mode) else "stdio"
         if fcntl.fcntl(self._given, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
             self.on_fail(self.error("reading", errno.EBADF, reason="it is open for writing only"))
         elif stat.S_ISREG(mode) or stat.S_ISDIR(mode):
@@ -153,6 +154,12 @@ class BlockingSink(Sink):
         self._ferry = Ferry(self.engine, self.c, LARGEST_CAPACITY, self._write, self._written)
         self._ferry.start()
         self.opened()
+
+    def unwire(self) -> None:
+        """The pipeline is going away; the thread may still be at work."""
+        super().unwire()
+        if self._ferry is not None:
+            self._ferry.release()
 
     def _write(self) -> None:
         assert self._ferry is not None

@@ -111,7 +111,9 @@ class TcpSink(SocketSink):
         if sock is not None:
             self.adopt(sock)
         else:
-            self.not_connected(code, reason, "check the name, or write the address in figures" if reason else "")
+            self.not_connected(
+                code, reason, "check the name, or write the address in figures" if reason else ""
+            )
 
     def close(self) -> None:
         """Gives up connecting, or closes the connection."""

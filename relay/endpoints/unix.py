@@ -68,6 +68,7 @@ class UnixSource(SocketSource):
 
     def __init__(self, engine: Engine, address: Address) -> None:
         super().__init__(engine, str(address), socket.socket(socket.AF_UNIX), str(address))
+        self.scheme = "unix"
         self._to = address
         self._connecting: Connecting | None = None
 

@@ -67,3 +67,26 @@ class Arena:
             core.ffi.release(self._pointer)
             self._map.close()
             self._map = None
+
+
+class MappedFile:
+    """A file's pages mapped for lending; nobody in this process writes to them.
+
+    Another process that writes to the file changes what readers of lent pages see, as with sendfile. `fd` is
+    borrowed for the call only; `close` unmaps.
+    """
+
+    __slots__ = ("_map", "_pointer")
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._map = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+        self._pointer = core.ffi.from_buffer("char[]", self._map)
+
+    def pointer(self) -> core.Struct:
+        """The address of the file's first byte; valid until close."""
+        return self._pointer
+
+    def close(self) -> None:
+        """Unmaps the file; lent pages stay with their readers."""
+        core.ffi.release(self._pointer)
+        self._map.close()

@@ -90,7 +90,10 @@ class Header(Stage):
                 return Path(settings.file).read_bytes()
             except OSError as error:
                 raise SourceError(
-                    settings.file, "reading the header from", error.errno or 0, "check the path in the stage 'header'"
+                    settings.file,
+                    "reading the header from",
+                    error.errno or 0,
+                    "check the path in the stage 'header'",
                 ) from error
         return settings.content() or b""
 

@@ -1,0 +1,56 @@
+"""A sink that listens: whoever connects gets the stream from then on.
+
+The chain's last node discards what comes, so that a broadcast without subscribers lets bytes pass; subscribers
+are nodes in front of it, joining and leaving between sweeps.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+
+from relay.endpoints.base import Sink
+from relay.endpoints.socket import Listener, SocketSink
+from relay.engine import Engine
+from relay.kernel import core
+
+
+class Subscriber(SocketSink):
+    """One accepted connection of a broadcast; owns the socket."""
+
+    def __init__(
+        self, engine: Engine, sock: socket.socket, peer: str, *, unix: bool, close_with_peer: bool
+    ) -> None:
+        super().__init__(engine, peer, close_with_peer=close_with_peer)
+        self.counts_fin = not unix
+        self._accepted = sock
+
+    def open(self) -> None:
+        """Registers the socket."""
+        self.adopt(self._accepted)
+
+
+class Broadcast(Sink):
+    """Owns the listeners once they are given, and a descriptor of /dev/null for the bytes nobody takes.
+
+    `on_join`, a hook, gets every accepted connection and its peer's name, and owns it from then on.
+    """
+
+    def __init__(self, engine: Engine, address: str) -> None:
+        super().__init__(engine, address)
+        self.listeners: Sequence[Listener] = ()
+        self.on_join: Callable[[socket.socket, str], None] = lambda sock, _peer: sock.close()
+
+    def open(self) -> None:
+        """Opens /dev/null; the listeners were opened with the route."""
+        self.c.fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        self.c.kind = core.INSTANT
+        self.c.writable = 1
+        self.opened()
+
+    def close(self) -> None:
+        """Stops listening."""
+        for listener in self.listeners:
+            listener.close()
+        super().close()

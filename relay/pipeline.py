@@ -1,0 +1,500 @@
+"""A route at work for one stream, or for streams that take turns.
+
+Theory of operation. The pump (kernel/pump.c) moves bytes and reports; this file decides.
+
+    each    the pipeline carries one stream. The source's end runs down the chain; each sink is finished when
+            all it will get was handed to it; when the last has ended the pipeline is over.
+    turns   the pipeline outlives its streams. At a source's end the pump says when nothing is under way; the
+            sinks that belong to the stream (a file a stream, a checksum) are finished, the others stay open;
+            then the turn is over and the next source may begin.
+
+A source that fails lets what it gave flow out; then the sinks are aborted instead of finished, so that no
+receiver takes a part for the whole. A sink that fails is cut off; the others notice nothing. The source is
+closed last: cleanly when every sink that may hold it has the stream whole, with a reset when not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from relay.chain import Chain, Outlet
+from relay.endpoints.base import Sink, Source
+from relay.endpoints.broadcast import Broadcast
+from relay.endpoints.digest import sidecar_line
+from relay.endpoints.file import FileSink
+from relay.endpoints.make import make_sink
+from relay.endpoints.settings import SinkSettings
+from relay.endpoints.template import fill_path
+from relay.engine import Engine
+from relay.errors import RelayError
+from relay.kernel import core
+from relay.kernel.arena import MappedFile
+from relay.record import SessionRecord, SinkRecord
+from relay.stages.base import StageSettings
+from relay.stages.stage import Turn
+from relay.subscribers import Subscribers
+from relay.units import show_size
+from relay.ways import Choice, Ways
+
+log = logging.getLogger("relay.pipeline")
+
+SOCKETS = ("tcp", "unix", "fifo")
+
+
+class Pipeline:
+    """Owns the chain, its sinks and, during a turn, the source. Lives on one engine, on whose thread all runs.
+
+    `on_over(record)` is called at the end of each turn; with `persistent=False` there is one turn, after which
+    everything is closed. Raises KernelError when no descriptor is left for the pipes.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        route: str,
+        stages: tuple[StageSettings, ...],
+        sink: SinkSettings,
+        ways: Ways,
+        *,
+        persistent: bool,
+        on_over: Callable[[SessionRecord], None],
+        patience: float = 0.0,
+    ) -> None:
+        self.engine = engine
+        self.route = route
+        self.persistent = persistent
+        self.ways = ways
+        self._on_over = on_over
+        self._patience = patience
+        self.c = core.new("pipeline", keep=int(persistent))
+        self.chain = Chain(engine, stages, sink, ways, persistent=persistent)
+        self.c.token = engine.register(self._event)
+        self.c.head = self.chain.head.c
+        self.c.nodes = len(self.chain.nodes)
+        for node in self.chain.nodes:
+            node.hear(self._node_hearing(node))
+        self.source: Source | None = None
+        self.turn: Turn | None = None
+        self.subscribers: list[Subscribers] = []
+        self._source_choice = Choice("splice", "")
+        self._source_error = ""
+        self._source_over = False
+        self._mapped: MappedFile | None = None
+        self._reason = ""
+        self._ended_by = "source"
+        self._aborting = False
+        self._ending = False
+        self._closed = False
+        self._began = 0.0
+
+    # -- what a route does
+
+    def open(self, broadcasts: dict[int, Broadcast] | None = None) -> None:
+        """Opens the sinks that outlive a turn. `broadcasts` are the listening sinks, by their settings' id."""
+        for outlet in self.chain.outlets:
+            settings = outlet.settings
+            if settings is not None and settings.verb == "listen":
+                broadcast = (broadcasts or {})[id(settings)]
+                self.subscribers.append(Subscribers(self.engine, self, broadcast, outlet))
+                self._stand(outlet, broadcast)
+            elif not outlet.per_turn:
+                self._stand(outlet, self._made(outlet))
+
+    def begin(self, source: Source, turn: Turn) -> None:
+        """The next stream: `source` is open, and owned by the pipeline until the turn is over."""
+        self.turn, self.source = turn, source
+        self._source_over, self._source_error, self._reason = False, "", ""
+        self._ended_by = "source"
+        self._began = time.monotonic()
+        for outlet in self.chain.outlets:
+            outlet.settled = False
+            outlet.moved_before = outlet.sink.moved if outlet.sink and not outlet.per_turn else 0
+            outlet.dropped_before += outlet.dropped
+            outlet.blocked_before += outlet.blocked
+            if outlet.per_turn and outlet.settings is None or outlet.per_turn and not self._listens(outlet):
+                self._stand(outlet, self._made(outlet))
+        try:
+            for stage in self.chain.stages:
+                stage.begin(turn)
+        except RelayError as error:
+            self.abort(str(error))
+            return
+        self._choose_source(source)
+        source.c.reads = self.c
+        self.c.source = source.c
+        self.c.source_ended = 0
+        self.engine.ready(self.c)
+
+    def finish(self) -> None:
+        """No more streams: what is under way flows out, then every sink is finished. For persistent ones."""
+        if self._closed or self._ending:
+            return
+        self._ending = True
+        self.c.keep = 0
+        if self.source is None:
+            self._started_ending()
+        self.chain.head.c.ended = 1
+        self.c.source_ended = 1
+        self.engine.ready(self.c)
+
+    def _started_ending(self) -> None:
+        for outlet in self.chain.outlets:
+            outlet.settled = outlet.sink is None or outlet.sink.state in ("failed", "finished")
+
+    def abort(self, reason: str) -> None:
+        """Ends at once: sinks are aborted, the source is reset, what is under way is gone."""
+        if self._closed:
+            return
+        self._aborting = True
+        self._reason = self._reason or reason
+        self._ended_by = "relay"
+        self._source_over = True
+        self.c.paused = 1
+        for outlet in self.chain.outlets:
+            if outlet.sink is not None and not outlet.settled:
+                outlet.sink.abort(reason)
+        for group in self.subscribers:
+            group.abort(reason)
+        self._turn_over()
+        self.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a source is connected or bytes wait to be delivered."""
+        return self.source is not None or any(node.c.held for node in self.chain.nodes)
+
+    @property
+    def closed(self) -> bool:
+        """Whether everything is closed."""
+        return self._closed
+
+    # -- standing sinks up
+
+    @staticmethod
+    def _listens(outlet: Outlet) -> bool:
+        return outlet.settings is not None and outlet.settings.verb == "listen"
+
+    def _made(self, outlet: Outlet) -> Sink:
+        settings = outlet.settings
+        if settings is None:
+            assert outlet.stage is not None
+            sink = outlet.stage.sink(self.engine)
+            assert sink is not None
+            return sink
+        path = settings.address.path
+        if settings.placeholders:
+            assert self.turn is not None
+            path = fill_path(path, self.turn.values())
+        in_place = self.persistent and not settings.placeholders
+        copy = self.ways.forced == "copy"
+        return make_sink(self.engine, settings, path, in_place=in_place, copy=copy, patience=self._patience)
+
+    def _stand(self, outlet: Outlet, sink: Sink) -> None:
+        """`sink` stands at `outlet` from now on."""
+        outlet.sink = sink
+        outlet.moved_before = 0
+        sink.c.token = self.engine.register(
+            lambda what, error, _mask: self._sink_event(outlet, sink, what, error)
+        )
+        sink.wire(self.c)
+        sink.on_open = lambda _sink: self._opened(outlet, sink)
+        sink.on_finish = lambda _sink: self._settled(outlet, sink)
+        sink.on_fail = lambda _sink: self._settled(outlet, sink)
+        if not outlet.hidden and outlet.settings is not None and sink.c.kind != core.FERRY:
+            choice = self.ways.to_sink(outlet.settings.address.scheme, copies=sink.copies)
+            if choice.method == "copy":
+                outlet.node.copies(choice.reason)
+        outlet.node.c.sink = sink.c
+        sink.open()
+
+    def _opened(self, outlet: Outlet, sink: Sink) -> None:
+        log.debug("%s: sink %s is open", self.route, outlet.name)
+        del sink
+        self.engine.ready(self.c)
+
+    def _choose_source(self, source: Source) -> None:
+        scheme = source.scheme
+        only = self.chain.outlets[0] if len(self.chain.nodes) == 1 else None
+        alone = only is not None and only.settings is not None and only.settings.address.scheme in SOCKETS
+        choice = self.ways.from_source(scheme, copies=source.copies, alone=alone)
+        if choice.method == "vmsplice" and source.c.left > 0:
+            size = int(source.c.offset) + int(source.c.left)
+            self._mapped = MappedFile(source.c.fd, size)
+            source.c.memory = self._mapped.pointer()
+        elif choice.method == "vmsplice":
+            choice = Choice("splice", "an empty file cannot be mapped")
+        source.c.method = {
+            "splice": core.SPLICE,
+            "copy": core.COPY,
+            "sendfile": core.SENDFILE,
+            "vmsplice": core.VMSPLICE,
+        }[choice.method]
+        self._source_choice = choice
+
+    # -- what the pump reports
+
+    def _event(self, what: int, error: int, _mask: int) -> None:
+        if what in (core.SOURCE_ENDED, core.SOURCE_FAILED):
+            self._source_is_over(error if what == core.SOURCE_FAILED else 0)
+        elif what == core.SOURCE_COPIES:
+            assert self.source is not None
+            name = os_error_name(error)
+            self._source_choice = Choice("copy", f"splice from {self.source.address} answered {name}")
+        elif what == core.IDLE:
+            self._idle()
+        elif what == core.DONE:
+            self._done()
+
+    def _source_is_over(self, error: int) -> None:
+        source = self.source
+        assert source is not None
+        self._source_over = True
+        changed = source.changed()
+        if error:
+            self._source_error = str(source.error("reading from", error))
+        elif source.c.left > 0 and not changed:
+            self._source_error = str(
+                source.error("reading from", 0, reason=f"it ended {source.c.left} bytes early")
+            )
+        elif changed:
+            self._source_error = str(
+                source.error(
+                    "reading from", 0, reason=changed, advice="send it again when nobody writes to it"
+                )
+            )
+        if self._source_error:
+            self._reason = self._source_error
+            log.warning("%s: %s", self.route, self._source_error)
+        if self.c.keep:
+            self.c.tell_idle = 1
+            self.engine.ready(self.c)
+
+    def _idle(self) -> None:
+        """Between turns: nothing is under way, so what belongs to the stream alone can end."""
+        for outlet in self.chain.outlets:
+            if outlet.sink is None or not outlet.per_turn or self._listens(outlet):
+                outlet.settled = True
+            elif not outlet.settled:
+                self._end_sink(outlet, outlet.sink)
+        self._look_whether_over()
+
+    def _done(self) -> None:
+        """Every sink has had its end or failed. Without a failure of the source it need not be read further."""
+        if not self._source_over:
+            self._source_over = True
+            self._ended_by = "sinks"
+            self.c.paused = 1
+        self._look_whether_over()
+
+    def _sink_event(self, outlet: Outlet, sink: Sink, what: int, error: int) -> None:
+        if what == core.SINK_DRAINED:
+            self._end_sink(outlet, sink)
+        elif what == core.SINK_FAILED:
+            sink.broke(error)
+        elif what == core.PEER_ENDED:
+            sink.peer_ended()
+
+    def _end_sink(self, outlet: Outlet, sink: Sink) -> None:
+        """All this sink will get was handed to it: it is finished, after its checksum if it wants one."""
+        if self._source_error:
+            sink.abort("the source failed before the stream was whole")
+            return
+        if outlet.digest is not None and isinstance(sink, FileSink):
+            if not outlet.digest.digest:
+                hidden = next(o for o in self.chain.outlets if o.stage is outlet.digest)
+                if hidden.sink is not None and hidden.sink.state != "failed":
+                    return  # _settled of the checksum comes back here
+            sink.sidecar_line = sidecar_line(outlet.digest.algorithm, outlet.digest.digest)
+        sink.finish()
+
+    def _node_hearing(self, node: object) -> Callable[[int, int], None]:
+        return lambda what, error: self._node_event(node, what, error)
+
+    def _node_event(self, node: object, what: int, error: int) -> None:
+        found = next(n for n in self.chain.nodes if n is node)
+        if what == core.WANTS_COPY:
+            found.copies(f"the kernel answered {os_error_name(error)}")
+            self.engine.ready(self.c)
+        elif what == core.BROKEN:
+            self.abort(f"moving bytes between pipes: {os_error_name(error)}")
+        elif what in (core.SLOW, core.CAUGHT_UP):
+            for outlet in self.chain.outlets:
+                if outlet.gate is found and not outlet.hidden:
+                    self._judge(outlet, slow=what == core.SLOW)
+
+    def _judge(self, outlet: Outlet, *, slow: bool) -> None:
+        """A sink fell behind for too long, or has caught up again."""
+        policy = outlet.slow.then if outlet.slow.policy == "spill" else outlet.slow.policy
+        after = outlet.slow.after or 0.0
+        if not slow:
+            log.info("%s: sink %s has caught up", self.route, outlet.name)
+        elif policy == "drop":
+            outlet.gate.c.dropping = 1
+            start_gap(outlet.gate.c)
+            log.warning("%s: sink %s is slow: dropping for it alone", self.route, outlet.name)
+            self.engine.ready(self.c)
+        elif policy == "disconnect" and outlet.sink is not None:
+            backlog = show_size(outlet.node.pipe.capacity)
+            outlet.sink.abort(f"backlog of {backlog} full for {after:.1f} s")
+        else:
+            log.warning("%s: sink %s is slow: it holds the source", self.route, outlet.name)
+
+    # -- ending
+
+    def _settled(self, outlet: Outlet, sink: Sink) -> None:
+        """A sink finished or failed."""
+        if outlet.sink is not sink or outlet.settled:
+            return
+        outlet.settled = True
+        node = outlet.node.c
+        if node.sink == sink.c:
+            node.sink = core.ffi.NULL
+        if sink.state == "failed" and not self._aborting:
+            log.warning("%s: %s", self.route, sink.reason)
+        outlet.gate.c.dropping = 0
+        if not self._closed:
+            self.engine.ready(self.c)
+        if outlet.hidden:
+            for other in self.chain.outlets:
+                if other.digest is outlet.stage and other.sink is not None and self._drained(other):
+                    self._end_sink(other, other.sink)
+        self._look_whether_over()
+
+    def _drained(self, outlet: Outlet) -> bool:
+        return bool(outlet.node.c.done) or (self._source_over and not outlet.node.c.held)
+
+    def _look_whether_over(self) -> None:
+        if self._closed or self._aborting:
+            return
+        everyone = all(outlet.settled for outlet in self.chain.outlets)
+        if everyone and not self._source_over and not self.c.keep:
+            self._source_over = True
+            self._ended_by = "sinks"
+        if not everyone or not self._source_over and self.source is not None:
+            return
+        if any(group.members for group in self.subscribers) and not self.c.keep:
+            return
+        if self.source is not None:
+            self._turn_over()
+        if not self.persistent or self._ending:
+            self.close()
+
+    def subscriber_left(self) -> None:
+        """For Subscribers: one has ended."""
+        self._look_whether_over()
+
+    def _turn_over(self) -> None:
+        record = self._record()
+        source, self.source = self.source, None
+        self.c.source = core.ffi.NULL
+        if source is not None:
+            source.close(reset=record.result != "delivered" and not self._harmless())
+        if self._mapped is not None:
+            self._mapped.close()
+            self._mapped = None
+        for outlet in self.chain.outlets:
+            if outlet.per_turn and outlet.sink is not None and not self._listens(outlet):
+                self.engine.forget_token(outlet.sink.c.token)
+                outlet.sink.unwire()
+                outlet.sink = None
+        if record.source or record.sinks:
+            self._on_over(record)
+
+    def _harmless(self) -> bool:
+        """Whether every sink that failed was one whose policy lets it."""
+        return not self._source_error and all(
+            outlet.sink is None or outlet.sink.state != "failed" or outlet.slow.policy != "block"
+            for outlet in self.chain.outlets
+        )
+
+    def _record(self) -> SessionRecord:
+        source, turn = self.source, self.turn
+        sinks = [self._sink_record(outlet) for outlet in self.chain.outlets if not outlet.hidden]
+        stages = []
+        for stage in self.chain.stages:
+            said = stage.end()
+            if said:
+                stages.append({"stage": stage.name, **said})
+        failed = sum(1 for sink in sinks if sink.result == "failed")
+        whole = not self._source_error and not self._aborting
+        result = (
+            "delivered"
+            if whole and not failed
+            else "failed"
+            if failed == len(sinks) or not whole
+            else "partial"
+        )
+        return SessionRecord(
+            route=self.route,
+            id=turn.id if turn else "",
+            source=source.address if source else "",
+            peer=source.peer if source else "",
+            bytes=source.moved if source else 0,
+            seconds=time.monotonic() - self._began if self._began else 0.0,
+            method=self._source_choice.method if not source else source.method_now,
+            why_method=self._source_choice.reason,
+            ended_by=self._ended_by,
+            result=result,
+            reason=self._reason,
+            sinks=sinks,
+            stages=stages,
+            source_failed=bool(self._source_error),
+        )
+
+    def _sink_record(self, outlet: Outlet) -> SinkRecord:
+        sink = outlet.sink
+        assert outlet.settings is not None
+        if sink is None:
+            return SinkRecord(outlet.name, str(outlet.settings.address), 0, 0.0, "", "failed")
+        method = (
+            sink.method if sink.c.kind == core.FERRY else "copy" if outlet.node.c.out_copies else "splice"
+        )
+        if self.source is not None and self.source.c.method == core.SENDFILE:
+            method = "sendfile"
+        failed = sink.state == "failed"
+        return SinkRecord(
+            sink=outlet.name,
+            address=sink.address,
+            bytes=sink.moved - outlet.moved_before,
+            seconds=sink.seconds,
+            method=method,
+            why_method=outlet.node.why or sink.copies,
+            result="failed" if failed else "delivered",
+            reason=sink.reason,
+            lost=sink.lost,
+            dropped=outlet.dropped,
+            blocked_seconds=outlet.blocked / 1e9,
+            path=sink.result_path,
+        )
+
+    def close(self) -> None:
+        """Closes the chain and whatever sinks are still open. Safe to call again."""
+        if self._closed:
+            return
+        self._closed = True
+        self.engine.forget(self.c)
+        self.engine.forget_token(self.c.token)
+        for group in self.subscribers:
+            group.close()
+        for outlet in self.chain.outlets:
+            if outlet.sink is not None:
+                self.engine.forget_token(outlet.sink.c.token)
+                outlet.sink.close()
+                outlet.sink.unwire()
+        self.chain.close()
+
+
+def start_gap(gate: core.Struct) -> None:
+    """How much of the piece that is under way must still be kept before anything may be dropped."""
+    under_way = (gate.passed + gate.dropped) % gate.align
+    gate.rest_have = 0
+    gate.rest_need = gate.align - under_way if under_way else 0
+
+
+def os_error_name(code: int) -> str:
+    """EINVAL rather than 22."""
+    import errno
+
+    return errno.errorcode.get(code, str(code))
