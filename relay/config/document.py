@@ -178,7 +178,7 @@ class _Layout:
         self._count += 1
         if self._count > MOST:
             message = f"more than {MOST} values once aliases are written out; use fewer aliases of aliases"
-            raise Unreadable(message, spot)
+            raise Unreadable(message, self._document.values.get(place[:1], spot))
         if id(node) in self._open:
             raise Unreadable("an alias stands for something that it is inside of, which has no end", spot)
         if len(place) > DEEPEST:
@@ -208,7 +208,7 @@ class _Layout:
             name = key.value
             inner = (*place, name)
             if name == "<<" and not key.style:
-                said = "merge keys (<<) are not supported; write the keys out, or use an alias for the whole mapping"
+                said = "merge keys (<<) are not supported; write its keys out, or alias a whole mapping"
                 self._refuse(spot, inner, said)
                 self._document.broken.add(place)
                 continue
