@@ -24,7 +24,9 @@ def validator() -> Draft202012Validator:
     return Draft202012Validator(made)
 
 
-@pytest.mark.parametrize("text", [CONTRACT, *(path.read_text() for path in CONFIGS)], ids=["contract", *(p.stem for p in CONFIGS)])
+@pytest.mark.parametrize(
+    "text", [CONTRACT, *(path.read_text() for path in CONFIGS)], ids=["contract", *(p.stem for p in CONFIGS)]
+)
 def test_it_accepts_what_the_loader_accepts(validator: Draft202012Validator, text: str) -> None:
     """The contract's example and every configuration that is shipped pass without a complaint."""
     assert [error.message for error in validator.iter_errors(yaml.safe_load(text))] == []
@@ -37,7 +39,15 @@ def _route(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "data",
     [
-        _route(stages=["meter", {"meter": None}, {"throttle": "10MB/s"}, {"throttle": 1000}, {"checksum": "blake3"}]),
+        _route(
+            stages=[
+                "meter",
+                {"meter": None},
+                {"throttle": "10MB/s"},
+                {"throttle": 1000},
+                {"checksum": "blake3"},
+            ]
+        ),
         _route(stages=[{"tee": {"to": "x", "stages": [{"tee": {"to": "-", "on_slow": "drop"}}]}}]),
         _route(sink={"file": "x", "rotate": "1h", "fsync": "never", "sidecar": True}),
         _route(sink={"file": "x", "rotate": {"size": 10, "every": "1h"}, "append": "${APPEND:-false}"}),

@@ -1,6 +1,10 @@
 """Sizes, rates and durations as people write them."""
 
+# ruff: noqa: E501 - tables of examples, many to a line
+
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -67,9 +71,8 @@ def test_durations(text: object, seconds: float) -> None:
 )
 def test_what_is_no_size_is_refused(text: object, said: str) -> None:
     """The message names the value, gives an example, and guesses at the unit that was meant."""
-    with pytest.raises(ValueError, match="") as caught:
+    with pytest.raises(ValueError, match=re.escape(said)):
         parse_size(text)
-    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +89,8 @@ def test_what_is_no_size_is_refused(text: object, said: str) -> None:
 )
 def test_what_is_no_rate_is_refused(text: object, said: str) -> None:
     """The message names the value, gives an example, and guesses at what was meant."""
-    with pytest.raises(ValueError, match="") as caught:
+    with pytest.raises(ValueError, match=re.escape(said)):
         parse_rate(text)
-    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,5 @@ def test_what_is_no_rate_is_refused(text: object, said: str) -> None:
 )
 def test_what_is_no_duration_is_refused(text: object, said: str) -> None:
     """Neither text without meaning nor a number that no timer can hold becomes a duration."""
-    with pytest.raises(ValueError, match="") as caught:
+    with pytest.raises(ValueError, match=re.escape(said)):
         parse_duration(text)
-    assert said in str(caught.value)

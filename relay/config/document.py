@@ -148,10 +148,11 @@ def parse(text: str, environment: Mapping[str, str] | None = None) -> Document:
     except yaml.MarkedYAMLError as error:
         raise Unreadable(_in_words(error, text), _spot(error.problem_mark or error.context_mark)) from error
     except yaml.reader.ReaderError as error:
-        before = text[: error.position] if isinstance(error.position, int) else ""
-        line = before.count("\n") + 1
-        column = len(before) - (before.rfind("\n") + 1) + 1
-        character = f"U+{error.character:04X}" if isinstance(error.character, int) else repr(error.character)
+        # The C reader counts bytes, the Python one characters: find the place anew.
+        refused = yaml.reader.Reader.NON_PRINTABLE.search(text)
+        before = text[: refused.start()] if refused else ""
+        line, column = before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1
+        character = f"U+{ord(refused[0]):04X}" if refused else "somewhere in it"
         raise Unreadable(
             f"not valid YAML: the character {character} is not allowed", (line, column)
         ) from error
