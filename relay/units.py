@@ -70,7 +70,7 @@ def parse_duration(value: object) -> float:
         if matched and matched[2] in ("", *_SECONDS):
             seconds = float(matched[1]) * _SECONDS.get(matched[2], 1.0)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(value) if abs(value) <= _LARGEST else math.inf
+        seconds = math.inf if abs(value) > _LARGEST else float(value)
     if math.isnan(seconds) or seconds < 0:
         raise ValueError(_complaint("duration", "1.5s", value, _SECONDS, ""))
     if seconds > _LONGEST:

@@ -148,10 +148,11 @@ def parse(text: str, environment: Mapping[str, str] | None = None) -> Document:
     except yaml.MarkedYAMLError as error:
         raise Unreadable(_in_words(error, text), _spot(error.problem_mark or error.context_mark)) from error
     except yaml.reader.ReaderError as error:
-        before = text[: error.position] if isinstance(error.position, int) else ""
-        line = before.count("\n") + 1
-        column = len(before) - (before.rfind("\n") + 1) + 1
-        character = f"U+{error.character:04X}" if isinstance(error.character, int) else repr(error.character)
+        # The C reader counts bytes, the Python one characters: find the place anew.
+        refused = yaml.reader.Reader.NON_PRINTABLE.search(text)
+        before = text[: refused.start()] if refused else ""
+        line, column = before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1
+        character = f"U+{ord(refused[0]):04X}" if refused else "somewhere in it"
         raise Unreadable(
             f"not valid YAML: the character {character} is not allowed", (line, column)
         ) from error
@@ -178,7 +179,7 @@ class _Layout:
         self._count += 1
         if self._count > MOST:
             message = f"more than {MOST} values once aliases are written out; use fewer aliases of aliases"
-            raise Unreadable(message, spot)
+            raise Unreadable(message, self._document.values.get(place[:1], spot))
         if id(node) in self._open:
             raise Unreadable("an alias stands for something that it is inside of, which has no end", spot)
         if len(place) > DEEPEST:
@@ -208,7 +209,7 @@ class _Layout:
             name = key.value
             inner = (*place, name)
             if name == "<<" and not key.style:
-                said = "merge keys (<<) are not supported; write the keys out, or use an alias for the whole mapping"
+                said = "merge keys (<<) are not supported; write its keys out, or alias a whole mapping"
                 self._refuse(spot, inner, said)
                 self._document.broken.add(place)
                 continue

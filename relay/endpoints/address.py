@@ -76,7 +76,8 @@ class Address:
                 f"{text!r} is not an address",
                 hint=f"write {_FORMS[matched[1]]} (or ./{text} for a file of that name)",
             )
-        if (matched := _HOST_AND_PORT.fullmatch(text)) and int(matched[2]) <= 65535:
+        matched = _HOST_AND_PORT.fullmatch(text)
+        if matched and int(matched[2]) <= 65535 and not matched[1].isdigit():  # 12:30 is nobody's host
             raise AddressError(
                 f"{text!r} could be a host and port or a file",
                 hint=f"write tcp://{text}, or ./{text} for the file",
