@@ -186,3 +186,27 @@ def _make_way(address: Address) -> None:
                     str(address), "looking at", error.errno or 0, hint(error.errno or 0)
                 ) from error
     raise SourceError(str(address), "listening on", errno.EADDRINUSE, hint(errno.EADDRINUSE))
+
+
+def user_id(name: str | int | None) -> int:
+    """The uid of a user given by name or number; -1 for None. Raises SourceError when there is no such user."""
+    import pwd
+
+    if name is None or isinstance(name, int):
+        return -1 if name is None else name
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise SourceError(str(name), "looking up the user", 0, "check 'owner'", reason="unknown") from None
+
+
+def group_id(name: str | int | None) -> int:
+    """The gid of a group given by name or number; -1 for None. Raises SourceError when there is no such group."""
+    import grp
+
+    if name is None or isinstance(name, int):
+        return -1 if name is None else name
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise SourceError(str(name), "looking up the group", 0, "check 'group'", reason="unknown") from None

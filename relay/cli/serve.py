@@ -1,0 +1,51 @@
+"""`relay serve`: runs the routes of a configuration."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    auto = "auto"
+    text = "text"
+    json = "json"
+
+
+class LogLevel(StrEnum):
+    """From which level on lines are logged."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+def serve(
+    config: Annotated[
+        str | None, typer.Argument(help="The configuration; without it the built-in default.")
+    ] = None,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="auto is text on a terminal, JSON lines elsewhere.")
+    ] = LogFormat.auto,
+    log_level: Annotated[LogLevel, typer.Option(help="From which level on to log.")] = LogLevel.info,
+) -> None:
+    """Runs the routes; SIGTERM drains and ends, SIGHUP reloads."""
+    from relay import logs
+    from relay.config.load import load, load_default
+    from relay.serve import Server
+    from relay.welcome import welcome
+
+    logs.set_up(log_format.value, log_level.value)
+    settings = load(config) if config is not None else load_default()
+    server = Server(settings, on_ready=lambda routes: welcome(routes, built_in=config is None))
+    raise typer.Exit(server.run())
+
+
+def add_to(app: typer.Typer) -> None:
+    """Registers the command."""
+    app.command()(serve)

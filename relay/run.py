@@ -1,0 +1,52 @@
+"""`relay run`: a route made from addresses instead of YAML, for one stream."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import IO, Any
+
+from relay.config.load import from_data
+from relay.record import SessionRecord
+from relay.serve import RunningRoute, Server
+from relay.units import show_size
+
+
+def route_data(source: str, to: Sequence[str], method: str) -> dict[str, Any]:
+    """The configuration that `relay run` stands for: every sink but the last is a tee's."""
+    *tees, last = to
+    route: dict[str, Any] = {"source": source, "sink": last, "method": method}
+    if tees:
+        route["stages"] = [{"tee": {"to": sink}} for sink in tees]
+    return {"routes": {"run": route}, "drain": 0}
+
+
+def run_once(source: str, to: Sequence[str], method: str) -> int:
+    """Runs it to its end; prints a line a sink. Returns the exit code; 130 or 143 after a signal."""
+    config = from_data(route_data(source, to, method), "relay run")
+    taken = any(sink.address.scheme == "stdio" for _place, sink in config.routes["run"].sinks())
+    results = sys.stderr if taken else sys.stdout
+
+    def ready(routes: list[RunningRoute]) -> None:
+        for route in routes:
+            for address in route.bound:
+                print(f"listening on {address}", file=sys.stderr, flush=True)
+
+    server = Server(config, once=True, on_record=lambda record: tell(record, results), on_ready=ready)
+    code = server.run()
+    return 128 + server.signalled if server.signalled else code
+
+
+def tell(record: SessionRecord, out: IO[str]) -> None:
+    """A line a sink: bytes, seconds, rate, method, how it ended."""
+    for sink in record.sinks:
+        seconds = max(record.seconds, 1e-9)
+        line = (
+            f"{sink.path or sink.address}: {sink.bytes} bytes in {record.seconds:.2f} s "
+            f"({show_size(sink.bytes / seconds)}/s, {sink.method}), {sink.result}"
+        )
+        if sink.why_method and sink.method == "copy":
+            line += f"; copied: {sink.why_method}"
+        if sink.reason:
+            line += f"; {sink.reason}"
+        print(line, file=out, flush=True)

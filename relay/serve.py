@@ -1,0 +1,390 @@
+"""The server: engines, routes at work, signals, and the exit code.
+
+Each route has a home engine, where its listeners and its account of what runs live; a route whose connections
+each get a pipeline spreads those over all engines. A source that is a file gets an engine of its own: reading a
+file may wait for the disk, and then nothing else should.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from relay import logs
+from relay.config.models import Config, Route
+from relay.endpoints import tcp, unix
+from relay.endpoints.address import Address
+from relay.endpoints.base import Source
+from relay.endpoints.broadcast import Broadcast
+from relay.endpoints.make import make_source
+from relay.endpoints.settings import SinkSettings, SourceSettings
+from relay.endpoints.socket import Listener, SocketSource
+from relay.engine import Engine
+from relay.errors import EndpointError, RelayError
+from relay.kernel.probe import machine
+from relay.pipeline import Pipeline
+from relay.record import SessionRecord
+from relay.stages.stage import Turn
+from relay.ways import Ways
+
+log = logging.getLogger("relay.serve")
+
+_ids = itertools.count(1)
+
+
+def new_turn(route: str, source: Source) -> Turn:
+    """Names for a stream that begins now; ids count up for as long as this process lives."""
+    at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    return Turn(route=route, id=str(next(_ids)), time=at, peer=source.peer, name=source.name)
+
+
+class RunningRoute:
+    """One route at work: its listeners, its pipelines, whoever waits for a turn. Lives on its home engine.
+
+    `on_done(route)` is called once when a route whose source ends has nothing left to do. `once`: a listening
+    source takes one connection.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        route: Route,
+        home: Engine,
+        spread: Iterator[Engine],
+        on_done: Callable[[RunningRoute], None],
+        *,
+        once: bool = False,
+        on_record: Callable[[SessionRecord], None] = logs.session,
+    ) -> None:
+        self.name = name
+        self.route = route
+        self.home = home
+        self.records: list[SessionRecord] = []
+        self.finite = once or route.source.verb != "listen"
+        self.cut_short = False
+        self.failed: RelayError | None = None
+        self.bound: list[str] = []
+        self._spread = spread
+        self._on_done = on_done
+        self._on_record = on_record
+        self._once = once
+        self._ways = Ways(machine(), route.method)
+        self._persistent = route.turns() == "one" and not self.finite
+        self._listeners: list[Listener] = []
+        self._broadcasts: dict[int, Broadcast] = {}
+        self._standing: Pipeline | None = None
+        self._pipelines: set[Pipeline] = set()
+        self._waiting: deque[Source] = deque()
+        self._own: Engine | None = None
+        self._ending = False
+        self._done = False
+
+    def open(self) -> None:
+        """Binds every listener and opens the sinks that outlive a stream. Raises SourceError; see `bound`."""
+        for _place, sink in self.route.sinks():
+            if sink.verb == "listen":
+                self._broadcasts[id(sink)] = self._bind_broadcast(sink)
+        if self._persistent:
+            self._standing = self._pipeline(self.home)
+            self._pipelines.add(self._standing)
+            self._standing.open(self._broadcasts)
+        source = self.route.source
+        if source.verb == "listen":
+            self._listeners = listen(self.home, source.address, self._accepted, source)
+            for listener in self._listeners:
+                self.bound.append(listener.address)
+                log.info(
+                    "%s: listening on %s", self.name, listener.address,
+                    extra={"event": "listening", "route": self.name, "role": "source",
+                           "address": listener.address},
+                )
+        else:
+            self._read()
+
+    def _bind_broadcast(self, sink: SinkSettings) -> Broadcast:
+        broadcast = Broadcast(self.home, str(sink.address))
+        broadcast.listeners = listen(
+            self.home, sink.address, lambda sock, peer: broadcast.on_join(sock, peer), sink
+        )
+        for listener in broadcast.listeners:
+            self.bound.append(listener.address)
+            log.info(
+                "%s: broadcasting on %s", self.name, listener.address,
+                extra={"event": "listening", "route": self.name, "role": "sink", "address": listener.address},
+            )
+        return broadcast
+
+    def _pipeline(self, engine: Engine) -> Pipeline:
+        pipeline: Pipeline
+
+        def over(record: SessionRecord) -> None:
+            self.home.post(lambda: self._over(pipeline, record))
+
+        pipeline = Pipeline(
+            engine, self.name, self.route.stages, self.route.sink, self._ways,
+            persistent=self._persistent, on_over=over,
+        )
+        return pipeline
+
+    # -- sources
+
+    def _accepted(self, sock: socket.socket, peer: str) -> None:
+        engine = self.home if self._persistent else next(self._spread)
+        source = SocketSource(engine, str(self.route.source.address), sock, peer)
+        source.scheme = self.route.source.address.scheme
+        if self._once:
+            self._stop_listening()
+        if self._standing is not None:
+            if self._standing.source is not None or self._waiting:
+                log.info("%s: %s waits for its turn", self.name, peer)
+            self._waiting.append(source)
+            self._next_turn()
+        else:
+            self._start(engine, source)
+
+    def _read(self) -> None:
+        address = self.route.source.address
+        engine = self.home
+        if address.scheme in ("file", "stdio", "fd"):
+            engine = self._own = Engine(f"{self.name}-reader")
+            engine.start()
+        source = make_source(engine, address)
+        source.on_fail = lambda error: self.home.post(lambda: self._source_failed(error))
+        source.on_open = lambda: self._start_here(engine, source)
+        engine.post(source.open)
+
+    def _source_failed(self, error: EndpointError) -> None:
+        self.failed = error
+        log.error("%s: %s", self.name, error)
+        self._look_whether_done()
+
+    def _start(self, engine: Engine, source: Source) -> None:
+        """On the home engine: a pipeline for this source, on its engine."""
+        engine.post(source.open)
+        source.on_open = lambda: self._start_here(engine, source)
+
+    def _start_here(self, engine: Engine, source: Source) -> None:
+        """On the source's engine, once the source is open."""
+        try:
+            pipeline = self._pipeline(engine)
+            pipeline.open(self._broadcasts)
+        except RelayError as error:
+            log.warning("%s: %s refused: %s", self.name, source.peer, error)
+            source.close(reset=True)
+            failed = error
+            self.home.post(lambda: self._not_started(failed))
+            return
+        self._pipelines.add(pipeline)
+        pipeline.begin(source, new_turn(self.name, source))
+
+    def _not_started(self, error: RelayError) -> None:
+        if self.finite:
+            self.failed = error
+        self._look_whether_done()
+
+    def _next_turn(self) -> None:
+        standing = self._standing
+        if standing is None or standing.source is not None or not self._waiting:
+            return
+        source = self._waiting.popleft()
+        source.on_open = lambda: None
+        source.open()
+        standing.begin(source, new_turn(self.name, source))
+
+    def _over(self, pipeline: Pipeline, record: SessionRecord) -> None:
+        self._on_record(record)
+        if self.finite:
+            self.records.append(record)
+        if pipeline.closed:
+            self._pipelines.discard(pipeline)
+        if self._ending and not self._waiting and self._standing is not None and not self._standing.closed:
+            self._standing.finish()
+        self._next_turn()
+        self._look_whether_done()
+
+    # -- ending
+
+    def _stop_listening(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a source connection is open or bytes wait; idle subscribers do not count."""
+        return bool(self._waiting) or any(p.busy for p in self._pipelines if not p.closed)
+
+    def drain(self) -> None:
+        """No new streams; those under way go on. What has none is finished at once."""
+        self._ending = True
+        self._stop_listening()
+        standing = self._standing
+        if standing is not None and standing.source is None and not self._waiting:
+            standing.finish()
+        self._look_whether_done()
+
+    def abort(self, reason: str) -> None:
+        """Ends everything now."""
+        self._ending = True
+        self._stop_listening()
+        while self._waiting:
+            self._waiting.popleft().close(reset=True)
+            self.cut_short = True
+        for pipeline in list(self._pipelines):
+            if pipeline.closed:
+                continue
+            self.cut_short = self.cut_short or pipeline.busy
+            pipeline.engine.post(lambda pipeline=pipeline: self._abort_there(pipeline, reason))
+        self._look_whether_done()
+
+    def _abort_there(self, pipeline: Pipeline, reason: str) -> None:
+        pipeline.abort(reason)
+        self.home.post(self._look_whether_done)
+
+    def _look_whether_done(self) -> None:
+        self._pipelines = {pipeline for pipeline in self._pipelines if not pipeline.closed}
+        if self._done or self._pipelines or self._waiting:
+            return
+        if self._ending or (self.finite and (self.failed or self.records)):
+            self._done = True
+            self._stop_listening()
+            for broadcast in self._broadcasts.values():
+                broadcast.close()
+            if self._own is not None:
+                own = self._own
+                threading.Thread(target=own.stop, daemon=True).start()
+            self._on_done(self)
+
+
+def listen(
+    engine: Engine, address: Address, accepted: Callable[[socket.socket, str], None],
+    settings: SourceSettings | SinkSettings,
+) -> list[Listener]:
+    """Listeners for a tcp or unix address, with the unix options of the endpoint's settings."""
+    if address.scheme == "tcp":
+        return tcp.listen(engine, address, accepted)
+    return unix.listen(
+        engine, address, accepted, mode=settings.mode,
+        owner=unix.user_id(settings.owner), group=unix.group_id(settings.group),
+    )
+
+
+def exit_code(routes: list[RunningRoute]) -> int:
+    """Send's codes: 4 a source failed, 5 every sink failed, 1 some did, 0 all was delivered."""
+    records = [record for route in routes for record in route.records]
+    if any(route.failed for route in routes) or any(record.source_failed for record in records):
+        return 4
+    sinks = [sink for record in records for sink in record.sinks]
+    failed = sum(1 for sink in sinks if sink.result == "failed")
+    if failed:
+        return 5 if failed == len(sinks) else 1
+    return 1 if any(record.result == "failed" for record in records) else 0
+
+
+class Server:
+    """All routes of a configuration at work. `run` returns the exit code; it is called on the main thread."""
+
+    def __init__(
+        self, config: Config, *, once: bool = False,
+        on_record: Callable[[SessionRecord], None] = logs.session,
+        on_ready: Callable[[list[RunningRoute]], None] = lambda _routes: None,
+    ) -> None:
+        self._config = config
+        self._once = once
+        self._on_record = on_record
+        self._on_ready = on_ready
+        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._engines: list[Engine] = []
+        self.routes: list[RunningRoute] = []
+        self._done: set[str] = set()
+        self.signalled = 0
+
+    def run(self) -> int:
+        """Opens every route, serves until told to end or until nothing is left to do; 4 when one cannot open."""
+        previous = self._catch_signals()
+        count = self._config.engines or len(os.sched_getaffinity(0))
+        self._engines = [Engine(f"engine-{i}") for i in range(count)]
+        try:
+            if not self._open():
+                return 4
+            self._on_ready(self.routes)
+            for engine in self._engines:
+                engine.start()
+            return self._serve()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            for engine in self._engines:
+                engine.stop()
+                engine.close()
+
+    def _catch_signals(self) -> dict[int, object]:
+        """SIGPIPE is ignored: splice has no MSG_NOSIGNAL. The others are news for the main thread."""
+
+        def caught(number: int, _frame: FrameType | None) -> None:
+            self._news.put(signal.Signals(number).name)
+
+        found: dict[int, object] = {}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            found[number] = signal.signal(number, caught)
+        found[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        if hasattr(signal, "SIGXFSZ"):
+            found[signal.SIGXFSZ] = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        return found
+
+    def _open(self) -> bool:
+        spread = itertools.cycle(self._engines)
+        for (name, route), home in zip(self._config.routes.items(), itertools.cycle(self._engines), strict=False):
+            running = RunningRoute(
+                name, route, home, spread, lambda done: self._news.put(f"done {done.name}"),
+                once=self._once, on_record=self._on_record,
+            )
+            self.routes.append(running)
+            try:
+                running.open()
+            except RelayError as error:
+                log.error("%s: %s", name, error, extra={"event": "error", "route": name})
+                for opened in self.routes:
+                    opened.abort("another route could not be opened")
+                for engine in self._engines:
+                    engine.turn(0)
+                return False
+        return True
+
+    def _serve(self) -> int:
+        deadline: float | None = None
+        while len(self._done) < len(self.routes):
+            try:
+                timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+                news = self._news.get(timeout=timeout)
+            except queue.Empty:
+                self._abort("the drain deadline passed")
+                deadline = None
+                continue
+            if news.startswith("done "):
+                self._done.add(news[5:])
+            elif news in ("SIGTERM", "SIGINT"):
+                if self.signalled:
+                    self._abort(f"a second {news}")
+                    continue
+                self.signalled = int(signal.Signals[news])
+                log.info("draining: %s, %.0f s at most", news, self._config.drain, extra={"event": "drain"})
+                deadline = time.monotonic() + self._config.drain
+                for route in self.routes:
+                    route.home.post(route.drain)
+        if self.signalled:
+            return 1 if any(route.cut_short for route in self.routes) else 0
+        return exit_code(self.routes)
+
+    def _abort(self, reason: str) -> None:
+        for route in self.routes:
+            route.home.post(lambda route=route: route.abort(reason))
