@@ -84,7 +84,9 @@ class Descriptors:
         self._closers.append(made.close)
         return made
 
-    def tcp_pair(self, *, blocking: bool = False, receive_buffer: int = 0) -> tuple[socket.socket, socket.socket]:
+    def tcp_pair(
+        self, *, blocking: bool = False, receive_buffer: int = 0
+    ) -> tuple[socket.socket, socket.socket]:
         """Two connected tcp sockets on loopback; `receive_buffer` bytes asked for on the second one."""
         with socket.socket() as listener:
             if receive_buffer:

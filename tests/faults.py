@@ -37,11 +37,11 @@ def _strace_refusal() -> str:
 def strace_prefix(*rules: str) -> list[str]:
     """The words to put in front of a command so that `rules` hold in it, its threads and its children.
 
-    A rule is CALL[,CALL...]:FAULT[:when=EXPRESSION], FAULT one of `error=ERRNO`, `retval=N` (forged, the call is
-    not executed), `delay_enter=MICROSECONDS`, `delay_exit=MICROSECONDS`; `when=3` the third call, `3+` from
-    the third on, `3+5` the 3rd, 8th, 13th, `3..5` the 3rd to the 5th, counted for each thread. `send` and `recv`
-    are understood as sendto and recvfrom. `signal=` is refused: it is lost with --seccomp-bpf, which keeps
-    calls that are not traced at full speed. The command's exit status becomes strace's own.
+    A rule is CALL[,CALL...]:FAULT[:when=EXPRESSION]. FAULT is `error=ERRNO`, `retval=N` (forged: the call is
+    not executed), `delay_enter=MICROSECONDS` or `delay_exit=MICROSECONDS`; `when=3` the third call, `3+` from
+    the third on, `3+5` the 3rd, 8th, 13th, `3..5` the 3rd to the 5th, counted for each thread. `send` and
+    `recv` are understood as sendto and recvfrom. `signal=` is refused: it is lost with --seccomp-bpf, which
+    keeps calls that are not traced at full speed. The command's exit status becomes strace's own.
     """
     assert rules, "strace_prefix takes at least one rule"
     refusal = _strace_refusal()
@@ -50,15 +50,16 @@ def strace_prefix(*rules: str) -> list[str]:
     named: list[str] = []
     injections: list[str] = []
     for rule in rules:
-        calls, colon, fault = rule.partition(":")
-        assert colon and fault, f"{rule!r} is no rule: CALL:FAULT[:when=...]"
+        calls, _, fault = rule.partition(":")
+        assert fault, f"{rule!r} is no rule: CALL:FAULT[:when=...]"
         assert "signal=" not in fault, "signal= is lost with --seccomp-bpf"
         kernel = [KERNEL_NAMES.get(call, call) for call in calls.split(",")]
         named += kernel
         injections += ["-e", f"inject={','.join(kernel)}:{fault}"]
     trace = ",".join(dict.fromkeys(named))
     # -o keeps the trace out of the command's stderr, which tests read.
-    return [program("strace"), "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", "-e", f"trace={trace}", *injections]
+    options = ["-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", "-e", f"trace={trace}"]
+    return [program("strace"), *options, *injections]
 
 
 def strace_inject(argv: Sequence[str | Path], *rules: str) -> list[str]:
@@ -77,7 +78,7 @@ class Count:
 
 @dataclasses.dataclass(frozen=True)
 class ShortCounts:
-    """The compiled shim. `environment()` puts it into force for one command, `counts()` proves that it was."""
+    """The compiled shim: `environment()` puts it into force for a command, `counts()` proves that it was."""
 
     library: Path
     ledger: Path
@@ -87,8 +88,9 @@ class ShortCounts:
         """Compiles short.c into `directory`; skips the test where there is no compiler."""
         library = directory / "short.so"
         source = Path(__file__).with_name("faults") / "short.c"
-        words = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", str(library), str(source)]
-        made = subprocess.run([program("gcc"), *words], capture_output=True, text=True, check=False)
+        words = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o"]
+        argv = [program("gcc"), *words, str(library), str(source)]
+        made = subprocess.run(argv, capture_output=True, text=True, check=False)
         assert made.returncode == 0, made.stderr
         return cls(library, directory / "ledger")
 
@@ -101,7 +103,7 @@ class ShortCounts:
         calls: Sequence[str] = ("splice", "tee", "vmsplice", "sendfile", "send", "recv"),
         base: Mapping[str, str] | None = None,
     ) -> dict[str, str]:
-        """The environment (on top of `base`, default os.environ) that makes `calls` come short; resets the counts.
+        """The environment, on top of `base` or os.environ, that makes `calls` come short; resets the counts.
 
         `rate` and `eintr` in percent. The same seed makes the same decisions for the same calls.
         """

@@ -49,7 +49,7 @@ class Forked:
         return value
 
     def status(self) -> int:
-        """Waits for the end; the exit status, or minus the signal that ended it. Leaves the zombie in place."""
+        """Waits for the end: the exit status, or minus the signal that ended it. The zombie stays."""
         ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         assert ended is not None
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
@@ -101,4 +101,4 @@ def become(user: int) -> None:
     os.setresuid(user, user, user)
 
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="root is missing: it takes root to become another user")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="root is missing: only root becomes another user")

@@ -24,10 +24,10 @@ class Snapshot:
 def descriptors() -> dict[int, str]:
     """Every open descriptor of this process with what it points at, such as `socket:[4711]`."""
     found = {}
-    for name in os.listdir("/proc/self/fd"):
+    for entry in list(Path("/proc/self/fd").iterdir()):
         # The descriptor that listed the folder is closed again by now.
         with contextlib.suppress(FileNotFoundError):
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+            found[int(entry.name)] = str(entry.readlink())
     return found
 
 
@@ -44,8 +44,9 @@ def children() -> dict[int, str]:
 def command(pid: int) -> str:
     """The command line of `pid`, or its name in brackets when it is a zombie."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        return b" ".join(words).decode(errors="replace").strip() or f"[{Path(f'/proc/{pid}/comm').read_text().strip()}]"
+        process = Path(f"/proc/{pid}")
+        words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        return words or f"[{(process / 'comm').read_text().strip()}]"
     return "[gone]"
 
 

@@ -47,7 +47,7 @@ def program(name: str) -> str:
 
 
 def payload_chunks(seed: int, size: int, chunk: int = 1 << 20) -> Iterator[bytes]:
-    """`size` bytes of `seed` in pieces of `chunk`; the bytes do not depend on `chunk` if it is a multiple of 4.
+    """`size` bytes of `seed` in pieces of `chunk`, a multiple of 4; the bytes do not depend on it.
 
     No two places look alike, so a block that is lost, doubled or misplaced changes the stream's hash.
     """
@@ -88,14 +88,15 @@ def assert_same(got: bytes, expected: bytes) -> None:
     place = next((i for i in range(0, common, 4096) if got[i : i + 4096] != expected[i : i + 4096]), common)
     while place < common and got[place] == expected[place]:
         place += 1
-    pytest.fail(f"got {len(got)} bytes, expected {len(expected)}, the first difference is at {place}", pytrace=False)
+    lengths = f"got {len(got)} bytes, expected {len(expected)}"
+    pytest.fail(f"{lengths}, the first difference is at {place}", pytrace=False)
 
 
 # --- waiting ----------------------------------------------------------------------------------------------
 
 
 def wait_for(fd: int | socket.socket, events: int = select.POLLIN, patience: float = PATIENCE) -> int:
-    """Waits until poll() reports one of `events` (or an error or hang-up) on `fd` and returns what it reported."""
+    """Waits until poll() reports one of `events`, an error or a hang-up on `fd`; returns what it reported."""
     waiter = select.poll()
     waiter.register(fd, events)
     found = waiter.poll(patience * 1000)
@@ -106,7 +107,7 @@ def wait_for(fd: int | socket.socket, events: int = select.POLLIN, patience: flo
 def eventually(
     predicate: Callable[[], Any], what: str, *watched: int | socket.socket, patience: float = PATIENCE
 ) -> Any:
-    """Asks `predicate` until its answer is true, and returns the answer; fails naming `what` after `patience`.
+    """Asks `predicate` until its answer is true and returns it; fails naming `what` after `patience`.
 
     Between two questions it waits for input on `watched`, for 0.2 ms at first and then twice as long up to
     50 ms, so a state that no event announces is found soon without a busy loop.
@@ -127,7 +128,7 @@ def eventually(
 
 def read_all(fd: int, patience: float = PATIENCE) -> bytes:
     """Reads a pipe or file until its end, blocking or not."""
-    pieces = []
+    pieces: list[bytes] = []
     while True:
         if not os.path.isfile(f"/proc/self/fd/{fd}"):  # noqa: PTH113 - a descriptor, no path to keep
             wait_for(fd, patience=patience)
@@ -140,13 +141,13 @@ def read_all(fd: int, patience: float = PATIENCE) -> bytes:
 
 def receive_all(sock: socket.socket, patience: float = PATIENCE) -> bytes:
     """Receives until the peer's end of stream; `patience` is the longest silence. ECONNRESET is raised."""
-    return b"".join(_received(sock, patience))
+    return b"".join(received(sock, patience))
 
 
 def receive_digest(sock: socket.socket, patience: float = PATIENCE) -> tuple[int, str]:
     """As receive_all, for streams too large to hold: the number of bytes and their sha256 in hex."""
     digest, count = hashlib.sha256(), 0
-    for piece in _received(sock, patience):
+    for piece in received(sock, patience):
         digest.update(piece)
         count += len(piece)
     return count, digest.hexdigest()
@@ -173,7 +174,8 @@ def send_all(sock: socket.socket, data: bytes, patience: float = PATIENCE) -> No
             view = view[sock.send(view, socket.MSG_DONTWAIT) :]
 
 
-def _received(sock: socket.socket, patience: float) -> Iterator[bytes]:
+def received(sock: socket.socket, patience: float = PATIENCE) -> Iterator[bytes]:
+    """Piece by piece what arrives until the peer's end of stream. ECONNRESET is raised."""
     while True:
         wait_for(sock, patience=patience)
         with contextlib.suppress(BlockingIOError):
@@ -224,7 +226,7 @@ def refused_address() -> str:
 
 @contextlib.contextmanager
 def running(argv: Sequence[str | Path], **popen: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts a program (argv[0] is looked up with `program`); at the end of the block it is killed and reaped.
+    """Starts a program, looked up with `program`; at the end of the block it is killed and reaped.
 
     Takes Popen's arguments. A test that cares how the program ends waits for it inside the block.
     """
@@ -291,12 +293,15 @@ def nc_receiver(path: Path, *options: str) -> Iterator[Peer]:
     """nc takes one connection and writes what arrives to `path`; `-N` half-closes at once, stdin is empty."""
     with path.open("wb") as output:
         argv = ["nc", "-v", "-n", *options, "-l", "127.0.0.1", "0"]
-        with listening(argv, r"Listening on 127\.0\.0\.1 (\d+)", stdin=subprocess.DEVNULL, stdout=output) as peer:
+        said = r"Listening on 127\.0\.0\.1 (\d+)"
+        with listening(argv, said, stdin=subprocess.DEVNULL, stdout=output) as peer:
             yield peer
 
 
-def run(argv: Sequence[str | Path], *, patience: float = PATIENCE, **options: Any) -> subprocess.CompletedProcess[bytes]:
+def run(
+    argv: Sequence[str | Path], *, patience: float = PATIENCE, **options: Any
+) -> subprocess.CompletedProcess[bytes]:
     """Runs a program to its end with stdout and stderr captured; takes subprocess.run's arguments."""
     options.setdefault("stdout", subprocess.PIPE)
     options.setdefault("stderr", subprocess.PIPE)
-    return subprocess.run([program(str(argv[0])), *map(str, argv[1:])], timeout=patience, **options)  # noqa: PLW1510
+    return subprocess.run([program(str(argv[0])), *map(str, argv[1:])], timeout=patience, **options)

@@ -1,4 +1,4 @@
-"""The calls that Python does not have, straight to libc: tee, vmsplice, mlock, and what sockets and pipes tell.
+"""The calls that Python does not have: tee, vmsplice, mlock, and what sockets and pipes tell.
 
 Every call raises OSError with the kernel's errno. splice and sendfile are os.splice and os.sendfile.
 """
@@ -52,7 +52,7 @@ def tee(source: int, target: int, count: int, flags: int = NONBLOCK) -> int:
 
 def vmsplice(pipe: int, spans: Sequence[Span], flags: int = NONBLOCK) -> int:
     """Lends the memory at `spans` to `pipe`; returns how many bytes went in. The memory must stay mapped."""
-    vector = (_IoVec * len(spans))(*spans)
+    vector = (_IoVec * len(spans))(*(_IoVec(*span) for span in spans))
     return _checked(_libc.vmsplice(pipe, vector, len(spans), flags), "vmsplice")
 
 
@@ -64,7 +64,7 @@ def mlock(span: Span) -> None:
 class Memory(mmap):
     """Anonymous memory with an address: private unless `shared`. Sizes in pages."""
 
-    def __new__(cls, pages: int, *, shared: bool = False) -> Memory:  # noqa: PYI034 - Self is in 3.11, the name says more
+    def __new__(cls, pages: int, *, shared: bool = False) -> Memory:
         kind = MAP_SHARED if shared else MAP_PRIVATE
         return super().__new__(cls, -1, pages * PAGESIZE, flags=kind | MAP_ANONYMOUS)
 

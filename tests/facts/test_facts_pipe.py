@@ -8,6 +8,7 @@ import os
 import resource
 import select
 import socket
+from functools import partial
 from mmap import PAGESIZE
 
 import pytest
@@ -31,6 +32,11 @@ def largest_pipe() -> int:
         return int(stream.read())
 
 
+def arrived(sock: socket.socket, count: int) -> bool:
+    """Whether exactly `count` bytes wait in the receive queue."""
+    return readable(sock) == count
+
+
 def pull(source: int, pipe: int) -> int:
     """Splices into `pipe` until the kernel says EAGAIN; returns the bytes."""
     total = 0
@@ -50,7 +56,7 @@ def test_small_segments_fill_slots(fds: Descriptors, family: str) -> None:
         near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for sent in range(1, 201):
         near.send(b"x")
-        eventually(lambda sent=sent: readable(far) == sent, f"byte {sent} in the receive queue")
+        eventually(partial(arrived, far, sent), f"byte {sent} in the receive queue")
     moved = pull(far.fileno(), pipe.w)
     assert slots(pipe.w) <= moved < 200
     assert readable(far) == 200 - moved
@@ -171,7 +177,7 @@ def test_large_pipes_have_a_budget() -> None:
 
 @needs_root
 def test_default_pipes_shrink() -> None:
-    """A default pipe of 16 pages comes with 2 once the user's soft budget is spent; pipe() itself never fails."""
+    """Once the user's soft budget is spent a default pipe has 2 pages in place of 16; pipe() never fails."""
 
     def spend() -> list[int]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
@@ -186,7 +192,7 @@ def test_default_pipes_shrink() -> None:
 
 
 def test_a_blocked_splice_locks_the_pipe(fds: Descriptors) -> None:
-    """While a splice waits for a blocking socket, even FIONREAD on its pipe waits, and no signal ends that."""
+    """While a splice waits for a blocking socket, even FIONREAD on its pipe waits, uninterruptibly."""
     near, far = fds.tcp_pair(blocking=True)
     pipe = fds.pipe()
     with forked(lambda: os.splice(far.fileno(), pipe.w, 10)) as splicing:
@@ -210,7 +216,7 @@ def test_a_reopened_pipe_has_flags_of_its_own(fds: Descriptors) -> None:
 
 
 def test_a_duplicate_shares_its_flags(fds: Descriptors) -> None:
-    """O_NONBLOCK set on a dup()ed descriptor holds for the original too: inherited ones must be left alone."""
+    """O_NONBLOCK set on a duplicate holds for the original too: inherited descriptors are left alone."""
     pipe = fds.pipe(blocking=True)
     os.set_blocking(fds.keep(os.dup(pipe.r)), False)
     assert not os.get_blocking(pipe.r)

@@ -38,7 +38,7 @@ def open_output(fds: Descriptors, folder: Path, kind: str) -> int:
 
 @pytest.mark.parametrize("kind", ["append", "eventfd", "/dev/full"])
 def test_refused_outputs_leave_the_bytes(fds: Descriptors, tmp_path: Path, kind: str) -> None:
-    """O_APPEND files, eventfds and /dev/full are EINVAL as output, and the pipe keeps its bytes for a copy."""
+    """O_APPEND files, eventfds and /dev/full are EINVAL as output, and the pipe keeps its bytes."""
     pipe = fds.pipe()
     os.write(pipe.w, b"kept")
     with pytest.raises(OSError, match="Invalid") as refused:
@@ -48,7 +48,7 @@ def test_refused_outputs_leave_the_bytes(fds: Descriptors, tmp_path: Path, kind:
 
 
 def test_an_output_is_refused_per_call(fds: Descriptors, tmp_path: Path) -> None:
-    """EINVAL from an O_APPEND file is no verdict for ever: the same descriptor without the flag takes the bytes."""
+    """EINVAL is a verdict on one call: the same descriptor without O_APPEND takes the bytes."""
     pipe = fds.pipe()
     file = fds.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.write(pipe.w, b"data")
@@ -140,12 +140,12 @@ def held_back(fds: Descriptors, segments: int, beyond: int) -> int:
 
 @pytest.mark.parametrize("segments", [8, 15, 16, 17, 32])
 def test_an_exact_count_is_sent_at_once(fds: Descriptors, segments: int) -> None:
-    """Asked for exactly what the pipe holds, splice to tcp leaves nothing unsent, whatever the number of slots."""
+    """Asked for exactly what the pipe holds, splice to tcp leaves nothing unsent at any number of slots."""
     assert held_back(fds, segments, 0) == 0
 
 
 def test_a_larger_count_stalls_at_the_16th_slot(fds: Descriptors) -> None:
-    """Asked for more than the pipe holds, a batch that ends at the 16th slot is held back in spite of TCP_NODELAY.
+    """Asked for more than there is, a batch ending at the 16th slot is held back in spite of TCP_NODELAY.
 
     The kernel lets go after 200 ms; a machine that stands still for so long between two calls hides it, so
     one of several tries is enough.
@@ -289,7 +289,7 @@ def test_sendfile_refuses_append(fds: Descriptors, tmp_path: Path) -> None:
 
 
 def test_sendfile_comes_short_on_a_nonblocking_socket(fds: Descriptors, tmp_path: Path) -> None:
-    """sendfile stops when the socket is full; what it returned is what the peer gets, and offset and count agree."""
+    """sendfile stops when the socket is full; its result, the offset and what the peer gets agree."""
     data = payload(6, 8 << 20)
     file = copy_of(fds, tmp_path, data)
     near, far = fds.tcp_pair()

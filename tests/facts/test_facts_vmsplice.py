@@ -23,7 +23,7 @@ def refusal() -> str:
             memory[0] = 1
             vmsplice(w, [memory.span(0, 1)])
     except OSError as error:
-        return f"vmsplice is refused here ({errno.errorcode[error.errno]}): a sandbox's profile or a kernel without it"
+        return f"vmsplice is missing, refused by a sandbox or the kernel: {error}"
     finally:
         os.close(r)
         os.close(w)
@@ -110,14 +110,13 @@ def hop_unix(fds: Descriptors) -> tuple[int, Callable[[int], bytes]]:
     return near.fileno(), lambda count: receive_exactly(far, count)
 
 
+Hop = Callable[[Descriptors], tuple[int, Callable[[int], bytes]]]
 HOPS = pytest.mark.parametrize("hop", [hop_pipe, hop_tcp, hop_unix])
 
 
 @HOPS
-def test_an_empty_pipe_gives_nothing_back(
-    fds: Descriptors, hop: Callable[[Descriptors], tuple[int, Callable[[int], bytes]]]
-) -> None:
-    """A page spliced onwards is still lent although its pipe is empty: the peer sees the overwritten bytes."""
+def test_an_empty_pipe_gives_nothing_back(fds: Descriptors, hop: Hop) -> None:
+    """A page spliced onwards is still lent though its pipe is empty: the peer sees what is written then."""
     size = 8 * PAGESIZE
     with Memory(8) as memory:
         pipe = fds.pipe()
@@ -131,9 +130,7 @@ def test_an_empty_pipe_gives_nothing_back(
 
 
 @HOPS
-def test_replaced_pages_are_safe(
-    fds: Descriptors, hop: Callable[[Descriptors], tuple[int, Callable[[int], bytes]]]
-) -> None:
+def test_replaced_pages_are_safe(fds: Descriptors, hop: Hop) -> None:
     """MADV_DONTNEED on private memory right after the lend leaves the old pages to the reader for good."""
     size = 8 * PAGESIZE
     data = payload(3, size)
