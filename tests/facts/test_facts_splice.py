@@ -288,6 +288,17 @@ def test_sendfile_refuses_append(fds: Descriptors, tmp_path: Path) -> None:
     assert os.lseek(file, 0, os.SEEK_CUR) == 0
 
 
+def test_a_closed_memfd_still_arrives(fds: Descriptors) -> None:
+    """What sendfile took from a memfd reaches the peer after the memfd and with it its last name are gone."""
+    data = payload(11, 64 * PAGESIZE)
+    memfd = fds.memfd(data)
+    near, far = fds.tcp_pair()
+    sent = os.sendfile(near.fileno(), memfd, 0, len(data))
+    fds.close(memfd)
+    assert sent > 0
+    assert receive_exactly(far, sent) == data[:sent]
+
+
 def test_sendfile_comes_short_on_a_nonblocking_socket(fds: Descriptors, tmp_path: Path) -> None:
     """sendfile stops when the socket is full; its result, the offset and what the peer gets agree."""
     data = payload(6, 8 << 20)

@@ -188,11 +188,12 @@ def test_untouched_pages_lend_zeros(fds: Descriptors) -> None:
         assert os.read(pipe.r, 5) == bytes(5)
 
 
-def test_a_file_copies_at_once(fds: Descriptors, tmp_path: Path) -> None:
-    """Splicing lent memory into a regular file copies it: later writes to the memory stay out of the file."""
+@pytest.mark.parametrize("kind", ["file", "memfd"])
+def test_a_file_copies_at_once(fds: Descriptors, tmp_path: Path, kind: str) -> None:
+    """Splicing lent memory into a file or memfd copies it: later writes to the memory stay out of it."""
     with Memory(4) as memory:
         pipe = fds.pipe()
-        file = fds.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+        file = fds.memfd() if kind == "memfd" else fds.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
         memory[:] = b"a" * len(memory)
         vmsplice(pipe.w, [memory.span()])
         assert os.splice(pipe.r, file, len(memory)) == len(memory)
