@@ -42,12 +42,13 @@ def outcome_of(folder: Path, name: str) -> str:
     (folder / "test_leaky.py").write_text(LEAKY)
     (folder / "conftest.py").write_text("from house import no_leaks\n")
     (folder / "house.py").write_text((here / "conftest.py").read_text())
+    paths = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
     foreign = os.open("/dev/null", os.O_RDONLY)
     try:
         argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(folder)]
         ran = run(
             [*argv, "-c", os.devnull, f"{folder}/test_leaky.py::test_{name}"],
-            env={**os.environ, "PYTHONPATH": str(here), "FOREIGN": str(foreign)},
+            env={**os.environ, "PYTHONPATH": paths, "FOREIGN": str(foreign)},
             pass_fds=[foreign],
             cwd=folder,
         )
