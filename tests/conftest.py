@@ -1,0 +1,38 @@
+"""What holds for every test: nothing stays open, no child stays behind. And the fault shim, built once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import faults
+import leaks
+import pytest
+from descriptors import Descriptors
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails the test that leaves a descriptor open, closes somebody else's, or leaves a child unreaped.
+
+    Being autouse it is set up first and so torn down last, after every other fixture of the test's own scope.
+    """
+    failed_before = request.session.testsfailed
+    before = leaks.snapshot()
+    yield
+    found = leaks.leaks(before, foreign_closes=not request.session.testsfailed)
+    # The traceback of a failed test keeps its objects alive; one message about it is enough.
+    if found and request.session.testsfailed == failed_before:
+        pytest.fail("the test leaks:\n  " + "\n  ".join(found), pytrace=False)
+
+
+@pytest.fixture
+def fds() -> Iterator[Descriptors]:
+    """Makes pipes, sockets, files and epolls that are closed when the test ends, however it ends."""
+    with Descriptors() as owner:
+        yield owner
+
+
+@pytest.fixture(scope="session")
+def short_counts(tmp_path_factory: pytest.TempPathFactory) -> faults.ShortCounts:
+    """The LD_PRELOAD shim that makes calls come short, compiled once a session."""
+    return faults.ShortCounts.build(tmp_path_factory.mktemp("short"))
