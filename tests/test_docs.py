@@ -1,7 +1,7 @@
 """What the documents tell people to type works as printed.
 
-In README.md and docs/*.md an HTML comment right before a fence says what it is for: `<!-- run -->` runs it with
-bash, `<!-- file: NAME -->` saves it as NAME. The fences of a document share a scratch directory, in order.
+In README.md and docs/*.md an HTML comment right before a fence says what it is for: `<!-- run -->` runs it,
+`<!-- file: NAME -->` saves it as NAME. The fences of a document share a scratch directory, in order.
 """
 
 from __future__ import annotations

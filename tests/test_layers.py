@@ -12,8 +12,8 @@ import pytest
 RELAY = Path(__file__).resolve().parent.parent / "relay"
 LONGEST_FILE = 450
 
-# Floor by floor, the ground floor last. A unit is a file or a folder directly under relay/. It imports from its
-# floor and from those below, and never in a circle. A new unit has to be given its floor here.
+# Floor by floor, the ground floor last. A unit is a file or a folder directly under relay/. It imports from
+# its floor and from those below, and never in a circle. A new unit has to be given its floor here.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
