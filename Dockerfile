@@ -8,7 +8,7 @@ FROM debian:bookworm-slim AS build
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev python3-dev python3-venv \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin
 
 WORKDIR /src
 COPY . .
@@ -30,7 +30,7 @@ LABEL org.opencontainers.image.title="relay" \
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 \
-    && rm -rf /var/lib/apt/lists/* \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin \
     && install -d -o 10001 -g 10001 /data
 
 COPY --from=build /opt/relay /opt/relay
