@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine", "plan", "config"),
     ("pipeline", "log", "stages", "endpoints"),
     ("kernel",),
+    ("settings", "units"),
     ("errors", "__init__"),
 )
 FLOOR_OF = {unit: len(FLOORS) - number for number, units in enumerate(FLOORS) for unit in units}
@@ -69,7 +70,7 @@ def imports_of(file: Path, root: Path) -> Iterator[Import]:
             targets = [f"{base}.{name}" if is_module(f"{base}.{name}", root) else base for name in names]
         else:
             continue
-        for target in targets:
+        for target in dict.fromkeys(targets):
             if target.split(".")[0] == "relay":
                 yield Import(file, node.lineno, target, id(node) in typing_only)
 
