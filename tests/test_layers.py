@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("serve", "send", "doctor", "bench"),
     ("engine", "plan", "config"),
-    ("pipeline", "log", "stages", "endpoints"),
+    ("pipeline", "chain", "ways", "record", "log", "stages", "endpoints"),
     ("kernel",),
     ("settings", "units"),
     ("errors", "__init__"),
