@@ -19,7 +19,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from relay.chain import Chain, Outlet
+from relay.chain import Chain, Outlet, start_gap
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.digest import sidecar_line
@@ -484,13 +484,6 @@ class Pipeline:
                 outlet.sink.close()
                 outlet.sink.unwire()
         self.chain.close()
-
-
-def start_gap(gate: core.Struct) -> None:
-    """How much of the piece that is under way must still be kept before anything may be dropped."""
-    under_way = (gate.passed + gate.dropped) % gate.align
-    gate.rest_have = 0
-    gate.rest_need = gate.align - under_way if under_way else 0
 
 
 def os_error_name(code: int) -> str:

@@ -11,7 +11,7 @@ import logging
 import socket
 from typing import TYPE_CHECKING
 
-from relay.chain import Node, Outlet, guard
+from relay.chain import Node, Outlet, guard, start_gap
 from relay.endpoints.broadcast import Broadcast, Subscriber
 from relay.endpoints.socket import peer_name
 from relay.engine import Engine
@@ -114,8 +114,6 @@ class Subscribers:
             self._copy(member.gate, what, error)
 
     def _judge(self, member: Member) -> None:
-        from relay.pipeline import start_gap
-
         slow = self._outlet.slow
         policy = slow.then if slow.policy == "spill" else slow.policy
         route, peer = self._pipeline.route, member.sink.address
