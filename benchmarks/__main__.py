@@ -20,7 +20,7 @@ LEAST_RUNS = 5  # below that a median says little
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the cells; 0 if everybody present delivered, 1 if a contender failed, 2 if nothing could be measured."""
+    """Runs the cells; 0 if all present delivered, 1 if a contender failed, 2 if nothing was measured."""
     options = _parser().parse_args(arguments)
     cells = _chosen(options.only)
     if not cells:
@@ -83,9 +83,7 @@ def _bytes(text: str) -> int:
 
 def _runs(text: str) -> int:
     if not text.isdecimal() or int(text) < LEAST_RUNS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of runs; at least {LEAST_RUNS} are needed"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs of at least {LEAST_RUNS}")
     return int(text)
 
 

@@ -18,7 +18,7 @@ LARGE_PIPE = MIB
 
 @dataclass(frozen=True)
 class Cell:
-    """One table: where the bytes come from (`file`, `tcp`, `pipe`), where they go (`tcp`, `fifo`, `file`) and how many times.
+    """One table: from where (`file`, `tcp`, `pipe`), to where (`tcp`, `fifo`, `file`), how many times.
 
     `size` is bytes of the source stream. `target` bounds relay's CPU as a fraction of the named peer's.
     """
@@ -66,7 +66,7 @@ def catalogue() -> list[Cell]:
 
 
 def cpus(pinned: bool) -> tuple[frozenset[int] | None, frozenset[int] | None]:
-    """The CPUs of the contender and of the load: one each when pinned, any otherwise or where there is only one."""
+    """The CPUs of the contender and of the load: one each when pinned, else any (None)."""
     here = sorted(os.sched_getaffinity(0))
     if not pinned or len(here) < 2:
         return None, None

@@ -1,11 +1,14 @@
 """Who runs: relay and its peers, each with the command a user would type for the job.
 
-A contender gets a `Place` (where the bytes come from and where they go) and answers with the commands of a pipeline.
-Peers run with the buffer sizes that serve them best; where the defaults differ much, both stand in the table.
+A contender gets a `Place` (where the bytes come from and where they go) and answers with the commands of a
+pipeline. Peers run with the buffer sizes that serve them best; where defaults differ much, both are in the
+table.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import shlex
 import shutil
@@ -19,9 +22,21 @@ ROOT = Path(__file__).resolve().parent.parent
 RELAY = (sys.executable, "-m", "relay")
 
 
+@functools.cache
+def environment() -> dict[str, str]:
+    """What contenders run in: the relay that is installed, or the one of this checkout where none is.
+
+    Contenders do not run in the checkout: its relay, not compiled there, would hide the installed one.
+    """
+    installed = subprocess.run(
+        [sys.executable, "-c", "import relay"], capture_output=True, check=False, cwd="/"
+    )
+    return dict(os.environ) if installed.returncode == 0 else {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
 @dataclass(frozen=True)
 class Place:
-    """The two ends of one run. A cell fills in what it has: a port to listen on, a file, ports or paths of sinks."""
+    """The two ends of one run. A cell fills in what it has: a port to listen on, a file, the sinks."""
 
     listen: int = 0
     file: Path = Path("/dev/null")
@@ -52,9 +67,7 @@ class Tool:
         """What the program says of itself; None if it is not installed."""
         if shutil.which(self.ask[0]) is None:
             return None
-        done = subprocess.run(
-            self.ask, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, cwd=ROOT
-        )
+        done = subprocess.run(self.ask, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         found = re.search(self.pattern, done.stdout + done.stderr)
         return f"{self.name} {found[1]}" if found else f"{self.name} (version unknown)"
 
@@ -85,7 +98,12 @@ class Contender:
         """The versions of all its tools; LookupError, naming the package, if one cannot be run here."""
         if self.is_relay:
             done = subprocess.run(
-                [*RELAY, "--version"], capture_output=True, text=True, check=False, cwd=ROOT
+                [*RELAY, "--version"],
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd="/",
+                env=environment(),
             )
             if done.returncode != 0:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -95,9 +113,7 @@ class Contender:
         for tool in self.tools:
             version = tool.version()
             if version is None:
-                raise LookupError(
-                    f"{tool.name} is not installed; Debian has it in the package {tool.package}"
-                )
+                raise LookupError(f"{tool.name} is not installed; its Debian package is {tool.package}")
             versions.append(version)
         return ", ".join(versions)
 

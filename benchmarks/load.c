@@ -6,7 +6,8 @@
  *   load feed BYTES PORT         the same to 127.0.0.1:PORT, once somebody listens there
  *   load receive HOW tcp COUNT   listens on COUNT ports of 127.0.0.1, one connection each
  *   load receive HOW fifo CAPACITY PATH...   reads fifos; CAPACITY in bytes, 0 leaves the system's default
- *   load keep ARGV...            runs a command and waits for it and for all it leaves behind
+ *   load keep FD ARGV...         runs a command, waits for it and for all it leaves behind, and writes the KiB of
+ *                                the largest process among them to FD
  *   load burn MILLISECONDS       uses that much CPU time; a known quantity to test the accounting with
  *
  * HOW is `discard` (the bytes are dropped inside the kernel), `read` (copied to user memory and dropped), or a
@@ -25,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -219,12 +221,15 @@ static int receive(const char *how_text, int is_socket, int count, char **rest)
  * The whole CPU of a command is what wait4() tells of its keeper: a subreaper inherits every descendant whose
  * parent died or did not wait, and waits for all of them. Each is counted once, by its parent or here.
  */
-static int keep(char **argv)
+static int keep(int report, char **argv)
 {
+    struct rusage usage;
     int status, result = 1;
     pid_t pid, ended;
     if (prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0)
         die("PR_SET_CHILD_SUBREAPER");
+    if (fcntl(report, F_SETFD, FD_CLOEXEC) != 0)
+        die("report");
     pid = fork();
     if (pid < 0)
         die("fork");
@@ -237,6 +242,8 @@ static int keep(char **argv)
     while ((ended = wait(&status)) > 0 || errno == EINTR)
         if (ended == pid)
             result = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    if (getrusage(RUSAGE_CHILDREN, &usage) != 0 || dprintf(report, "%ld\n", usage.ru_maxrss) < 0)
+        die("report");
     return result;
 }
 
@@ -255,8 +262,8 @@ int main(int argc, char **argv)
         return receive(argv[2], 1, atoi(argv[4]), NULL);
     if (argc >= 6 && strcmp(argv[1], "receive") == 0 && strcmp(argv[3], "fifo") == 0 && argc - 5 <= MOST)
         return receive(argv[2], 0, argc - 5, argv + 4);
-    if (argc >= 3 && strcmp(argv[1], "keep") == 0)
-        return keep(argv + 2);
+    if (argc >= 4 && strcmp(argv[1], "keep") == 0)
+        return keep(atoi(argv[2]), argv + 3);
     if (argc == 3 && strcmp(argv[1], "burn") == 0)
         return burn(atoll(argv[2]));
     fprintf(stderr, "load: usage is at the top of load.c\n");

@@ -1,10 +1,12 @@
 """The compiled load program, and the accounting of processes it makes possible.
 
-Facts: `wait4` reports the CPU of a child and of those descendants that the child waited for. A descendant whose parent
-does not wait (bash never waits for a `>(...)`) is handed to the nearest subreaper instead, and would be missed.
+Facts: `wait4` reports the CPU of a child and of those descendants that the child waited for. A descendant
+whose parent does not wait (bash may not, for a `>(...)`) is handed to the nearest subreaper, and would be
+missed. `ru_maxrss` survives exec: a child of Python seems as large as Python was when it forked.
 
-So every command runs under `load keep`, a subreaper that waits until nothing is left. The CPU of a contender is then one
-`wait4` of its keeper, whatever the contender forks. The keeper's own share is well under a millisecond.
+So every command of a contender runs under `load keep`, a subreaper that waits for all of them. The CPU is
+one `wait4` of the keeper, whatever the contender forks (the keeper's own share is about a millisecond). The
+resident size is what the keeper, a tiny process, saw of its children.
 """
 
 from __future__ import annotations
@@ -29,10 +31,9 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True)
 class Usage:
-    """What `wait4` told of a process and its descendants: seconds of CPU, KiB of the largest one, exit code."""
+    """What `wait4` told of a process and all it waited for: user and system CPU in seconds, exit code."""
 
     cpu: float
-    rss_kib: int
     code: int
 
 
@@ -54,7 +55,7 @@ def compiled() -> Iterator[Path]:
 
 
 class Process:
-    """One command at work: the only owner of its pid. `wait` reaps it; `kill` ends it with all its descendants."""
+    """One command at work: the only owner of its pid. `wait` reaps it; `kill` ends it and its descendants."""
 
     def __init__(
         self,
@@ -66,8 +67,9 @@ class Process:
         stderr: IO[bytes],
         pass_fds: tuple[int, ...] = (),
         cwd: Path | None = None,
+        env: dict[str, str] | None = None,
     ) -> None:
-        """Starts `argv` on `cpus` (None: any), in a session of its own. Descriptors stay the caller's to close."""
+        """Starts `argv` on `cpus` (None: any) in its own session. Descriptors stay the caller's to close."""
         self.argv = argv
         before = os.sched_getaffinity(0)
         try:
@@ -81,6 +83,7 @@ class Process:
                 stderr=stderr,
                 pass_fds=pass_fds,
                 cwd=cwd,
+                env=env,
                 start_new_session=True,
             )
         finally:
@@ -104,7 +107,7 @@ class Process:
             os.close(pidfd)
         _, status, usage = os.wait4(self._popen.pid, 0)
         self._popen.returncode = os.waitstatus_to_exitcode(status)
-        return Usage(usage.ru_utime + usage.ru_stime, usage.ru_maxrss, self._popen.returncode)
+        return Usage(usage.ru_utime + usage.ru_stime, self._popen.returncode)
 
     def kill(self) -> None:
         """Ends the process if it still runs, and closes what Popen opened. Harmless after `wait`."""
@@ -117,6 +120,9 @@ class Process:
             self._popen.stdout.close()
 
 
-def kept(load: Path, argv: list[str]) -> list[str]:
-    """The command that runs `argv` so that one wait4 tells the CPU of everything it started."""
-    return [str(load), "keep", *argv]
+def kept(load: Path, argv: list[str], report: int) -> list[str]:
+    """The command that runs `argv` so that one wait4 tells the CPU of everything it started.
+
+    At the end it writes the KiB of the largest process to the descriptor `report`, which must be passed on.
+    """
+    return [str(load), "keep", str(report), *argv]

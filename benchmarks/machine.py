@@ -27,14 +27,14 @@ def line(machine: dict[str, str]) -> str:
     """The description as one line of Markdown."""
     guest = ", virtual machine" if machine["hypervisor"] == "yes" else ""
     return (
-        f"{machine['kernel']}; {machine['cpu']}, {machine['cpus']} CPUs{guest}; {machine['memory']}; files on "
-        f"{machine['files on']}; Python {machine['python']}; load average before the first run "
+        f"{machine['kernel']}; {machine['cpu']}, {machine['cpus']} CPUs{guest}; {machine['memory']}; "
+        f"files on {machine['files on']}; Python {machine['python']}; load average before the first run "
         f"{machine['load average before']}."
     )
 
 
 def busy_seconds() -> float:
-    """CPU seconds that all CPUs together spent not idle since boot, in steps of a clock tick (usually 10 ms)."""
+    """CPU seconds that all CPUs together spent not idle since boot, in clock ticks (usually of 10 ms)."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

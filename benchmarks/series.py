@@ -1,4 +1,4 @@
-"""All runs of one cell: contenders in turn, round after round, so that whatever the machine does hits all of them alike."""
+"""All runs of one cell: contenders in turn, so that what else the machine does hits all of them alike."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Result:
 
 
 def measured(cell: Cell, trial: Trial, runs: int, size: int, say: Callable[[str], None]) -> list[Result]:
-    """Runs the cell: one verification and one warm-up each, then `runs` timed rounds. A failure drops its contender."""
+    """One verification and one warm-up each, then `runs` timed rounds. A failure drops its contender."""
     results = [Result(contender) for contender in cell.contenders]
     for result in results:
         try:
@@ -87,34 +87,21 @@ def measured(cell: Cell, trial: Trial, runs: int, size: int, say: Callable[[str]
     checked = min(size, VERIFIED) + ODD
     digest = trial.digest(checked)
 
-    def attempt(result: Result, what: str, action: Callable[[], None]) -> None:
-        if result.absent or result.failure:
-            return
-        try:
-            action()
-        except BenchmarkError as error:
-            result.failure = f"{what}: {error}"
-            say(f"{cell.name}: {result.contender.name} failed, {result.failure}")
-
-    for result in results:
-        contender = result.contender
-        attempt(result, "verification", lambda c=contender: trial.verify(c, checked, digest))  # type: ignore[misc]
-    say(f"{cell.name}: {sum(not (r.absent or r.failure) for r in results)} contenders deliver what was sent")
-    for number in range(runs + 1):
+    def all_present(what: str, action: Callable[[Result], object]) -> None:
         for result in results:
-            contender = result.contender
+            if result.absent or result.failure:
+                continue
+            try:
+                action(result)
+            except BenchmarkError as error:
+                result.failure = f"{what}: {error}"
+                say(f"{cell.name}: {result.contender.name} failed, {result.failure}")
+        say(f"{cell.name}: {what} done")
 
-            def timed(
-                result: Result = result, contender: Contender = contender, number: int = number
-            ) -> None:
-                run = trial.run(contender, size)
-                if number > 0:  # round 0 warms caches and branch predictors
-                    result.runs.append(run)
-
-            attempt(result, f"round {number}", timed)
-        say(f"{cell.name}: round {number} of {runs} done" + (" (warm-up)" if number == 0 else ""))
-    for _ in range(runs):
-        for result in results:
-            contender = result.contender
-            attempt(result, "empty stream", lambda r=result, c=contender: r.empty.append(trial.run(c, 0)))  # type: ignore[misc]
+    all_present("verification", lambda result: trial.verify(result.contender, checked, digest))
+    all_present("warm-up", lambda result: trial.run(result.contender, size))
+    for number in range(1, runs + 1):
+        all_present(f"round {number} of {runs}", lambda r: r.runs.append(trial.run(r.contender, size)))
+    for number in range(1, runs + 1):
+        all_present(f"empty round {number} of {runs}", lambda r: r.empty.append(trial.run(r.contender, 0)))
     return results

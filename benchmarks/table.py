@@ -10,8 +10,8 @@ from .contender import Place, spelled
 from .series import Result
 
 HEAD = (
-    "| contender | version | GiB/s (min to max) | CPU-s/GiB (min to max) | start-up CPU-s | CPU-s/GiB without start-up "
-    "| peak RSS MiB | relay's GiB/s by this | relay's CPU by this |",
+    "| contender | version | GiB/s (min to max) | CPU-s/GiB (min to max) | start-up CPU-s "
+    "| CPU-s/GiB without start-up | peak RSS MiB | relay's GiB/s by this | relay's CPU by this |",
     "|---|---|---:|---:|---:|---:|---:|---:|---:|",
 )
 
@@ -118,7 +118,7 @@ def _sentences(cell: Cell, results: list[Result], relay: Result | None) -> list[
             ratio = relay.cpu().median / peer.cpu().median
             verdict = "met" if ratio <= bound else "missed"
             said.append(
-                f"Target, at most {bound:g} of the CPU of `{name}`: {verdict}, {ratio:.3f} (start-up included)."
+                f"Target, at most {bound:g} of the CPU of `{name}`: {verdict}, {ratio:.3f} with start-up."
             )
     for result in results:
         reason = result.absent or result.failure
@@ -129,7 +129,8 @@ def _sentences(cell: Cell, results: list[Result], relay: Result | None) -> list[
     if measured:
         worst = max(measured, key=Result.foreign)
         said.append(
-            f"Other work on the machine took at most {worst.foreign():.2f} CPUs during a run (`{worst.contender.name}`)."
+            f"Other work on the machine took at most {worst.foreign():.2f} CPUs during a run "
+            f"(`{worst.contender.name}`)."
         )
     return said
 

@@ -1,12 +1,12 @@
-"""One run of one contender: the ends are set up, the contender is let loose, the bytes and the CPU are counted.
+"""One run of one contender: the ends are set up, it is let loose, the bytes and the CPU are counted.
 
 What the clock and the account cover:
 
-- GiB/s: from the first byte at any receiver to the last byte at the last one, so starting up is not in it. A file has no
-  receiver: there it is from the feeder's first write to the contender's exit.
-- CPU: user and system time of all processes of the contender, from fork to exit, starting up included. The load
-  generator and the receivers are not in it. What the kernel does in a contender's name (loopback receive work runs in
-  the sender's send call) is.
+- GiB/s: from the first byte at any receiver to the last byte at the last one, so starting up is not in it. A
+  file has no receiver: there it is from the feeder's first write to the contender's exit.
+- CPU: user and system time of all processes of the contender, from fork to exit, starting up included. The
+  load generator and the receivers are not in it. The kernel work in a contender's name is: on loopback the
+  receive half of tcp runs inside the sender's call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import IO
 
 from . import machine
 from .cell import MIB, Cell, cpus
-from .contender import ROOT, Contender, Part, Place, spelled
+from .contender import Contender, Part, Place, environment, spelled
 from .load import BenchmarkError, Process, Usage, kept
 
 DEADLINE = 120.0  # seconds for one run; a contender that hangs is reported, not waited for
@@ -36,8 +36,12 @@ DEADLINE = 120.0  # seconds for one run; a contender that hangs is reported, not
 
 @dataclass(frozen=True)
 class Measure:
-    """One run: bytes of the source stream, seconds they flowed, CPU seconds and largest resident KiB of the contender,
-    seconds from its start to its exit, and the CPU seconds that neither it nor the load account for."""
+    """One run.
+
+    `size` bytes of the source stream flowed for `seconds`; the contender used `cpu` seconds, its largest
+    process was of `rss_kib`, and `elapsed` seconds passed from start to exit. `foreign` is the CPU seconds of
+    everything else on the machine, load generator and receivers apart.
+    """
 
     size: int
     seconds: float
@@ -51,7 +55,7 @@ class Trial:
     """Runs contenders through one cell. Owns nothing between runs but the source files in its directory."""
 
     def __init__(self, load: Path, cell: Cell, directory: Path, receivers: str = "discard") -> None:
-        """`load` is the compiled program, `directory` holds source, sinks and fifos, `receivers` is discard or read."""
+        """`load` is the compiled program, `directory` for files and fifos, `receivers` discard or read."""
         self.load = load
         self.cell = cell
         self.directory = directory
@@ -76,17 +80,17 @@ class Trial:
             argv = [str(self.load), "feed", str(size)]
             feeder = Process(argv, cpus=None, stdout=subprocess.PIPE, stderr=report)
             stack.callback(feeder.kill)
-            value = hashlib.file_digest(feeder.stdout, "sha256").hexdigest()
+            value = _sha256(feeder.stdout)
             _succeeded(feeder, feeder.wait(DEADLINE), report)
         return value
 
     def run(self, contender: Contender, size: int) -> Measure:
-        """One timed run; BenchmarkError if the contender fails or a receiver does not get exactly `size` bytes."""
+        """One timed run; BenchmarkError if the contender fails or a sink gets another number of bytes."""
         with tempfile.TemporaryDirectory(dir=self.directory) as own:
             return self._run(contender, size, Path(own), None)
 
     def verify(self, contender: Contender, size: int, digest: str) -> None:
-        """One untimed run whose receivers hash what they get; BenchmarkError if a sink differs from the source."""
+        """One untimed run whose receivers hash what they get; BenchmarkError if a sink got other bytes."""
         with tempfile.TemporaryDirectory(dir=self.directory) as own:
             got: list[str] = []
             self._run(contender, size, Path(own), got)
@@ -124,9 +128,10 @@ class Trial:
                 parts_in, feeder_end = _pipe(cell.pipe)
             parts = contender.parts(place)
             complaints = stack.enter_context(tempfile.TemporaryFile())
+            sizes = stack.enter_context(tempfile.TemporaryFile())
             started = time.monotonic_ns()
             try:
-                processes = self._start(stack, parts, parts_in, complaints)
+                processes = self._start(stack, parts, parts_in, complaints, sizes)
                 feeder = self._feeder(stack, size, place.listen, feeder_end)
             finally:
                 for fd in {parts_in, feeder_end} - {-1}:
@@ -137,6 +142,7 @@ class Trial:
                 _succeeded(process, usage, complaints, spelled(parts))
                 usages.append(usage)
             ended = time.monotonic_ns()
+            sizes.seek(0)
             others = []
             begun = 0
             if feeder is not None:
@@ -161,7 +167,7 @@ class Trial:
                 size=size,
                 seconds=(span[1] - span[0]) / 1e9,
                 cpu=cpu,
-                rss_kib=max(usage.rss_kib for usage in usages),
+                rss_kib=max(map(int, sizes.read().split())),
                 elapsed=(ended - started) / 1e9,
                 foreign=max(0.0, foreign),
             )
@@ -185,9 +191,14 @@ class Trial:
         return process
 
     def _start(
-        self, stack: contextlib.ExitStack, parts: list[Part], first: int, complaints: IO[bytes]
+        self,
+        stack: contextlib.ExitStack,
+        parts: list[Part],
+        first: int,
+        complaints: IO[bytes],
+        sizes: IO[bytes],
     ) -> list[Process]:
-        """Starts a pipeline whose first part reads `first` (-1: nothing); its pipes have the capacity of the cell."""
+        """Starts a pipeline that reads `first` (-1: nothing); `sizes` gets what the keepers report."""
         processes = []
         with contextlib.ExitStack() as ends:
             upstream = first
@@ -204,12 +215,14 @@ class Trial:
                     ends.callback(os.close, downstream)
                     ends.callback(os.close, stdout)
                 process = Process(
-                    kept(self.load, list(part.argv)),
+                    kept(self.load, list(part.argv), sizes.fileno()),
                     cpus=self._contender_cpus,
                     stdin=subprocess.DEVNULL if stdin < 0 else stdin,
                     stdout=subprocess.DEVNULL if stdout < 0 else stdout,
                     stderr=complaints,
-                    cwd=ROOT,
+                    pass_fds=(sizes.fileno(),),
+                    cwd=self.directory,
+                    env=environment(),
                 )
                 stack.callback(process.kill)
                 processes.append(process)
@@ -221,7 +234,7 @@ class Trial:
     ) -> tuple[Process, IO[bytes]] | None:
         if port == 0 and end < 0:
             return None
-        report = stack.enter_context(tempfile.TemporaryFile())
+        report = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
         argv = [str(self.load), "feed", str(size), *([str(port)] if port else [])]
         stdout = subprocess.DEVNULL if end < 0 else end
         feeder = Process(argv, cpus=self._load_cpus, stdout=stdout, stderr=report)
@@ -230,7 +243,7 @@ class Trial:
 
 
 class _Digest:
-    """A pipe whose bytes a thread hashes. The write end goes to a receiver; both ends are closed by `with`."""
+    """A pipe whose bytes a thread hashes. The write end goes to a receiver; `with` closes both ends."""
 
     def __init__(self) -> None:
         self._read_end, self.write_end = os.pipe()
@@ -241,7 +254,7 @@ class _Digest:
         return self
 
     def begin(self) -> None:
-        """Closes this process's copy of the write end, so that the receiver's exit ends the stream, and hashes."""
+        """Closes this process's copy of the write end, so that the receiver's exit is the end, and hashes."""
         os.close(self.write_end)
         self.write_end = -1
         self._thread = threading.Thread(target=self._hash, daemon=True)
@@ -249,7 +262,7 @@ class _Digest:
 
     def _hash(self) -> None:
         with os.fdopen(self._read_end, "rb", closefd=False) as file:
-            self._value = hashlib.file_digest(file, "sha256").hexdigest()
+            self._value = _sha256(file)
 
     def value(self) -> str:
         """The sha256 of the whole stream, once it has ended."""
@@ -270,7 +283,7 @@ def room(directory: Path, size: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < 2 * size + 64 * MIB:
         raise BenchmarkError(
-            f"{directory} has {free // MIB} MiB free, a cell needs {2 * size // MIB + 64}: choose another --directory"
+            f"{directory} has {free // MIB} of {2 * size // MIB + 64} MiB needed: choose another --directory"
         )
 
 
@@ -311,7 +324,7 @@ def _pipe(capacity: int) -> tuple[int, int]:
 
 
 def _free_port() -> int:
-    """A port of 127.0.0.1 that was free a moment ago: contenders cannot tell which one they got for port 0."""
+    """A port of 127.0.0.1 that was free a moment ago: peers do not tell which one they got for port 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -319,4 +332,12 @@ def _free_port() -> int:
 
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return _sha256(file)
+
+
+def _sha256(file: IO[bytes]) -> str:
+    """The digest of everything `file` still has."""
+    digest = hashlib.sha256()
+    while piece := file.read(MIB):
+        digest.update(piece)
+    return digest.hexdigest()
