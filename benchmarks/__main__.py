@@ -6,12 +6,13 @@ import argparse
 import fnmatch
 import json
 import re
+import shlex
 import sys
 import tempfile
 from pathlib import Path
 
 from . import machine, table
-from .cell import Cell, catalogue
+from .cell import MIB, Cell, catalogue
 from .load import BenchmarkError, compiled
 from .series import measured
 from .trial import Trial, room
@@ -53,16 +54,28 @@ def _report(options: argparse.Namespace, cells: list[Cell]) -> int:
             failed = failed or any(result.failure for result in results)
             parts.append(table.markdown(cell, size, options.runs, results))
             raws.append(table.raw(cell, size, options.runs, results))
-    command = f"`{about['command'].strip()}`"
-    header = f"Machine: {machine.line(about)}\n\nReceivers: {options.receivers}. Repeat with {command}.\n"
+    command = _command(options)
+    header = f"Machine: {machine.line(about)}\n\nReceivers: {options.receivers}. Repeat with `{command}`.\n"
     text = "\n".join([header, *parts])
     print(text)
     if options.markdown is not None:
         options.markdown.write_text(text)
     if options.json is not None:
-        document = {"machine": about, "receivers": options.receivers, "cells": raws}
+        document = {"machine": about, "command": command, "receivers": options.receivers, "cells": raws}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 1 if failed else 0
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What repeats this run on any machine: nothing of where files went here."""
+    words = ["python", "-m", "benchmarks", "--runs", str(options.runs)]
+    for pattern in options.only:
+        words += ["--only", pattern]
+    if options.size:
+        words += ["--size", f"{options.size // MIB}MiB" if options.size % MIB == 0 else str(options.size)]
+    if options.receivers != "discard":
+        words += ["--receivers", options.receivers]
+    return shlex.join(words)
 
 
 def _chosen(patterns: list[str]) -> list[Cell]:

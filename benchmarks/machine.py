@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from pathlib import Path
 
 
@@ -19,7 +18,6 @@ def description(directory: Path) -> dict[str, str]:
         "files on": _filesystem(directory),
         "python": platform.python_version(),
         "load average before": f"{os.getloadavg()[0]:.2f}",
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
     }
 
 

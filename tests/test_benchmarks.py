@@ -196,6 +196,7 @@ def test_command_end_to_end(tmp_path: Path) -> None:
         cwd=contender.ROOT,
     )
     assert done.stdout.strip() == (tmp_path / "m").read_text().strip(), done.stderr
+    assert "`python -m benchmarks --runs 5 --only pipe-4pipes-unpinned --size 1MiB`" in done.stdout
     contenders = json.loads((tmp_path / "j").read_text())["cells"][0]["contenders"]
     tee = next(one for one in contenders if one["name"] == "tee")
     assert [run["size"] for run in tee["runs"]] == [MIB] * 5
