@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from . import machine, table
@@ -24,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the cells; 0 if all present delivered, 1 if a contender failed, 2 if nothing was measured."""
     options = _parser().parse_args(arguments)
     cells = _chosen(options.only)
+    if options.receivers:
+        cells = [replace(cell, receivers=options.receivers) for cell in cells]
     if not cells:
         names = ", ".join(cell.name for cell in catalogue())
         print(f"benchmarks: no cell is called {', '.join(options.only)}; there are: {names}", file=sys.stderr)
@@ -49,19 +52,19 @@ def _report(options: argparse.Namespace, cells: list[Cell]) -> int:
         for cell in cells:
             size = options.size or cell.size
             room(directory, size)
-            trial = Trial(load, cell, directory, options.receivers)
+            trial = Trial(load, cell, directory)
             results = measured(cell, trial, options.runs, size, _say)
             failed = failed or any(result.failure for result in results)
             parts.append(table.markdown(cell, size, options.runs, results))
             raws.append(table.raw(cell, size, options.runs, results))
     command = _command(options)
-    header = f"Machine: {machine.line(about)}\n\nReceivers: {options.receivers}. Repeat with `{command}`.\n"
+    header = f"Machine: {machine.line(about)}\n\nRepeat with `{command}`.\n"
     text = "\n".join([header, *parts])
     print(text)
     if options.markdown is not None:
         options.markdown.write_text(text)
     if options.json is not None:
-        document = {"machine": about, "command": command, "receivers": options.receivers, "cells": raws}
+        document = {"machine": about, "command": command, "cells": raws}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 1 if failed else 0
 
@@ -73,7 +76,7 @@ def _command(options: argparse.Namespace) -> str:
         words += ["--only", pattern]
     if options.size:
         words += ["--size", f"{options.size // MIB}MiB" if options.size % MIB == 0 else str(options.size)]
-    if options.receivers != "discard":
+    if options.receivers:
         words += ["--receivers", options.receivers]
     return shlex.join(words)
 
@@ -109,7 +112,6 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--receivers",
         choices=["discard", "read"],
-        default="discard",
         help="drop in the kernel, or copy first",
     )
     add("--directory", type=Path, help="where files and fifos are made (default: the temporary directory)")

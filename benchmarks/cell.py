@@ -20,7 +20,8 @@ LARGE_PIPE = MIB
 class Cell:
     """One table: from where (`file`, `tcp`, `pipe`), to where (`tcp`, `fifo`, `file`), how many times.
 
-    `size` is bytes of the source stream. `target` bounds relay's CPU as a fraction of the named peer's.
+    `size` is bytes of the source stream. `receivers` drop bytes in the kernel (`discard`) or copy
+    them (`read`). `target` bounds relay's CPU as a fraction of the named peer's.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Cell:
     contenders: tuple[Contender, ...]
     pinned: bool = True
     pipe: int = LARGE_PIPE
+    receivers: str = "discard"
     target: tuple[str, float] | None = None
 
 
@@ -60,6 +62,9 @@ def catalogue() -> list[Cell]:
         if base.source == "pipe":
             title = "Pipe to 4 pipes, chunks of 1 MiB, pipes of the default size"
             cells.append(replace(base, name=f"{base.name}-default-size", title=title, pipe=0, target=None))
+            # How fast the readers are decides how often a writer must wake them: both kinds, both bound.
+            title = f"{base.title}, readers that copy"
+            cells.append(replace(base, name=f"{base.name}-read", title=title, receivers="read"))
         title = f"{base.title}, not pinned"
         cells.append(replace(base, name=f"{base.name}-unpinned", title=title, pinned=False, target=None))
     return cells

@@ -19,11 +19,13 @@ HEAD = (
 def markdown(cell: Cell, size: int, runs: int, results: list[Result]) -> str:
     """One cell: a heading, how it was run, the table, and what it says of relay."""
     pinned = cpus(cell.pinned)[0] is not None
+    took = {"discard": "dropped in the kernel", "read": "copied to user memory"}[cell.receivers]
     how = "contender on one CPU, load and receivers on another" if pinned else "nothing pinned"
     lines = [
         f"### {cell.title} (`{cell.name}`)",
         "",
-        f"{_size(size)} a run, {runs} runs each in turn after one warm-up, {how}.",
+        f"{_size(size)} a run, {runs} runs each in turn after one warm-up; {how}"
+        + (f"; sinks' bytes are {took}." if cell.sink != "file" else "."),
         "",
         *HEAD,
     ]
@@ -41,6 +43,7 @@ def raw(cell: Cell, size: int, runs: int, results: list[Result]) -> dict[str, An
         "title": cell.title,
         "pinned": cpus(cell.pinned)[0] is not None,
         "pipe_bytes": cell.pipe,
+        "receivers": cell.receivers,
         "size": size,
         "runs": runs,
         "contenders": [

@@ -54,12 +54,11 @@ class Measure:
 class Trial:
     """Runs contenders through one cell. Owns nothing between runs but the source files in its directory."""
 
-    def __init__(self, load: Path, cell: Cell, directory: Path, receivers: str = "discard") -> None:
-        """`load` is the compiled program, `directory` for files and fifos, `receivers` discard or read."""
+    def __init__(self, load: Path, cell: Cell, directory: Path) -> None:
+        """`load` is the compiled program, `directory` is for files and fifos."""
         self.load = load
         self.cell = cell
         self.directory = directory
-        self.receivers = receivers
         self._contender_cpus, self._load_cpus = cpus(cell.pinned)
 
     def source(self, size: int) -> Path:
@@ -176,7 +175,7 @@ class Trial:
         self, stack: contextlib.ExitStack, fifos: tuple[Path, ...], hashes: list[_Digest], report: IO[bytes]
     ) -> Process:
         """One process for all receivers: the fewest wake-ups and switches, the same for everyone."""
-        how = ",".join(str(one.write_end) for one in hashes) or self.receivers
+        how = ",".join(str(one.write_end) for one in hashes) or self.cell.receivers
         ends = ["fifo", str(self.cell.pipe), *map(str, fifos)] if fifos else ["tcp", str(self.cell.sinks)]
         process = Process(
             [str(self.load), "receive", how, *ends],
