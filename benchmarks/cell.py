@@ -1,0 +1,78 @@
+"""What is measured: one cell is one job under one set of circumstances, run by every contender for it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from . import contender
+from .contender import Contender
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+# What each pipe of a cell is set to, the ones inside a peer's pipeline included. 1 MiB is what the default
+# pipe-max-size allows an unprivileged user; 0 leaves the system's default (64 KiB).
+LARGE_PIPE = MIB
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One table: from where (`file`, `tcp`, `pipe`), to where (`tcp`, `fifo`, `file`), how many times.
+
+    `size` is bytes of the source stream. `receivers` drop bytes in the kernel (`discard`) or copy
+    them (`read`). `target` bounds relay's CPU as a fraction of the named peer's.
+    """
+
+    name: str
+    title: str
+    source: str
+    sink: str
+    sinks: int
+    size: int
+    contenders: tuple[Contender, ...]
+    pinned: bool = True
+    pipe: int = LARGE_PIPE
+    receivers: str = "discard"
+    target: tuple[str, float] | None = None
+
+
+_BASE = (
+    Cell("file-tcp", "File (warm page cache) to tcp", "file", "tcp", 1, 2 * GIB, contender.FILE_TCP),
+    Cell("tcp-4tcp", "tcp to 4 tcp", "tcp", "tcp", 4, GIB, contender.TCP_4TCP),
+    Cell(
+        "pipe-4pipes",
+        "Pipe to 4 pipes, chunks and pipes of 1 MiB",
+        "pipe",
+        "fifo",
+        4,
+        4 * GIB,
+        contender.PIPE_4PIPES,
+        target=("tee", 0.2),
+    ),
+    Cell("tcp-file", "tcp to file", "tcp", "file", 1, 2 * GIB, contender.TCP_FILE),
+)
+
+
+def catalogue() -> list[Cell]:
+    """Every cell, in the order of the report: each job pinned, its variants behind it."""
+    cells = []
+    for base in _BASE:
+        cells.append(base)
+        if base.source == "pipe":
+            title = "Pipe to 4 pipes, chunks of 1 MiB, pipes of the default size"
+            cells.append(replace(base, name=f"{base.name}-default-size", title=title, pipe=0, target=None))
+            # How fast the readers are decides how often a writer must wake them: both kinds, both bound.
+            title = f"{base.title}, readers that copy"
+            cells.append(replace(base, name=f"{base.name}-read", title=title, receivers="read"))
+        title = f"{base.title}, not pinned"
+        cells.append(replace(base, name=f"{base.name}-unpinned", title=title, pinned=False, target=None))
+    return cells
+
+
+def cpus(pinned: bool) -> tuple[frozenset[int] | None, frozenset[int] | None]:
+    """The CPUs of the contender and of the load: one each when pinned, else any (None)."""
+    here = sorted(os.sched_getaffinity(0))
+    if not pinned or len(here) < 2:
+        return None, None
+    return frozenset(here[:1]), frozenset(here[1:2])

@@ -1,0 +1,203 @@
+"""The benchmarks' harness: does it count the bytes and the CPU it says it counts?"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+# benchmarks/ is not installed. Last in the path: an installed relay must not be hidden by the checkout.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import __main__ as command
+from benchmarks import contender, table
+from benchmarks.cell import GIB, MIB, Cell, catalogue
+from benchmarks.contender import Contender, Part, Place
+from benchmarks.load import BenchmarkError, Process, compiled, kept
+from benchmarks.series import Result, measured
+from benchmarks.trial import Measure, Trial
+
+
+@pytest.fixture(scope="module")
+def load() -> Iterator[Path]:
+    """The compiled load program."""
+    with compiled() as program:
+        yield program
+
+
+def cell(name: str) -> Cell:
+    """A cell of the catalogue, unpinned: tests may run where CPUs are few."""
+    return replace(next(one for one in catalogue() if one.name == name), pinned=False)
+
+
+def peer(of: Cell, name: str) -> Contender:
+    """A contender of a cell; skips where its tools are not installed."""
+    one = next(c for c in of.contenders if c.name == name)
+    for tool in one.tools:
+        if tool.version() is None:
+            pytest.skip(f"{tool.name} is missing: install the Debian package {tool.package}")
+    return one
+
+
+def shell(script: str) -> Contender:
+    """A contender that is one shell script, with the sinks as its arguments."""
+    return Contender(
+        "script", (contender.BASH,), lambda p: [Part(("sh", "-c", script, "sh", *map(str, p.fifos)))]
+    )
+
+
+def usage_of(load: Path, argv: list[str]) -> tuple[float, int, int]:
+    """CPU seconds, exit code, and KiB of the largest process of a kept command."""
+    with tempfile.TemporaryFile() as report, tempfile.TemporaryFile() as sizes:
+        process = Process(
+            kept(load, argv, sizes.fileno()), cpus=None, stderr=report, pass_fds=(sizes.fileno(),)
+        )
+        try:
+            usage = process.wait(30)
+        finally:
+            process.kill()
+        sizes.seek(0)
+        return usage.cpu, usage.code, int(sizes.read())
+
+
+def test_cpu_of_grandchildren_counts(load: Path) -> None:
+    """CPU burnt by both halves of a shell's pipeline, and by a process it leaves behind, is counted once."""
+    burn = f"{shlex.quote(str(load))} burn"
+    cpu, code, _ = usage_of(load, ["sh", "-c", f"({burn} 60 &); {burn} 80 | {burn} 100"])
+    assert code == 0
+    assert 0.24 <= cpu < 0.30
+
+
+def test_resident_size_is_the_contenders_own(load: Path) -> None:
+    """The size reported for a tiny program is not that of the Python that started it."""
+    _, _, kib = usage_of(load, [str(load), "burn", "1"])
+    assert 0 < kib < 8 * 1024
+
+
+def test_exit_code_of_a_kept_command(load: Path) -> None:
+    """The keeper passes on the exit code of its command, not of what that leaves behind."""
+    assert usage_of(load, ["sh", "-c", "true & exit 7"])[1] == 7
+
+
+def test_tiny_cell_with_tee(load: Path, tmp_path: Path) -> None:
+    """tee delivers verified bytes to four fifos, and the table has its figures."""
+    small = cell("pipe-4pipes")
+    small = replace(small, contenders=(peer(small, "tee"),))
+    results = measured(small, Trial(load, small, tmp_path), 1, 4 * MIB, lambda _: None)
+    assert [result.failure for result in results] == [""]
+    assert results[0].runs[0].size == 4 * MIB
+    assert results[0].runs[0].cpu > 0
+    assert "GNU tee" in table.markdown(small, 4 * MIB, 1, results)
+
+
+@pytest.mark.parametrize(
+    ("name", "who"),
+    [("file-tcp", "socat -b 1M"), ("tcp-4tcp", "mbuffer -s 1M"), ("tcp-file", "socat -b 1M")],
+)
+def test_tiny_cell_over_tcp(load: Path, tmp_path: Path, name: str, who: str) -> None:
+    """Every kind of end works: a file sent, a connection fanned out, a connection written to a file."""
+    small = cell(name)
+    one = peer(small, who)
+    trial = Trial(load, small, tmp_path)
+    trial.verify(one, MIB + 1, trial.digest(MIB + 1))
+    run = trial.run(one, MIB)
+    assert run.seconds >= 0
+    assert run.cpu > 0
+
+
+def test_lost_bytes_are_a_failure(load: Path, tmp_path: Path) -> None:
+    """A contender that gives one sink a byte less is reported with the sink and both counts."""
+    trial = Trial(load, cell("pipe-4pipes"), tmp_path)
+    script = 'head -c 1023 > "$1"; : > "$2"; : > "$3"; : > "$4"'
+    with pytest.raises(BenchmarkError, match="sink 0 got 1023 of 1024 bytes"):
+        trial.run(shell(script), 1024)
+
+
+def test_changed_bytes_are_a_failure(load: Path, tmp_path: Path) -> None:
+    """A contender that delivers the right number of wrong bytes does not pass the verification."""
+    trial = Trial(load, cell("pipe-4pipes"), tmp_path)
+    script = 'tr "\\000" "\\001" | tee "$1" "$2" "$3" > "$4"'
+    with pytest.raises(BenchmarkError, match="sink 0 got other bytes"):
+        trial.verify(shell(script), 8192, trial.digest(8192))
+
+
+def test_failing_contender_is_named(load: Path, tmp_path: Path) -> None:
+    """A contender's exit code and last words are in the failure."""
+    trial = Trial(load, cell("tcp-4tcp"), tmp_path)
+    with pytest.raises(BenchmarkError, match=r"exit code 3 from: sh -c .*: no luck"):
+        trial.run(shell("echo no luck >&2; exit 3"), 1024)
+
+
+def test_missing_peer_names_its_package() -> None:
+    """A peer that is not installed is left out with the name of its Debian package."""
+    tool = contender.Tool("nothing", "nothing-at-all", ("nothing-by-that-name",), "")
+    absent = Contender("nothing", (tool,), lambda _: [])
+    with pytest.raises(LookupError, match="nothing-at-all"):
+        absent.version()
+
+
+def test_every_relay_command_follows_the_contract() -> None:
+    """In each cell relay comes first, by a command that names every sink of the cell."""
+    for one in catalogue():
+        relay = one.contenders[0]
+        place = Place(
+            listen=9000,
+            file=Path("/f"),
+            ports=tuple(range(1, one.sinks + 1)),
+            fifos=tuple(Path(f"/p{n}") for n in range(one.sinks)),
+            output=Path("/o"),
+        )
+        (part,) = relay.parts(place)
+        assert relay.is_relay
+        assert part.argv[1:3] == ("-m", "relay")
+        assert part.argv.count("--to") == one.sinks
+
+
+def test_losses_are_said_plainly() -> None:
+    """Where relay is slower, dearer and above its target, the table says loss and missed."""
+    one = cell("pipe-4pipes")
+    relay, tee = (
+        Result(
+            c, "1", [Measure(GIB, seconds, cpu, 1024, seconds, 0.0)], [Measure(0, 0.1, 0.1, 1024, 0.1, 0.0)]
+        )
+        for c, seconds, cpu in zip(one.contenders, (2.0, 1.0), (0.5, 0.4), strict=False)
+    )
+    text = table.markdown(one, GIB, 1, [relay, tee])
+    assert "relay moves 0.50 times the GiB/s of the fastest peer, `tee` (loss)" in text
+    assert "relay costs 1.25 times the CPU of the cheapest peer, `tee` (loss)" in text
+    assert "at most 0.2 of the CPU of `tee`: missed, 1.250" in text
+
+
+def test_command_lists_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    """--list names the cells a pattern picks; a pattern that picks none is refused with all names."""
+    assert command.main(["--list", "--only", "file-*"]) == 0
+    assert "file-tcp-unpinned" in capsys.readouterr().out
+    assert command.main(["--only", "no-such-cell"]) == 2
+    assert "pipe-4pipes" in capsys.readouterr().err
+
+
+def test_command_end_to_end(tmp_path: Path) -> None:
+    """`python -m benchmarks` writes the same table to stdout and to its file, and each run to the JSON."""
+    peer(cell("pipe-4pipes"), "tee")
+    options = ["--only", "pipe-4pipes-unpinned", "--size", "1MiB", "--directory", str(tmp_path)]
+    outputs = ["--json", str(tmp_path / "j"), "--markdown", str(tmp_path / "m")]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *options, *outputs],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=contender.ROOT,
+    )
+    assert done.stdout.strip() == (tmp_path / "m").read_text().strip(), done.stderr
+    assert "`python -m benchmarks --runs 5 --only pipe-4pipes-unpinned --size 1MiB`" in done.stdout
+    contenders = json.loads((tmp_path / "j").read_text())["cells"][0]["contenders"]
+    tee = next(one for one in contenders if one["name"] == "tee")
+    assert [run["size"] for run in tee["runs"]] == [MIB] * 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["j", "m"]
