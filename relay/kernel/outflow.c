@@ -110,8 +110,6 @@ static int64_t give_to_sink(struct pass *s, struct relay_node *n, int64_t amount
         return give_to_ferry(s, n, amount);
     if (sink->fd < 0 || !sink->writable)
         return 0;
-    if (sink->kind == RELAY_INSTANT && n->stash_len > n->stash_out)
-        return amount;        /* /dev/null need not see what is in memory already */
     moved = give(n, sink->fd, sink->is_socket, amount);
     s->e->calls++;
     if (moved == -EAGAIN || moved == 0) {
