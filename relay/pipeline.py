@@ -217,7 +217,10 @@ class Pipeline:
     def _choose_source(self, source: Source) -> None:
         scheme = source.scheme
         only = self.chain.outlets[0] if len(self.chain.nodes) == 1 else None
-        alone = only is not None and only.settings is not None and only.settings.address.scheme in SOCKETS
+        settings = only.settings if only is not None else None
+        alone = (
+            settings is not None and settings.address.scheme in SOCKETS and settings.verb != "listen"
+        )  # a broadcast's sink is whoever joins
         choice = self.ways.from_source(scheme, copies=source.copies, alone=alone)
         if choice.method == "vmsplice" and source.c.left > 0:
             size = int(source.c.offset) + int(source.c.left)

@@ -1,8 +1,8 @@
 """The C pump and its model side by side, over real pipes: what is done to one is done to the other.
 
-After every sweep everything both of them know is compared: events, system calls made, the bytes of every pipe,
-stash and counter, and whether the budget stopped it. Readiness is asked of poll(2) before each sweep, so the
-schedule alone decides what happens, and the time is the C core's own, which the model is told.
+After every sweep everything both of them know is compared: events, system calls made, the bytes of every
+pipe and stash, every counter, and whether the budget stopped it. Readiness is asked of poll(2) before each
+sweep, so the schedule alone decides what happens; the time is the C core's own, which the model is told.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EVENTS = 512
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One step of the chain. `kind`: "plain" moves on, "tee" has a sink of its own, "gate" a branch of one node."""
+    """One step. `kind`: "plain" moves on, "tee" has a sink of its own, "gate" a branch of one node."""
 
     kind: str = "tee"
     slots: int = 16
@@ -66,7 +66,7 @@ class Step:
 
 @dataclasses.dataclass(eq=False)
 class Outlet:
-    """One sink, twice: its struct with the pipe it writes to, and its model; `got` is what a reader has read."""
+    """One sink, twice: its struct with the pipe it writes to, and its model; `got` is what was read."""
 
     c: Any
     ends: PipeEnds | None
@@ -80,7 +80,7 @@ class Outlet:
 
 
 class Rig:
-    """A chain of `specs`, the last of which is its tail, in C and in Python; owned descriptors are `fds`'s."""
+    """A chain of `specs`, the last of which is its tail, in C and in Python; `fds` owns the descriptors."""
 
     def __init__(
         self, fds: Descriptors, specs: list[Spec], *, seed: int = 1, source_slots: int = 16,
@@ -250,7 +250,7 @@ class Rig:
         return outlet
 
     def leave(self, outlet: Outlet) -> None:
-        """A newcomer goes, as relay.subscribers does it: cut off first, taken out when its pipes are empty."""
+        """A newcomer goes, as relay.subscribers does it: cut off, and taken out when its pipes are empty."""
         if not outlet.newcomer or not outlet.alive or outlet.gate.model not in self.model.nodes:
             return
         outlet.alive = False

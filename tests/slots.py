@@ -1,7 +1,7 @@
 """A kernel pipe in plain Python, slot by slot (fs/pipe.c, fs/splice.c).
 
-A pipe is a row of slots. A slot holds one page or a part of one, so a pipe is full when its slots are, whatever
-their bytes; a write may top up the last page, tee and splice move slots, and cut the last one where they have to.
+A pipe is a row of slots. A slot holds one page or a part of one, so a pipe is full when its slots are,
+whatever their bytes; a write may top up the last page, tee and splice move slots, and cut the last one.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def pieces(stream: bytes, node: Node) -> bytes:
 
 
 def check(rig: Rig, outlet: Outlet) -> None:
-    """What a receiver got is what it must get: whole, from where it joined, up to where it went away, with gaps."""
+    """What a receiver got is what it must get: all, from where it joined, until it went, but for gaps."""
     came = inflows(rig)
     gate = outlet.gate
     if outlet.newcomer:
@@ -178,7 +178,7 @@ def test_every_schedule_ends_as_the_model_says(
     budget: int,
     seed: int,
 ) -> None:
-    """Whatever comes in whatever order, each sweep does what the model does, and every byte is where it must be."""
+    """In whatever order things happen, each sweep does what the model does, and every byte arrives."""
     with Descriptors() as fds:
         rig = Rig(
             fds,
@@ -236,7 +236,7 @@ def test_a_gap_that_is_called_off_leaves_nothing_behind(fds: Descriptors, copies
 
 
 def test_between_two_streams_the_pump_says_when_nothing_is_under_way(fds: Descriptors) -> None:
-    """With `keep` the end of a source is not the end of the stream, and IDLE comes once the pipes are empty."""
+    """With `keep` a source's end is not the stream's, and IDLE comes once the pipes are empty."""
     rig = Rig(fds, [Spec("tee", out_copies=True), Spec("tail", sink_slots=1)], keep=True)
     rig.feed(30000)
     rig.end()
@@ -245,7 +245,7 @@ def test_between_two_streams_the_pump_says_when_nothing_is_under_way(fds: Descri
     rig.sweep()
     assert ("SOURCE_ENDED", "pipeline", 0) in rig.events
     assert ("IDLE", "pipeline", 0) not in rig.events
-    while any([rig.read(outlet, 1 << 20) for outlet in rig.outlets]):
+    while sum(rig.read(outlet, 1 << 20) for outlet in rig.outlets):
         rig.sweep()
     assert rig.events.count(("IDLE", "pipeline", 0)) == 1
     assert not any(what in ("DONE", "SINK_DRAINED") for what, _, _ in rig.events)
@@ -266,7 +266,7 @@ def test_a_pipeline_with_nothing_to_do_does_nothing(fds: Descriptors) -> None:
 
 
 def test_one_byte_segments_fill_a_pipe_and_pass(fds: Descriptors) -> None:
-    """A pipe full of single bytes is full, is not taken for an empty source, and its bytes arrive in order."""
+    """A pipe full of single bytes is full, not taken for an empty source; its bytes arrive in order."""
     rig = Rig(fds, [Spec("tee", slots=2, sink_slots=1), Spec("tail", slots=2, sink_slots=2)])
     for _ in range(40):
         rig.feed(1)
@@ -296,3 +296,22 @@ def swept(rig: Rig, times: int) -> set[tuple[str, str, int]]:
         count = core.lib.relay_sweep(rig.engine, rig.pipeline, rig._out, 64)
         found |= {(NAMES[e.what], rig.names[e.token], e.error) for e in rig._out[0:count]}
     return found
+
+
+def test_sendfile_without_its_socket_falls_back_to_a_pipe(fds: Descriptors) -> None:
+    """When a newcomer stands between a file and its only sink, the file goes through the pipes to both."""
+    rig = Rig(fds, [Spec("tail")])
+    data = payload(5, 100_000)
+    rig.source.fd, rig.source.method, rig.source.kind = fds.memfd(data), core.SENDFILE, core.INSTANT
+    rig.source.offset, rig.source.left, rig.source.readable = 0, len(data), 1
+    outlet = rig.join(Spec("gate"))
+    got: dict[int, bytes] = {0: b"", 1: b""}
+    while min(map(len, got.values())) < len(data):
+        before = sum(map(len, got.values()))
+        swept(rig, 1)
+        for number, at in enumerate((rig.outlets[0], outlet)):
+            assert at.ends
+            with contextlib.suppress(BlockingIOError):
+                got[number] += os.read(at.ends.r, 1 << 20)
+        assert sum(map(len, got.values())) > before, "nothing moved"
+    assert got == {0: data, 1: data}
