@@ -1,6 +1,6 @@
 """A route at work for one stream, or for streams that take turns.
 
-Theory of operation. The pump (kernel/pump.c) moves bytes and reports; this file decides.
+Theory of operation. The pump (kernel/pump.h) moves bytes and reports; this file decides.
 
     each    the pipeline carries one stream. The source's end runs down the chain; each sink is finished when
             all it will get was handed to it; when the last has ended the pipeline is over.
