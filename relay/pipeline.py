@@ -155,8 +155,9 @@ class Pipeline:
                 outlet.sink.abort(reason)
         for group in self.subscribers:
             group.abort(reason)
-        self._turn_over()
+        record = self._turn_over()
         self.close()
+        self._on_over(record)
 
     @property
     def busy(self) -> bool:
@@ -374,16 +375,17 @@ class Pipeline:
             return
         if any(group.members for group in self.subscribers) and not self.c.keep:
             return
-        if self.source is not None:
-            self._turn_over()
+        record = self._turn_over() if self.source is not None else None
         if not self.persistent or self._ending:
             self.close()
+        if record is not None:  # last, so that whoever hears it finds the pipeline as it will stay
+            self._on_over(record)
 
     def subscriber_left(self) -> None:
         """For Subscribers: one has ended."""
         self._look_whether_over()
 
-    def _turn_over(self) -> None:
+    def _turn_over(self) -> SessionRecord:
         record = self._record()
         source, self.source = self.source, None
         self.c.source = core.ffi.NULL
@@ -397,8 +399,7 @@ class Pipeline:
                 self.engine.forget_token(outlet.sink.c.token)
                 outlet.sink.unwire()
                 outlet.sink = None
-        if record.source or record.sinks:
-            self._on_over(record)
+        return record
 
     def _harmless(self) -> bool:
         """Whether every sink that failed was one whose policy lets it."""
