@@ -36,11 +36,9 @@ from relay.stages.base import StageSettings
 from relay.stages.stage import Turn
 from relay.subscribers import Subscribers
 from relay.units import show_size
-from relay.ways import Choice, Ways
+from relay.ways import STRAIGHT, Choice, Ways
 
 log = logging.getLogger("relay.pipeline")
-
-SOCKETS = ("tcp", "unix", "fifo")
 
 
 class Pipeline:
@@ -218,7 +216,7 @@ class Pipeline:
     def _choose_source(self, source: Source) -> None:
         scheme = source.scheme
         only = self.chain.outlets[0] if len(self.chain.nodes) == 1 else None
-        alone = only is not None and only.settings is not None and only.settings.address.scheme in SOCKETS
+        alone = only is not None and only.settings is not None and only.settings.address.scheme in STRAIGHT
         choice = self.ways.from_source(scheme, copies=source.copies, alone=alone)
         if choice.method == "vmsplice" and source.c.left > 0:
             size = int(source.c.offset) + int(source.c.left)
