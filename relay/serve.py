@@ -13,7 +13,6 @@ import os
 import queue
 import signal
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -274,10 +273,13 @@ class RunningRoute:
             self._stop_listening()
             for broadcast in self._broadcasts.values():
                 broadcast.close()
-            if self._own is not None:
-                own = self._own
-                threading.Thread(target=own.stop, daemon=True).start()
             self._on_done(self)
+
+    def close(self) -> None:
+        """Ends the engine that read a file, if there was one. On the main thread, when the route is done."""
+        if self._own is not None:
+            self._own.stop()
+            self._own = None
 
 
 def listen(
@@ -347,6 +349,8 @@ class Server:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            for route in self.routes:
+                route.close()
             for engine in self._engines:
                 engine.stop()
                 engine.close()
