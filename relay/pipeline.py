@@ -36,11 +36,9 @@ from relay.stages.base import StageSettings
 from relay.stages.stage import Turn
 from relay.subscribers import Subscribers
 from relay.units import show_size
-from relay.ways import Choice, Ways
+from relay.ways import STRAIGHT, Choice, Ways
 
 log = logging.getLogger("relay.pipeline")
-
-SOCKETS = ("tcp", "unix", "fifo")
 
 
 class Pipeline:
@@ -157,8 +155,9 @@ class Pipeline:
                 outlet.sink.abort(reason)
         for group in self.subscribers:
             group.abort(reason)
-        self._turn_over()
+        record = self._turn_over()
         self.close()
+        self._on_over(record)
 
     @property
     def busy(self) -> bool:
@@ -219,7 +218,7 @@ class Pipeline:
         only = self.chain.outlets[0] if len(self.chain.nodes) == 1 else None
         settings = only.settings if only is not None else None
         alone = (
-            settings is not None and settings.address.scheme in SOCKETS and settings.verb != "listen"
+            settings is not None and settings.address.scheme in STRAIGHT and settings.verb != "listen"
         )  # a broadcast's sink is whoever joins
         choice = self.ways.from_source(scheme, copies=source.copies, alone=alone)
         if choice.method == "vmsplice" and source.c.left > 0:
@@ -379,16 +378,17 @@ class Pipeline:
             return
         if any(group.members for group in self.subscribers) and not self.c.keep:
             return
-        if self.source is not None:
-            self._turn_over()
+        record = self._turn_over() if self.source is not None else None
         if not self.persistent or self._ending:
             self.close()
+        if record is not None:  # last, so that whoever hears it finds the pipeline as it will stay
+            self._on_over(record)
 
     def subscriber_left(self) -> None:
         """For Subscribers: one has ended."""
         self._look_whether_over()
 
-    def _turn_over(self) -> None:
+    def _turn_over(self) -> SessionRecord:
         record = self._record()
         source, self.source = self.source, None
         self.c.source = core.ffi.NULL
@@ -402,8 +402,7 @@ class Pipeline:
                 self.engine.forget_token(outlet.sink.c.token)
                 outlet.sink.unwire()
                 outlet.sink = None
-        if record.source or record.sinks:
-            self._on_over(record)
+        return record
 
     def _harmless(self) -> bool:
         """Whether every sink that failed was one whose policy lets it."""

@@ -13,11 +13,12 @@ import os
 import queue
 import signal
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
+from typing import Any
 
 from relay import logs
 from relay.config.models import Config, Route
@@ -103,9 +104,15 @@ class RunningRoute:
             for listener in self._listeners:
                 self.bound.append(listener.address)
                 log.info(
-                    "%s: listening on %s", self.name, listener.address,
-                    extra={"event": "listening", "route": self.name, "role": "source",
-                           "address": listener.address},
+                    "%s: listening on %s",
+                    self.name,
+                    listener.address,
+                    extra={
+                        "event": "listening",
+                        "route": self.name,
+                        "role": "source",
+                        "address": listener.address,
+                    },
                 )
         else:
             self._read()
@@ -118,7 +125,9 @@ class RunningRoute:
         for listener in broadcast.listeners:
             self.bound.append(listener.address)
             log.info(
-                "%s: broadcasting on %s", self.name, listener.address,
+                "%s: broadcasting on %s",
+                self.name,
+                listener.address,
                 extra={"event": "listening", "route": self.name, "role": "sink", "address": listener.address},
             )
         return broadcast
@@ -130,8 +139,13 @@ class RunningRoute:
             self.home.post(lambda: self._over(pipeline, record))
 
         pipeline = Pipeline(
-            engine, self.name, self.route.stages, self.route.sink, self._ways,
-            persistent=self._persistent, on_over=over,
+            engine,
+            self.name,
+            self.route.stages,
+            self.route.sink,
+            self._ways,
+            persistent=self._persistent,
+            on_over=over,
         )
         return pipeline
 
@@ -243,7 +257,7 @@ class RunningRoute:
             if pipeline.closed:
                 continue
             self.cut_short = self.cut_short or pipeline.busy
-            pipeline.engine.post(lambda pipeline=pipeline: self._abort_there(pipeline, reason))
+            pipeline.engine.post(partial(self._abort_there, pipeline, reason))
         self._look_whether_done()
 
     def _abort_there(self, pipeline: Pipeline, reason: str) -> None:
@@ -259,22 +273,31 @@ class RunningRoute:
             self._stop_listening()
             for broadcast in self._broadcasts.values():
                 broadcast.close()
-            if self._own is not None:
-                own = self._own
-                threading.Thread(target=own.stop, daemon=True).start()
             self._on_done(self)
+
+    def close(self) -> None:
+        """Ends the engine that read a file, if there was one. On the main thread, when the route is done."""
+        if self._own is not None:
+            self._own.stop()
+            self._own = None
 
 
 def listen(
-    engine: Engine, address: Address, accepted: Callable[[socket.socket, str], None],
+    engine: Engine,
+    address: Address,
+    accepted: Callable[[socket.socket, str], None],
     settings: SourceSettings | SinkSettings,
 ) -> list[Listener]:
     """Listeners for a tcp or unix address, with the unix options of the endpoint's settings."""
     if address.scheme == "tcp":
         return tcp.listen(engine, address, accepted)
     return unix.listen(
-        engine, address, accepted, mode=settings.mode,
-        owner=unix.user_id(settings.owner), group=unix.group_id(settings.group),
+        engine,
+        address,
+        accepted,
+        mode=settings.mode,
+        owner=unix.user_id(settings.owner),
+        group=unix.group_id(settings.group),
     )
 
 
@@ -294,7 +317,10 @@ class Server:
     """All routes of a configuration at work. `run` returns the exit code; it is called on the main thread."""
 
     def __init__(
-        self, config: Config, *, once: bool = False,
+        self,
+        config: Config,
+        *,
+        once: bool = False,
         on_record: Callable[[SessionRecord], None] = logs.session,
         on_ready: Callable[[list[RunningRoute]], None] = lambda _routes: None,
     ) -> None:
@@ -323,17 +349,19 @@ class Server:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            for route in self.routes:
+                route.close()
             for engine in self._engines:
                 engine.stop()
                 engine.close()
 
-    def _catch_signals(self) -> dict[int, object]:
+    def _catch_signals(self) -> dict[int, Any]:
         """SIGPIPE is ignored: splice has no MSG_NOSIGNAL. The others are news for the main thread."""
 
         def caught(number: int, _frame: FrameType | None) -> None:
             self._news.put(signal.Signals(number).name)
 
-        found: dict[int, object] = {}
+        found: dict[int, Any] = {}
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             found[number] = signal.signal(number, caught)
         found[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -343,10 +371,17 @@ class Server:
 
     def _open(self) -> bool:
         spread = itertools.cycle(self._engines)
-        for (name, route), home in zip(self._config.routes.items(), itertools.cycle(self._engines), strict=False):
+        for (name, route), home in zip(
+            self._config.routes.items(), itertools.cycle(self._engines), strict=False
+        ):
             running = RunningRoute(
-                name, route, home, spread, lambda done: self._news.put(f"done {done.name}"),
-                once=self._once, on_record=self._on_record,
+                name,
+                route,
+                home,
+                spread,
+                lambda done: self._news.put(f"done {done.name}"),
+                once=self._once,
+                on_record=self._on_record,
             )
             self.routes.append(running)
             try:
@@ -387,4 +422,4 @@ class Server:
 
     def _abort(self, reason: str) -> None:
         for route in self.routes:
-            route.home.post(lambda route=route: route.abort(reason))
+            route.home.post(partial(route.abort, reason))

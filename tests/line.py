@@ -29,7 +29,7 @@ class File:
 
 
 class Line:
-    """Borrows its descriptors; `events` are (what, who, errno), who being "pipeline", "node0", "sink0" and so on.
+    """Borrows its descriptors; `events` are (what, who, errno), who being "pipeline", "node0" or "sink0".
 
     `close` unregisters everything and waits for the ferries' threads.
     """

@@ -104,7 +104,7 @@ def test_without_a_buffer_copying_asks_for_one(fds: Descriptors, tmp_path: Path)
 
 
 def test_a_file_that_stalls_does_not_stall_the_loop(engine: Engine, fds: Descriptors, tmp_path: Path) -> None:
-    """While a thread blocks in a write for good, other pipelines on the engine move; then the rest arrives."""
+    """While a thread blocks in a write, other pipelines on the engine move; then the rest arrives."""
     os.mkfifo(tmp_path / "fifo")
     reader = fds.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     blocking = fds.open(tmp_path / "fifo", os.O_WRONLY)

@@ -70,7 +70,7 @@ static int fill_by_hand(struct pass *s, struct relay_node *head)
         most = head->capacity;
     if (source->left >= 0 && most > source->left)
         most = source->left;
-    if (source->memory) {
+    if (source->memory && source->fd < 0) {   /* a mapped file is read instead: it may have been cut short */
         memcpy(to, source->memory + source->offset, (size_t)most);
         moved = most;
     } else if (source->offset >= 0) {
@@ -123,6 +123,13 @@ int fill_from_source(struct pass *s)
 
     if (!source || p->source_ended || p->paused || head->ended || refuses(head))
         return 0;
+    if (source->left == 0 && source->waits) {
+        if (source->readable) {
+            source->readable = 0;
+            tell(s, p->token, RELAY_SOURCE_DRY, 0);
+        }
+        return 0;
+    }
     if (source->left == 0) {
         source_over(s, RELAY_SOURCE_ENDED, 0);
         return 1;
@@ -141,8 +148,12 @@ int fill_from_source(struct pass *s)
             source->method = RELAY_SPLICE;
             return 1;
         }
-        if (head->held || !sink->writable || sink->fd < 0)
+        if (head->held)
             return 0;
+        if (!sink->writable || sink->fd < 0) {
+            blocked(s, head);
+            return 0;
+        }
         offset = source->offset;
         moved = call_sendfile(sink->fd, source->fd, source->offset < 0 ? NULL : &offset, most);
         s->e->calls++;
@@ -151,7 +162,9 @@ int fill_from_source(struct pass *s)
                 source->offset = offset;
             sink->moved += moved;
             sink->last_ns = s->e->now_ns;
+            note_acknowledged(sink);
             head->passed += moved;
+            drained(s, head, 0);      /* it is not slow, and holds nothing */
             return source_took(s, moved);
         }
         if (moved == 0) {
@@ -162,6 +175,7 @@ int fill_from_source(struct pass *s)
             if (says_ready(sink->fd, POLLOUT))
                 look_again(s);
             sink->writable = 0;
+            blocked(s, head);
             return 0;
         }
         /* which side failed? a pipe between them tells */

@@ -104,6 +104,8 @@ static int64_t give_to_sink(struct pass *s, struct relay_node *n, int64_t amount
 {
     struct relay_end *sink = n->sink;
     int64_t moved;
+    if (sink->failed)           /* its place is held for another */
+        return 0;
     if (sink->kind == RELAY_FERRY)
         return give_to_ferry(s, n, amount);
     if (sink->fd < 0 || !sink->writable)
@@ -237,8 +239,8 @@ int move_out(struct pass *s, struct relay_node *n, int64_t amount)
         return 0;
     }
     if (moved < 0) {
-        if (n->sink == NULL && !n->into)        /* the ferry failed and was told of */
-            return 1;
+        if (!n->into && (!n->sink || n->sink->failed))      /* the ferry failed and was told of */
+            return !n->sink;
         if (not_this_way(moved) && !stashed) {
             n->out_copies = 1;
             tell(s, n->token, RELAY_WANTS_COPY, moved);
@@ -261,6 +263,7 @@ int move_out(struct pass *s, struct relay_node *n, int64_t amount)
     if (n->sink) {
         n->sink->moved += moved;
         n->sink->last_ns = s->e->now_ns;
+        note_acknowledged(n->sink);
     }
     drained(s, n, moved);
     if (!n->left && n->into)

@@ -18,6 +18,8 @@
 #include "calls.h"
 
 #include <poll.h>
+#include <sys/ioctl.h>
+#include <termios.h>
 
 #define RETRY_NS 10000000LL
 
@@ -62,9 +64,24 @@ static inline void sink_failed(struct pass *s, struct relay_node *n, int64_t err
 {
     struct relay_end *sink = n->sink;
     sink->failed = 1;
-    n->sink = NULL;
-    n->since_ns = 0;
+    sink->readable = sink->writable = 0;
+    if (!n->hold) {
+        n->sink = NULL;
+        n->since_ns = 0;
+    }
     tell(s, sink->token, RELAY_SINK_FAILED, error);
+}
+
+/* How far the peer's kernel has everything, noted right after bytes were given to it: whoever reads the note
+ * later, even after SIGKILL, finds a position that was passed, at most one send queue behind. */
+static inline void note_acknowledged(struct relay_end *sink)
+{
+    int waiting = 0;
+    if (!sink->acknowledged)
+        return;
+    if (sink->queues && ioctl(sink->fd, TIOCOUTQ, &waiting) < 0)
+        return;
+    __atomic_store_n(sink->acknowledged, sink->base + sink->moved - waiting, __ATOMIC_RELAXED);
 }
 
 static inline int refuses(const struct relay_node *n) { return n->full || n->prefix_left; }

@@ -185,7 +185,7 @@ static int sweep(struct pass *s)
         struct relay_end *sink = n->sink;
         if (holds(n))
             empty = 0;
-        if (!sink)
+        if (!sink || sink->failed)
             continue;
         if (sink->kind == RELAY_FERRY) {
             ferry_flush(sink->ferry);
