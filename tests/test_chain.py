@@ -11,7 +11,7 @@ from relay.engine import Engine
 
 @pytest.mark.parametrize("copies_first", [False, True])
 def test_a_dropping_node_has_room_for_the_piece_under_way(copies_first: bool) -> None:
-    """Behind what a node copies through lie `align` bytes for the piece before a gap, whichever was set first."""
+    """Behind what a node copies through lie `align` bytes for the piece before a gap, in either order."""
     engine = Engine("test")
     node = Node(engine, 65536)
     slow = OnSlow(policy="drop", align=100_000).effective(listening=False)
