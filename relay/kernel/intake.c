@@ -144,7 +144,11 @@ int fill_from_source(struct pass *s)
         return fill_by_hand(s, head);
     if (source->method == RELAY_SENDFILE) {
         struct relay_end *sink = head->sink;
-        if (!sink || head->held)
+        if (!sink || head->next) {      /* its sink failed, or is no longer the only one */
+            source->method = RELAY_SPLICE;
+            return 1;
+        }
+        if (head->held)
             return 0;
         if (!sink->writable || sink->fd < 0) {
             blocked(s, head);
