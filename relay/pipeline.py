@@ -49,7 +49,7 @@ class Pipeline:
     """Owns the chain, its sinks and, during a turn, the source. Lives on one engine, on whose thread all runs.
 
     `on_over(record)` is called at the end of each turn; with `persistent=False` there is one turn, after which
-    everything is closed. `spill` makes the sinks that read through a log. `quiet` leaves the warnings about sinks
+    everything is closed; `on_closed` is called once, last of all. `spill` makes the sinks that read through a log. `quiet` leaves the warnings about sinks
     to the caller. Raises KernelError when no descriptor is left for the pipes.
     """
 
@@ -63,6 +63,7 @@ class Pipeline:
         *,
         persistent: bool,
         on_over: Callable[[SessionRecord], None],
+        on_closed: Callable[[], None] = lambda: None,
         patience: float = 0.0,
         spill: Spilling | None = None,
         quiet: bool = False,
@@ -74,6 +75,7 @@ class Pipeline:
         self.persistent = persistent
         self.ways = ways
         self._on_over = on_over
+        self._on_closed = on_closed
         self._patience = patience
         self.c = core.new("pipeline", keep=int(persistent))
         self.chain = Chain(engine, stages, sink, ways, persistent=persistent)
@@ -503,6 +505,7 @@ class Pipeline:
                 outlet.sink.close()
                 outlet.sink.unwire()
         self.chain.close()
+        self._on_closed()
 
 
 def os_error_name(code: int) -> str:
