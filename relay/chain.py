@@ -48,9 +48,13 @@ class Node:
         self.c.token = self._engine.register(lambda what, error, _mask: target(what, error))
 
     def give_stash(self) -> None:
-        """Memory to copy through, and for the piece that is under way when a gap begins."""
-        if self._stash is None:
-            self._stash = core.buffer(STASH + int(self.c.align))
+        """Memory to copy through, and behind it room for the piece that is under way when a gap begins.
+
+        After `align` was raised it is called again, before the node has moved anything.
+        """
+        size = STASH + int(self.c.align)
+        if self._stash is None or len(self._stash) < size:
+            self._stash = core.buffer(size)
             self.c.stash, self.c.stash_size = self._stash, STASH
 
     def copies(self, why: str) -> None:

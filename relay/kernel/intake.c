@@ -95,10 +95,11 @@ static int fill_by_hand(struct pass *s, struct relay_node *head)
         head->stash_next = moved;
     } else {
         int64_t written = 0;
+        int refused = 0;
         while (written < moved) {
             int64_t w = call_write(head->pipe_w, 0, to + written, moved - written);
             s->e->calls++;
-            if (w == -EAGAIN)   /* an empty pipe takes its capacity: only a passing fault says no */
+            if (w == -EAGAIN && ++refused < 100)    /* an empty pipe takes its capacity: a passing fault */
                 continue;
             if (w <= 0) {
                 tell(s, head->token, RELAY_BROKEN, w ? w : EIO);
