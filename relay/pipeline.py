@@ -187,7 +187,7 @@ class Pipeline:
             assert self.turn is not None
             path = fill_path(path, self.turn.values())
         in_place = self.persistent and not settings.placeholders
-        copy = self.ways.forced == "copy"
+        copy = self.ways.to_sink("file").method == "copy"
         return make_sink(self.engine, settings, path, in_place=in_place, copy=copy, patience=self._patience)
 
     def _stand(self, outlet: Outlet, sink: Sink) -> None:
@@ -216,7 +216,12 @@ class Pipeline:
     def _choose_source(self, source: Source) -> None:
         scheme = source.scheme
         only = self.chain.outlets[0] if len(self.chain.nodes) == 1 else None
-        alone = only is not None and only.settings is not None and only.settings.address.scheme in STRAIGHT
+        alone = (
+            only is not None
+            and only.settings is not None
+            and only.settings.verb != "listen"  # subscribers are nodes too, and come later
+            and only.settings.address.scheme in STRAIGHT
+        )
         choice = self.ways.from_source(scheme, copies=source.copies, alone=alone)
         if choice.method == "vmsplice" and source.c.left > 0:
             size = int(source.c.offset) + int(source.c.left)
