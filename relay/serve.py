@@ -292,7 +292,7 @@ class RunningRoute:
             self._waiting.popleft().close(reset=True)
             self.cut_short = True
         for source, engine in self._starting.items():
-            engine.post(lambda source=source: self._give_up(source))
+            engine.post(partial(self._give_up, source))
         for pipeline in self._pipelines:
             self._abort_pipeline(pipeline)
         self._look_whether_done()
