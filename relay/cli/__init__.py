@@ -40,10 +40,20 @@ for module in (serve, run, send, check, plan, schema):
 
 def main() -> NoReturn:
     """The console entry: exit codes as documented, errors on stderr in one line each, no traceback."""
-    from relay.errors import ConfigError, ConfigErrors, EndpointError, RelayError, SourceError
+    from relay.errors import (
+        ConfigError,
+        ConfigErrors,
+        EndpointError,
+        RelayError,
+        SourceError,
+        UsageError,
+    )
 
     try:
         app(prog_name="relay", standalone_mode=True)
+    except UsageError as error:
+        print(f"relay: {error}", file=sys.stderr)
+        sys.exit(2)
     except (ConfigError, ConfigErrors) as error:
         print(error, file=sys.stderr)
         sys.exit(3)

@@ -178,6 +178,11 @@ class SocketSink(Sink):
             waiting -= 1
         return min(waiting, self.moved)
 
+    @property
+    def seconds(self) -> float:
+        """Until everything was acknowledged: waiting for the peer to close moves no bytes."""
+        return self._delivered_at - self.started_at if self._delivered_at else super().seconds
+
     def abort(self, reason: str) -> None:
         """Resets the connection: the receiver must not take what it has for the whole."""
         if self.state in ("open", "finishing"):
