@@ -298,7 +298,7 @@ class Pipeline:
             # pages under way are the file's own: the change may show in them
             self._source_failed(changed, "send it again when nobody writes to it")
         if self._source_error:
-            sink.abort("the source failed before the stream was whole")
+            sink.abort(self._source_error)
             return
         if outlet.digest is not None and isinstance(sink, FileSink):
             if not outlet.digest.digest:
@@ -350,7 +350,7 @@ class Pipeline:
         node = outlet.node.c
         if node.sink == sink.c:
             node.sink = core.ffi.NULL
-        if sink.state == "failed" and not self._aborting:
+        if sink.state == "failed" and not self._aborting and not self._source_error:
             log.warning("%s: %s", self.route, sink.reason)
         outlet.gate.c.dropping = 0
         if not self._closed:

@@ -1,8 +1,8 @@
 """`relay send`: files or stdin, pushed to one address or many.
 
 A file goes to each address at that address's own pace: a lane an address. What can be read only once (stdin,
-a fifo) is teed: one lane for all addresses. What was asked for is carried out in order: a run of files, then a
-stream, then the next run of files.
+a fifo) is teed: one lane for all addresses. What was asked for is carried out in order: a run of files, a
+stream, the next run of files.
 
 The main thread waits for news: a stream is over, a checksum is there, a signal came. Everything else happens
 on the engines of the lanes, and what they tell is put into the queue of news.
@@ -222,7 +222,7 @@ class Sending:
             lane.abort(f"interrupted by {signal.Signals(number).name}")
 
     def _exit_code(self) -> int:
-        """128 and the signal; 4 a source failed, 5 every sink did, 6 another checksum, 1 some sinks failed."""
+        """128 and the signal; 4 a source failed, 5 every sink did, 6 another checksum, 1 some sinks."""
         if self._signalled:
             return 128 + self._signalled
         if self._source_failed:
