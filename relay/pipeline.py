@@ -271,25 +271,21 @@ class Pipeline:
         source = self.source
         assert source is not None
         self._source_over = True
-        changed = source.changed()
-        if error:
-            self._source_error = str(source.error("reading from", error))
-        elif source.c.left > 0 and not changed:
-            self._source_error = str(
-                source.error("reading from", 0, reason=f"it ended {source.c.left} bytes early")
-            )
-        elif changed:
-            self._source_error = str(
-                source.error(
-                    "reading from", 0, reason=changed, advice="send it again when nobody writes to it"
-                )
-            )
-        if self._source_error:
-            self._reason = self._source_error
-            log.warning("%s: %s", self.route, self._source_error)
+        if changed := source.changed():
+            self._source_failed(changed, "send it again when nobody writes to it")
+        elif error:
+            self._source_failed("", "", error)
+        elif source.c.left > 0:
+            self._source_failed(f"it ended {source.c.left} bytes early")
         if self.c.keep:
             self.c.tell_idle = 1
             self.engine.ready(self.c)
+
+    def _source_failed(self, reason: str, advice: str = "", code: int = 0) -> None:
+        assert self.source is not None
+        error = self.source.error("reading from", code, reason=reason, advice=advice)
+        self._source_error = self._reason = str(error)
+        log.warning("%s: %s", self.route, error)
 
     def _idle(self) -> None:
         """Between turns: nothing is under way, so what belongs to the stream alone can end."""
@@ -318,8 +314,11 @@ class Pipeline:
 
     def _end_sink(self, outlet: Outlet, sink: Sink) -> None:
         """All this sink will get was handed to it: it is finished, after its checksum if it wants one."""
+        if not self._source_error and self.source is not None and (changed := self.source.changed()):
+            # pages under way are the file's own: the change may show in them
+            self._source_failed(changed, "send it again when nobody writes to it")
         if self._source_error:
-            sink.abort("the source failed before the stream was whole")
+            sink.abort(self._source_error)
             return
         if outlet.digest is not None and isinstance(sink, FileSink):
             if not outlet.digest.digest:
@@ -371,11 +370,17 @@ class Pipeline:
         node = outlet.node.c
         if node.sink == sink.c:
             node.sink = core.ffi.NULL
-        if sink.state == "failed" and not self._aborting and not self._quiet:
+        said = self._aborting or self._quiet or self._source_error  # by somebody else already
+        if sink.state == "failed" and not said:
             log.warning("%s: %s", self.route, sink.reason)
         outlet.gate.c.dropping = 0
         if not self._closed:
             self.engine.ready(self.c)
+        visible = [o.sink for o in self.chain.outlets if not o.hidden]
+        if not self.c.keep and all(s is not None and s.state == "failed" for s in visible):
+            for other in self.chain.outlets:
+                if other.hidden and other.sink is not None:
+                    other.sink.abort("every sink failed")  # a checksum alone is no reason to go on reading
         if outlet.hidden:
             for other in self.chain.outlets:
                 if other.digest is outlet.stage and other.sink is not None and self._drained(other):
