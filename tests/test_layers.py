@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("spill",),
     ("pipeline", "subscribers", "chain"),
     ("needs", "ways", "record", "logs", "log", "progress", "stages", "endpoints"),
-    ("engine",),
+    ("engine", "backoff"),
     ("kernel",),
     ("settings", "units"),
     ("errors", "__init__"),
