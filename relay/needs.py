@@ -3,7 +3,7 @@
 Facts (man 7 pipe; fs/pipe.c): a pipe has two descriptors and is charged, by its capacity in pages, to the
 user who made it.
 
-What this means here: each function names the class whose descriptors it counts; a test opens both and compares.
+What this means here: each function names the class whose descriptors it counts; a test compares.
 """
 
 from __future__ import annotations

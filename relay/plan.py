@@ -174,7 +174,8 @@ class _Walk:
         choice, sure = self._sure(address.scheme, self._ways.from_source(address.scheme, alone=alone))
         need = needs.source(address, self._machine)
         shown = str(address)
-        return Hop("source", address.scheme, shown, choice, need, shown, route.source.verb, sure=sure)
+        name = "stdin" if address.scheme == "stdio" else shown
+        return Hop("source", address.scheme, name, choice, need, shown, route.source.verb, sure=sure)
 
     def chain(
         self,
@@ -263,6 +264,8 @@ class _Walk:
                 policy=slow.policy or "",
                 branch=(below,),
             )
+        if address.scheme == "stdio":
+            name = "stdout"
         self._held(name, "sink", slow, within)
         copies = APPENDING if sink.append else ""
         choice, sure = self._sure(address.scheme, self._ways.to_sink(address.scheme, copies=copies))

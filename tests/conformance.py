@@ -12,13 +12,24 @@ import pty
 import select
 import socket
 import struct
+import termios
 import threading
 import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peers import PATIENCE, accept, assert_same, payload, received, tcp_listener, unix_listener, wait_for
+from peers import (
+    PATIENCE,
+    accept,
+    assert_same,
+    eventually,
+    payload,
+    received,
+    tcp_listener,
+    unix_listener,
+    wait_for,
+)
 from relays import Relay
 
 from relay.endpoints.address import Address
@@ -140,6 +151,29 @@ class FdGiver(Giver):
             self._write = -1
 
 
+class TerminalGiver(FdGiver):
+    """Types on a terminal. Its end is ^D on an empty line: hanging up would throw away what is unread."""
+
+    def __init__(self, master: int, slave: int) -> None:
+        super().__init__({"fd": slave}, master)
+        self._slave = slave
+        self._given = 0
+
+    def start(self, relay: Relay) -> None:
+        self._relay = relay
+
+    def give(self, data: bytes) -> None:
+        super().give(data)
+        self._given += len(data)
+
+    def end(self) -> None:
+        eventually(lambda: self._relay.moved() == self._given, "what was typed is read")
+        mode = termios.tcgetattr(self._slave)
+        mode[3] |= termios.ICANON
+        termios.tcsetattr(self._slave, termios.TCSANOW, mode)
+        os.write(self._write, b"\x04")
+
+
 class FileGiver(Giver):
     """The bytes lie in a file."""
 
@@ -211,7 +245,7 @@ def _fd_socket(_path: Path) -> Iterator[Giver]:
 def _fd_terminal(_path: Path) -> Iterator[Giver]:
     master, slave = pty.openpty()
     tty.setraw(slave)
-    giver = FdGiver({"fd": slave}, master)
+    giver = TerminalGiver(master, slave)
     yield giver
     giver.close()
     os.close(slave)
@@ -330,6 +364,8 @@ class SocketTaker(Taker):
 
     def pieces(self) -> Iterator[bytes]:
         yield from received(self.connection())
+        with contextlib.suppress(OSError):
+            self.connection().shutdown(socket.SHUT_WR)  # relay waits a while for its peer to close first
 
     def talk(self, data: bytes) -> None:
         """Sends something to the one-way sink."""
@@ -494,9 +530,7 @@ def route_of(giver: Giver, takers: list[Taker], on_slow: object = None, **more: 
     return {"source": giver.source, "stages": tees, "sink": takers[-1].sink, **more}
 
 
-def check_delivery(
-    giver: Giver, takers: list[Taker], pieces: list[bytes], **more: Any
-) -> SessionRecord:
+def check_delivery(giver: Giver, takers: list[Taker], pieces: list[bytes], **more: Any) -> SessionRecord:
     """What is given arrives at every taker, unchanged and ended; the record says so."""
     data = b"".join(pieces)
     if giver.whole:

@@ -74,6 +74,11 @@ class Relay:
         assert len(self.route.records) <= 1
         return self.route.records[0] if self.route.records else None
 
+    def moved(self) -> int:
+        """Bytes that have come out of the source so far; 0 before it has a pipeline."""
+        sources = [pipeline.source for pipeline in self.route._pipelines]
+        return sum(source.moved for source in sources if source is not None)
+
     def post(self, action: Any) -> None:
         """Runs `action` on the engine's thread."""
         self._engine.post(action)
@@ -143,6 +148,7 @@ class Process:
 
     def addresses(self, count: int) -> list[str]:
         """The first `count` addresses it says it listens on, in the order of the log."""
+
         def said() -> list[str] | None:
             found = [line["address"] for line in self.lines if line.get("event") == "listening"]
             return found[:count] if len(found) >= count else None
@@ -163,6 +169,7 @@ class Process:
 
     def sessions(self, count: int = 1) -> list[dict[str, Any]]:
         """The records of the first `count` finished sessions."""
+
         def found() -> list[dict[str, Any]] | None:
             over = [line for line in self.lines if line.get("event") == "session"]
             return over if len(over) >= count else None
@@ -185,9 +192,7 @@ class Process:
 
 
 @contextlib.contextmanager
-def relay(
-    *arguments: str | Path, cwd: Path, prefix: Sequence[str] = (), **popen: Any
-) -> Iterator[Process]:
+def relay(*arguments: str | Path, cwd: Path, prefix: Sequence[str] = (), **popen: Any) -> Iterator[Process]:
     """`relay ARGUMENTS` as a child whose stderr is read by the test; killed and reaped at the end."""
     argv = [*prefix, *RELAY, *map(str, arguments)]
     popen.setdefault("env", environment())

@@ -17,7 +17,7 @@ import os
 import select
 import stat
 
-from relay.endpoints.base import Sink, Source
+from relay.endpoints.base import Sink
 from relay.endpoints.ferry import Ferry
 from relay.endpoints.file import FileSource
 from relay.endpoints.socket import READ_WRITE, SocketSink
@@ -46,10 +46,15 @@ def _reopen(fd: int, flags: int) -> int:
 
 
 class InheritedSource(FileSource):
-    """Reads a descriptor that relay was started with, from where it stands."""
+    """Reads a descriptor that relay was started with, from where it stands.
 
-    def __init__(self, engine: Engine, fd: int) -> None:
-        super().__init__(engine, name_of(fd))
+    A file is read from `offset` bytes further on; anything else has no offset but the bytes themselves, so
+    whoever wants to leave some out discards them in the chain. `length` counts what is left in: of a pipe
+    exactly `offset + length` bytes are read, and what follows stays in it.
+    """
+
+    def __init__(self, engine: Engine, fd: int, *, offset: int = 0, length: int | None = None) -> None:
+        super().__init__(engine, name_of(fd), offset=offset, length=length)
         self.name = name_of(fd)
         self.peer = name_of(fd)
         self._given = fd
@@ -65,11 +70,15 @@ class InheritedSource(FileSource):
             return
         mode = status.st_mode
         self.scheme = "file" if stat.S_ISREG(mode) else "stdio"
+        self.size = None
+        self.c.left = -1 if self._length is None else self._offset + self._length
         if fcntl.fcntl(self._given, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
             self.on_fail(self.error("reading", errno.EBADF, reason="it is open for writing only"))
         elif stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-            self._offset = os.lseek(self._given, 0, os.SEEK_CUR) if stat.S_ISREG(mode) else 0
+            self._offset += os.lseek(self._given, 0, os.SEEK_CUR) if stat.S_ISREG(mode) else 0
             self.take(os.dup(self._given))
+        elif _is_null(status) and self._length:
+            self.on_fail(self.error("reading", 0, reason=f"it has 0 bytes, not {self._length}"))
         elif _is_null(status):
             self.c.kind, self.c.left, self.c.readable = core.INSTANT, 0, 1
             self.on_open()
@@ -136,7 +145,7 @@ class BlockingSink(Sink):
         super().__init__(engine, name_of(fd))
         self._given = fd
         self._ferry: Ferry | None = None
-        self._why = copies
+        self.copies = copies
         self.c.kind = core.FERRY
 
     @property
@@ -163,7 +172,7 @@ class BlockingSink(Sink):
 
     def _write(self) -> None:
         assert self._ferry is not None
-        self._ferry.carry(self._given, copy=bool(self._why))
+        self._ferry.carry(self._given, copy=bool(self.copies))
 
     def _written(self, _result: object, failed: BaseException | None) -> None:
         if failed is None and self.state == "finishing":
@@ -185,8 +194,11 @@ class BlockingSink(Sink):
                 self._ferry.end()
 
 
-def inherited_sink(engine: Engine, fd: int) -> Sink:
-    """The sink that fits what `fd` is; a closed descriptor gives one that fails when it is opened."""
+def inherited_sink(engine: Engine, fd: int, *, copies: str = "") -> Sink:
+    """The sink that fits what `fd` is; a closed descriptor gives one that fails when it is opened.
+
+    `copies` says why even an end that could be spliced is not.
+    """
     from relay.endpoints.null import NullSink
 
     try:
@@ -202,9 +214,9 @@ def inherited_sink(engine: Engine, fd: int) -> Sink:
         return InheritedSocketSink(engine, fd)
     if stat.S_ISREG(status.st_mode):
         append = "O_APPEND refuses splice" if flags & os.O_APPEND else ""
-        return BlockingSink(engine, fd, copies=append)
+        return BlockingSink(engine, fd, copies=append or copies)
     is_pipe = stat.S_ISFIFO(status.st_mode)
     own = _reopen(fd, os.O_WRONLY)
     if own < 0:
-        return BlockingSink(engine, fd, copies="" if is_pipe else "a terminal or device is not spliced")
+        return BlockingSink(engine, fd, copies=copies if is_pipe else "a terminal or device is not spliced")
     return PipeSink(engine, fd, own, is_pipe=is_pipe)
