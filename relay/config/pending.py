@@ -33,9 +33,6 @@ PENDING = (
     Pending(SinkSettings, "rotate", "use {time} and {id} in the path for a file a stream"),
     Pending(SinkSettings, "fsync", "use never or close", lambda value: isinstance(value, float)),
     Pending(SinkSettings, "direct", "files are written through the page cache"),
-    Pending(
-        OnSlow, "policy", "use block, drop or disconnect in place of spill", lambda value: value == "spill"
-    ),
     Pending(OnSlow, "buffer", "a sink's backlog is its pipe"),
 )
 

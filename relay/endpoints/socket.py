@@ -178,6 +178,10 @@ class SocketSink(Sink):
             waiting -= 1
         return min(waiting, self.moved)
 
+    def under_way(self) -> int:
+        """What the peer's kernel has not acknowledged (tcp); what a unix peer has taken is its own."""
+        return self._outstanding() if self.counts_fin and self.c.fd >= 0 else 0
+
     def abort(self, reason: str) -> None:
         """Resets the connection: the receiver must not take what it has for the whole."""
         if self.state in ("open", "finishing"):
