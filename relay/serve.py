@@ -166,6 +166,7 @@ class RunningRoute:
             persistent=self._persistent,
             on_over=over,
             spill=partial(self._spills.sink, self._ways),
+            wait=self.route.wait_for_sinks or 0.0,
             on_closed=closed,
         )
         self.home.post(lambda: self._made(pipeline))
@@ -292,7 +293,7 @@ class RunningRoute:
             self._waiting.popleft().close(reset=True)
             self.cut_short = True
         for source, engine in self._starting.items():
-            engine.post(lambda source=source: self._give_up(source))
+            engine.post(partial(self._give_up, source))
         for pipeline in self._pipelines:
             self._abort_pipeline(pipeline)
         self._look_whether_done()
