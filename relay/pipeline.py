@@ -231,8 +231,11 @@ class Pipeline:
             assert self.turn is not None
             path = fill_path(path, self.turn.values())
         in_place = self.persistent and not settings.placeholders
-        copy = self.ways.to_sink("file").method == "copy"
-        return make_sink(self.engine, settings, path, in_place=in_place, copy=copy, patience=self._patience)
+        way = self.ways.to_sink(settings.address.scheme)
+        copies = way.reason if way.method == "copy" else ""
+        return make_sink(
+            self.engine, settings, path, in_place=in_place, copies=copies, patience=self._patience
+        )
 
     def _stand(self, outlet: Outlet, sink: Sink) -> None:
         """`sink` stands at `outlet` from now on."""
