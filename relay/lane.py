@@ -105,7 +105,7 @@ def _kind_and_size(path: str, order: Order) -> tuple[str, int | None]:
     try:
         status = os.stat(0 if path == "-" else path)  # noqa: PTH116 - stdin is a number
     except OSError:
-        return kind, None
+        return kind, 0
     if order.length is not None or not stat.S_ISREG(status.st_mode):
         return kind, order.length
     start = order.offset
@@ -169,8 +169,9 @@ class Lane:
         self._engine.post(lambda: self._abort(reason))
 
     def close(self) -> None:
-        """Ends the engine. The lane must be done."""
+        """Ends the engine. The lane must be done, or never begun."""
         self._engine.stop()
+        self._engine.close()
 
     def standings(self, whole: int | None, streams: int, before: int) -> list[Standing]:
         """How far each receiver is; `before` streams of `streams` went before this lane's first."""
@@ -236,7 +237,10 @@ class Lane:
             return
         self._now = self._now._replace(pipeline=pipeline)
         pipeline.open()
-        pipeline.begin(source, turn)
+        try:
+            pipeline.begin(source, turn)
+        except (RelayError, OSError) as error:  # no descriptor is left for a sink's own pipes
+            pipeline.abort(str(error))
 
     def _not_begun(self, document: Document, error: RelayError) -> None:
         """The document cannot be read, or there is nothing left to carry it with: no sink was opened."""
@@ -257,6 +261,8 @@ class Lane:
         self._now = self._now._replace(document=None, pipeline=None)
         for receiver, sink in zip(self.receivers, record.sinks, strict=True):
             receiver.sent += sink.bytes
+            if sink.result == "failed":
+                sink.reason = sink.reason or record.reason
         if all(sink.result == "failed" and not sink.bytes for sink in record.sinks):
             self._patience = 0.0  # nobody came within all of it: the rest need not wait that long again
         self._on_over(document, record)
