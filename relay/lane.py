@@ -13,13 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from relay.endpoints.base import Source
 from relay.endpoints.fifo import FifoSource
 from relay.endpoints.file import FileSource, Identity
-from relay.endpoints.settings import SinkSettings
+from relay.endpoints.settings import OnSlow, SinkSettings
 from relay.endpoints.stdio import InheritedSource
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError, SourceError
@@ -28,6 +29,7 @@ from relay.order import Order
 from relay.pipeline import Pipeline
 from relay.progress import Standing
 from relay.record import SessionRecord, SinkRecord
+from relay.spill import Spills
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Settings as ChecksumSettings
 from relay.stages.limit import Settings as LimitSettings
@@ -155,6 +157,7 @@ class Lane:
         self._ways = Ways(machine(), order.method)
         self._patience = order.wait
         self._now = _Now(None, 0, None, 0.0)
+        self._spills = Spills()
         self._engine = Engine(name)
 
     # -- on the main thread
@@ -219,7 +222,7 @@ class Lane:
         self._on_begin(document)
         at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         turn = Turn(route="send", id=str(next(_ids)), time=at, peer=source.peer, name=document.name)
-        *tees, last = [receiver.settings for receiver in self.receivers]
+        *tees, last = [self._settings(receiver, document) for receiver in self.receivers]
         try:
             pipeline = Pipeline(
                 self._engine,
@@ -229,6 +232,7 @@ class Lane:
                 self._ways,
                 persistent=False,
                 patience=self._patience,
+                spill=partial(self._spills.sink, self._ways, patience=self._patience),
                 on_over=lambda record: self._engine.post(lambda: self._over(document, record)),
             )
         except RelayError as error:
@@ -241,6 +245,13 @@ class Lane:
             pipeline.begin(source, turn)
         except (RelayError, OSError) as error:  # no descriptor is left for a sink's own pipes
             pipeline.abort(str(error))
+
+    @staticmethod
+    def _settings(receiver: Receiver, document: Document) -> SinkSettings:
+        """A file is a log already: each address reads it where it stands, nothing needs to be kept for it."""
+        if document.once or receiver.settings.slow.policy != "spill":
+            return receiver.settings
+        return receiver.settings.model_copy(update={"on_slow": OnSlow(policy="block")})
 
     def _not_begun(self, document: Document, error: RelayError) -> None:
         """The document cannot be read, or there is nothing left to carry it with: no sink was opened."""

@@ -1,6 +1,6 @@
 """A route at work for one stream, or for streams that take turns.
 
-Theory of operation. The pump (kernel/pump.c) moves bytes and reports; this file decides.
+Theory of operation. The pump (kernel/pump.h) moves bytes and reports; this file decides.
 
     each    the pipeline carries one stream. The source's end runs down the chain; each sink is finished when
             all it will get was handed to it; when the last has ended the pipeline is over.
@@ -36,18 +36,21 @@ from relay.stages.base import StageSettings
 from relay.stages.stage import Turn
 from relay.subscribers import Subscribers
 from relay.units import show_size
-from relay.ways import Choice, Ways
+from relay.ways import STRAIGHT, Choice, Ways
 
 log = logging.getLogger("relay.pipeline")
 
-SOCKETS = ("tcp", "unix", "fifo")
+
+# makes the sink that reads through a log: (engine, turn, outlet, persistent) -> Sink
+Spilling = Callable[[Engine, Turn, Outlet, bool], Sink]
 
 
 class Pipeline:
     """Owns the chain, its sinks and, during a turn, the source. Lives on one engine, on whose thread all runs.
 
     `on_over(record)` is called at the end of each turn; with `persistent=False` there is one turn, after which
-    everything is closed. Raises KernelError when no descriptor is left for the pipes.
+    everything is closed; `on_closed` is called once, last of all. `spill` makes the sinks that read through a log. `quiet` leaves the warnings about sinks
+    to the caller. Raises KernelError when no descriptor is left for the pipes.
     """
 
     def __init__(
@@ -60,13 +63,19 @@ class Pipeline:
         *,
         persistent: bool,
         on_over: Callable[[SessionRecord], None],
+        on_closed: Callable[[], None] = lambda: None,
         patience: float = 0.0,
+        spill: Spilling | None = None,
+        quiet: bool = False,
     ) -> None:
         self.engine = engine
         self.route = route
+        self._spill = spill
+        self._quiet = quiet
         self.persistent = persistent
         self.ways = ways
         self._on_over = on_over
+        self._on_closed = on_closed
         self._patience = patience
         self.c = core.new("pipeline", keep=int(persistent))
         self.chain = Chain(engine, stages, sink, ways, persistent=persistent)
@@ -157,8 +166,9 @@ class Pipeline:
                 outlet.sink.abort(reason)
         for group in self.subscribers:
             group.abort(reason)
-        self._turn_over()
+        record = self._turn_over()
         self.close()
+        self._on_over(record)
 
     @property
     def busy(self) -> bool:
@@ -183,12 +193,16 @@ class Pipeline:
             sink = outlet.stage.sink(self.engine)
             assert sink is not None
             return sink
+        if outlet.slow.policy == "spill":
+            assert self._spill is not None  # whoever has such a route brings one
+            turn = self.turn or Turn(route=self.route, id="0", time="", peer="")
+            return self._spill(self.engine, turn, outlet, self.persistent)
         path = settings.address.path
         if settings.placeholders:
             assert self.turn is not None
             path = fill_path(path, self.turn.values())
         in_place = self.persistent and not settings.placeholders
-        copy = self.ways.forced == "copy"
+        copy = self.ways.to_sink("file").method == "copy"
         return make_sink(self.engine, settings, path, in_place=in_place, copy=copy, patience=self._patience)
 
     def _stand(self, outlet: Outlet, sink: Sink) -> None:
@@ -217,7 +231,10 @@ class Pipeline:
     def _choose_source(self, source: Source) -> None:
         scheme = source.scheme
         only = self.chain.outlets[0] if len(self.chain.nodes) == 1 else None
-        alone = only is not None and only.settings is not None and only.settings.address.scheme in SOCKETS
+        settings = only.settings if only is not None else None
+        alone = (
+            settings is not None and settings.address.scheme in STRAIGHT and settings.verb != "listen"
+        )  # a broadcast's sink is whoever joins
         choice = self.ways.from_source(scheme, copies=source.copies, alone=alone)
         if choice.method == "vmsplice" and source.c.left > 0:
             size = int(source.c.offset) + int(source.c.left)
@@ -242,6 +259,9 @@ class Pipeline:
             assert self.source is not None
             name = os_error_name(error)
             self._source_choice = Choice("copy", f"splice from {self.source.address} answered {name}")
+        elif what == core.SOURCE_DRY:
+            if self.source is not None and self.source.refill():
+                self.engine.ready(self.c)
         elif what == core.IDLE:
             self._idle()
         elif what == core.DONE:
@@ -350,7 +370,7 @@ class Pipeline:
         node = outlet.node.c
         if node.sink == sink.c:
             node.sink = core.ffi.NULL
-        if sink.state == "failed" and not self._aborting and not self._source_error:
+        if sink.state == "failed" and not (self._aborting or self._source_error or self._quiet):
             log.warning("%s: %s", self.route, sink.reason)
         outlet.gate.c.dropping = 0
         if not self._closed:
@@ -380,16 +400,17 @@ class Pipeline:
             return
         if any(group.members for group in self.subscribers) and not self.c.keep:
             return
-        if self.source is not None:
-            self._turn_over()
+        record = self._turn_over() if self.source is not None else None
         if not self.persistent or self._ending:
             self.close()
+        if record is not None:  # last, so that whoever hears it finds the pipeline as it will stay
+            self._on_over(record)
 
     def subscriber_left(self) -> None:
         """For Subscribers: one has ended."""
         self._look_whether_over()
 
-    def _turn_over(self) -> None:
+    def _turn_over(self) -> SessionRecord:
         record = self._record()
         source, self.source = self.source, None
         self.c.source = core.ffi.NULL
@@ -403,8 +424,7 @@ class Pipeline:
                 self.engine.forget_token(outlet.sink.c.token)
                 outlet.sink.unwire()
                 outlet.sink = None
-        if record.source or record.sinks:
-            self._on_over(record)
+        return record
 
     def _harmless(self) -> bool:
         """Whether every sink that failed was one whose policy lets it."""
@@ -471,6 +491,7 @@ class Pipeline:
             dropped=outlet.dropped,
             blocked_seconds=outlet.blocked / 1e9,
             path=sink.result_path,
+            backlog=sink.backlog,
         )
 
     def close(self) -> None:
@@ -488,6 +509,7 @@ class Pipeline:
                 outlet.sink.close()
                 outlet.sink.unwire()
         self.chain.close()
+        self._on_closed()
 
 
 def os_error_name(code: int) -> str:

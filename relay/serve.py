@@ -13,11 +13,12 @@ import os
 import queue
 import signal
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
+from typing import Any
 
 from relay import logs
 from relay.config.models import Config, Route
@@ -26,14 +27,16 @@ from relay.endpoints.address import Address
 from relay.endpoints.base import Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.make import make_source
-from relay.endpoints.settings import SinkSettings, SourceSettings
+from relay.endpoints.settings import OnSlow, SinkSettings, SourceSettings
 from relay.endpoints.socket import Listener, SocketSource
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError
 from relay.kernel.probe import machine
 from relay.pipeline import Pipeline
 from relay.record import SessionRecord
-from relay.stages.stage import Turn
+from relay.spill import Delivery, Spills
+from relay.stages.base import StageSettings
+from relay.stages.stage import Branch, Turn
 from relay.ways import Ways
 
 log = logging.getLogger("relay.serve")
@@ -64,7 +67,9 @@ class RunningRoute:
         *,
         once: bool = False,
         on_record: Callable[[SessionRecord], None] = logs.session,
+        spills: Spills | None = None,
     ) -> None:
+        self._spills = spills or Spills()
         self.name = name
         self.route = route
         self.home = home
@@ -84,7 +89,10 @@ class RunningRoute:
         self._standing: Pipeline | None = None
         self._pipelines: set[Pipeline] = set()
         self._waiting: deque[Source] = deque()
+        self._starting: dict[Source, Engine] = {}  # accepted or opening, without a pipeline so far
+        self._aborted = ""
         self._own: Engine | None = None
+        self._resumed: list[Delivery] = []
         self._ending = False
         self._done = False
 
@@ -93,9 +101,9 @@ class RunningRoute:
         for _place, sink in self.route.sinks():
             if sink.verb == "listen":
                 self._broadcasts[id(sink)] = self._bind_broadcast(sink)
+        self._resume()
         if self._persistent:
             self._standing = self._pipeline(self.home)
-            self._pipelines.add(self._standing)
             self._standing.open(self._broadcasts)
         source = self.route.source
         if source.verb == "listen":
@@ -103,22 +111,39 @@ class RunningRoute:
             for listener in self._listeners:
                 self.bound.append(listener.address)
                 log.info(
-                    "%s: listening on %s", self.name, listener.address,
-                    extra={"event": "listening", "route": self.name, "role": "source",
-                           "address": listener.address},
+                    "%s: listening on %s",
+                    self.name,
+                    listener.address,
+                    extra={
+                        "event": "listening",
+                        "route": self.name,
+                        "role": "source",
+                        "address": listener.address,
+                    },
                 )
         else:
             self._read()
 
+    def _resume(self) -> None:
+        """What an earlier run left in logs on disk goes on before any new source connects."""
+        if self._persistent:
+            return  # the standing sink's own log has it
+
+        def turn() -> Turn:
+            return Turn(self.name, str(next(_ids)), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "log")
+
+        for _place, settings, slow, stages in spilling(self.route):
+            self._resumed += self._spills.resume(self.name, stages, settings, slow, self._ways, turn)
+
     def _bind_broadcast(self, sink: SinkSettings) -> Broadcast:
         broadcast = Broadcast(self.home, str(sink.address))
-        broadcast.listeners = listen(
-            self.home, sink.address, lambda sock, peer: broadcast.on_join(sock, peer), sink
-        )
+        broadcast.listeners = listen(self.home, sink.address, broadcast.joined, sink)
         for listener in broadcast.listeners:
             self.bound.append(listener.address)
             log.info(
-                "%s: broadcasting on %s", self.name, listener.address,
+                "%s: broadcasting on %s",
+                self.name,
+                listener.address,
                 extra={"event": "listening", "route": self.name, "role": "sink", "address": listener.address},
             )
         return broadcast
@@ -127,13 +152,33 @@ class RunningRoute:
         pipeline: Pipeline
 
         def over(record: SessionRecord) -> None:
-            self.home.post(lambda: self._over(pipeline, record))
+            self.home.post(lambda: self._over(record))
+
+        def closed() -> None:
+            self.home.post(lambda: self._closed(pipeline))
 
         pipeline = Pipeline(
-            engine, self.name, self.route.stages, self.route.sink, self._ways,
-            persistent=self._persistent, on_over=over,
+            engine,
+            self.name,
+            self.route.stages,
+            self.route.sink,
+            self._ways,
+            persistent=self._persistent,
+            on_over=over,
+            spill=partial(self._spills.sink, self._ways),
+            on_closed=closed,
         )
+        self.home.post(lambda: self._made(pipeline))
         return pipeline
+
+    def _made(self, pipeline: Pipeline) -> None:
+        self._pipelines.add(pipeline)
+        if self._aborted:
+            self._abort_pipeline(pipeline)
+
+    def _closed(self, pipeline: Pipeline) -> None:
+        self._pipelines.discard(pipeline)
+        self._look_whether_done()
 
     # -- sources
 
@@ -158,38 +203,46 @@ class RunningRoute:
             engine = self._own = Engine(f"{self.name}-reader")
             engine.start()
         source = make_source(engine, address)
-        source.on_fail = lambda error: self.home.post(lambda: self._source_failed(error))
-        source.on_open = lambda: self._start_here(engine, source)
-        engine.post(source.open)
+        source.on_fail = lambda error: self.home.post(lambda: self._source_failed(source, error))
+        self._start(engine, source)
 
-    def _source_failed(self, error: EndpointError) -> None:
+    def _source_failed(self, source: Source, error: EndpointError) -> None:
         self.failed = error
         log.error("%s: %s", self.name, error)
-        self._look_whether_done()
+        self._started(source)
 
     def _start(self, engine: Engine, source: Source) -> None:
         """On the home engine: a pipeline for this source, on its engine."""
-        engine.post(source.open)
+        self._starting[source] = engine
         source.on_open = lambda: self._start_here(engine, source)
+        engine.post(source.open)
+
+    def _started(self, source: Source) -> None:
+        """On the home engine: it has its pipeline, or never will."""
+        self._starting.pop(source, None)
+        self._look_whether_done()
 
     def _start_here(self, engine: Engine, source: Source) -> None:
         """On the source's engine, once the source is open."""
+        pipeline: Pipeline | None = None
         try:
             pipeline = self._pipeline(engine)
             pipeline.open(self._broadcasts)
         except RelayError as error:
             log.warning("%s: %s refused: %s", self.name, source.peer, error)
             source.close(reset=True)
+            if pipeline is not None:
+                pipeline.close()
             failed = error
-            self.home.post(lambda: self._not_started(failed))
+            self.home.post(lambda: self._not_started(source, failed))
             return
-        self._pipelines.add(pipeline)
         pipeline.begin(source, new_turn(self.name, source))
+        self.home.post(lambda: self._started(source))
 
-    def _not_started(self, error: RelayError) -> None:
+    def _not_started(self, source: Source, error: RelayError) -> None:
         if self.finite:
             self.failed = error
-        self._look_whether_done()
+        self._started(source)
 
     def _next_turn(self) -> None:
         standing = self._standing
@@ -200,12 +253,10 @@ class RunningRoute:
         source.open()
         standing.begin(source, new_turn(self.name, source))
 
-    def _over(self, pipeline: Pipeline, record: SessionRecord) -> None:
+    def _over(self, record: SessionRecord) -> None:
         self._on_record(record)
         if self.finite:
             self.records.append(record)
-        if pipeline.closed:
-            self._pipelines.discard(pipeline)
         if self._ending and not self._waiting and self._standing is not None and not self._standing.closed:
             self._standing.finish()
         self._next_turn()
@@ -221,7 +272,7 @@ class RunningRoute:
     @property
     def under_way(self) -> bool:
         """Whether a source connection is open or bytes wait; idle subscribers do not count."""
-        return bool(self._waiting) or any(p.busy for p in self._pipelines if not p.closed)
+        return bool(self._waiting or self._starting) or any(p.busy for p in self._pipelines if not p.closed)
 
     def drain(self) -> None:
         """No new streams; those under way go on. What has none is finished at once."""
@@ -235,47 +286,81 @@ class RunningRoute:
     def abort(self, reason: str) -> None:
         """Ends everything now."""
         self._ending = True
+        self._aborted = reason
         self._stop_listening()
         while self._waiting:
             self._waiting.popleft().close(reset=True)
             self.cut_short = True
-        for pipeline in list(self._pipelines):
-            if pipeline.closed:
-                continue
-            self.cut_short = self.cut_short or pipeline.busy
-            pipeline.engine.post(lambda pipeline=pipeline: self._abort_there(pipeline, reason))
+        for source, engine in self._starting.items():
+            engine.post(partial(self._give_up, source))
+        for pipeline in self._pipelines:
+            self._abort_pipeline(pipeline)
         self._look_whether_done()
 
-    def _abort_there(self, pipeline: Pipeline, reason: str) -> None:
-        pipeline.abort(reason)
-        self.home.post(self._look_whether_done)
+    def _abort_pipeline(self, pipeline: Pipeline) -> None:
+        self.cut_short = self.cut_short or pipeline.busy
+        pipeline.engine.post(lambda: pipeline.abort(self._aborted))
+
+    def _give_up(self, source: Source) -> None:
+        """On the source's engine: if it has no pipeline so far it gets none."""
+        if not source.c.reads:
+            source.close(reset=True)
+            self.home.post(lambda: self._started(source))
 
     def _look_whether_done(self) -> None:
-        self._pipelines = {pipeline for pipeline in self._pipelines if not pipeline.closed}
-        if self._done or self._pipelines or self._waiting:
+        if self._done or self._pipelines or self._waiting or self._starting:
             return
         if self._ending or (self.finite and (self.failed or self.records)):
             self._done = True
             self._stop_listening()
             for broadcast in self._broadcasts.values():
                 broadcast.close()
-            if self._own is not None:
-                own = self._own
-                threading.Thread(target=own.stop, daemon=True).start()
             self._on_done(self)
+
+    def close(self) -> None:
+        """Ends the engine that read a file, if there was one. On the main thread, when the route is done."""
+        if self._own is not None:
+            self._own.stop()
+            self._own = None
 
 
 def listen(
-    engine: Engine, address: Address, accepted: Callable[[socket.socket, str], None],
+    engine: Engine,
+    address: Address,
+    accepted: Callable[[socket.socket, str], None],
     settings: SourceSettings | SinkSettings,
 ) -> list[Listener]:
     """Listeners for a tcp or unix address, with the unix options of the endpoint's settings."""
     if address.scheme == "tcp":
         return tcp.listen(engine, address, accepted)
     return unix.listen(
-        engine, address, accepted, mode=settings.mode,
-        owner=unix.user_id(settings.owner), group=unix.group_id(settings.group),
+        engine,
+        address,
+        accepted,
+        mode=settings.mode,
+        owner=unix.user_id(settings.owner),
+        group=unix.group_id(settings.group),
     )
+
+
+def spilling(
+    route: Route,
+) -> Iterator[tuple[str, SinkSettings, OnSlow, tuple[StageSettings, ...]]]:
+    """Every sink of the route that reads through a log, with its policy and the stages behind the log."""
+
+    def walk(stages: tuple[StageSettings, ...]) -> Iterator[Branch]:
+        for settings in stages:
+            branch = settings.make().branch
+            if branch is not None:
+                yield branch
+                if branch.on_slow.policy != "spill":
+                    yield from walk(branch.stages)
+
+    for branch in walk(route.stages):
+        if branch.on_slow.policy == "spill":
+            yield str(branch.to.address), branch.to, branch.on_slow, branch.stages
+    if route.sink.slow.policy == "spill":
+        yield str(route.sink.address), route.sink, route.sink.slow, ()
 
 
 def exit_code(routes: list[RunningRoute]) -> int:
@@ -294,7 +379,10 @@ class Server:
     """All routes of a configuration at work. `run` returns the exit code; it is called on the main thread."""
 
     def __init__(
-        self, config: Config, *, once: bool = False,
+        self,
+        config: Config,
+        *,
+        once: bool = False,
         on_record: Callable[[SessionRecord], None] = logs.session,
         on_ready: Callable[[list[RunningRoute]], None] = lambda _routes: None,
     ) -> None:
@@ -302,6 +390,7 @@ class Server:
         self._once = once
         self._on_record = on_record
         self._on_ready = on_ready
+        self._spills = Spills()
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._engines: list[Engine] = []
         self.routes: list[RunningRoute] = []
@@ -323,17 +412,20 @@ class Server:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            for route in self.routes:
+                route.close()
             for engine in self._engines:
                 engine.stop()
                 engine.close()
+            self._spills.close()
 
-    def _catch_signals(self) -> dict[int, object]:
+    def _catch_signals(self) -> dict[int, Any]:
         """SIGPIPE is ignored: splice has no MSG_NOSIGNAL. The others are news for the main thread."""
 
         def caught(number: int, _frame: FrameType | None) -> None:
             self._news.put(signal.Signals(number).name)
 
-        found: dict[int, object] = {}
+        found: dict[int, Any] = {}
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             found[number] = signal.signal(number, caught)
         found[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -343,10 +435,18 @@ class Server:
 
     def _open(self) -> bool:
         spread = itertools.cycle(self._engines)
-        for (name, route), home in zip(self._config.routes.items(), itertools.cycle(self._engines), strict=False):
+        for (name, route), home in zip(
+            self._config.routes.items(), itertools.cycle(self._engines), strict=False
+        ):
             running = RunningRoute(
-                name, route, home, spread, lambda done: self._news.put(f"done {done.name}"),
-                once=self._once, on_record=self._on_record,
+                name,
+                route,
+                home,
+                spread,
+                lambda done: self._news.put(f"done {done.name}"),
+                once=self._once,
+                on_record=self._on_record,
+                spills=self._spills,
             )
             self.routes.append(running)
             try:
@@ -358,6 +458,11 @@ class Server:
                 for engine in self._engines:
                     engine.turn(0)
                 return False
+        for path in self._spills.unclaimed():
+            log.warning(
+                "the log %s belongs to no route; it is kept: deliver it by naming its route again, or remove it",
+                path,
+            )
         return True
 
     def _serve(self) -> int:
@@ -387,4 +492,4 @@ class Server:
 
     def _abort(self, reason: str) -> None:
         for route in self.routes:
-            route.home.post(lambda route=route: route.abort(reason))
+            route.home.post(partial(route.abort, reason))

@@ -46,7 +46,7 @@ class Subscribers:
         self._outlet = outlet
         self.members: dict[int, Member] = {}
         self._leaving: dict[int, Member] = {}
-        broadcast.on_join = self.join
+        broadcast.accept(lambda sock, peer: engine.post(lambda: self.join(sock, peer)))
 
     def join(self, sock: socket.socket, peer: str) -> None:
         """A newcomer; without descriptors or room for it it is refused and told so by a reset."""

@@ -17,10 +17,10 @@ LONGEST_FILE = 450
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("serve", "send", "lane", "checksums", "order", "run", "welcome", "doctor", "bench"),
+    ("serve", "send", "lane", "checksums", "order", "run", "welcome", "preflight", "drawing", "doctor", "bench"),
     ("plan", "config"),
-    ("pipeline", "subscribers", "chain"),
-    ("ways", "record", "logs", "log", "progress", "stages", "endpoints"),
+    ("pipeline", "subscribers", "chain", "spill"),
+    ("needs", "ways", "record", "logs", "log", "progress", "stages", "endpoints"),
     ("engine",),
     ("kernel",),
     ("settings", "units"),

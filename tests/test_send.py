@@ -309,6 +309,27 @@ def test_a_terminal_as_stdin_is_copied(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == b"typed\n"
 
 
+@pytest.mark.parametrize("policy", ["block", "drop", "disconnect", "spill"])
+def test_every_policy_delivers_to_who_keeps_pace(policy: str, data: Path) -> None:
+    """Teed or not, receivers that read get every byte, whatever would happen if they did not."""
+    with Receivers(2, connections=2) as to:
+        ended = relay(data, "-", *to.options, "--on-slow", policy, input=data.read_bytes(), stdin=None)
+    assert ended.returncode == 0, ended.stderr
+    for streams in to.streams:
+        assert_same(streams[0], data.read_bytes())
+        assert_same(streams[1], data.read_bytes())
+
+
+def test_a_spill_does_not_wait_for_ever(data: Path) -> None:
+    """A receiver that refuses fails when `--wait` is over, also through a log; the other one has it all."""
+    with Receivers(1) as to:
+        words = ["--to", refused_address(), "--on-slow", "spill", "--wait", "300ms"]
+        ended = relay(*to.options, *words, input=data.read_bytes(), stdin=None)
+    assert ended.returncode == 1, ended.stderr
+    assert_same(to.streams[0][0], data.read_bytes())
+    assert b"ECONNREFUSED" in ended.stdout
+
+
 def test_stdout_as_a_sink_moves_the_results_to_stderr(data: Path) -> None:
     """`--to -` writes the bytes and nothing else to stdout."""
     ended = relay(data, "--to", "-")

@@ -119,6 +119,10 @@ class Source(End):
         """How its bytes enter the chain."""
         return self.method
 
+    def refill(self) -> bool:
+        """For a source that waits for more (a log's): looks for it; True when there is some, or its end."""
+        return False
+
     def changed(self) -> str:
         """What changed under the reader while it was read; empty where nothing did."""
         return ""
@@ -218,6 +222,15 @@ class Sink(End):
             fd = self.detach()
             if fd >= 0:
                 os.close(fd)
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait in this sink's log; only a spill has one."""
+        return 0
+
+    def under_way(self) -> int:
+        """Bytes handed over that the receiver's kernel has not acknowledged, where that can be told."""
+        return 0
 
     @property
     def seconds(self) -> float:

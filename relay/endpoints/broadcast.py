@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Sequence
 
 from relay.endpoints.base import Sink
@@ -34,13 +35,32 @@ class Subscriber(SocketSink):
 class Broadcast(Sink):
     """Owns the listeners once they are given, and a descriptor of /dev/null for the bytes nobody takes.
 
-    `on_join`, a hook, gets every accepted connection and its peer's name, and owns it from then on.
+    Until `accept` names who takes them, connections wait. Listeners live on the route's home engine, which need
+    not be the engine of the pipeline that the connections join.
     """
 
     def __init__(self, engine: Engine, address: str) -> None:
         super().__init__(engine, address)
         self.listeners: Sequence[Listener] = ()
-        self.on_join: Callable[[socket.socket, str], None] = lambda sock, _peer: sock.close()
+        self._lock = threading.Lock()
+        self._early: list[tuple[socket.socket, str]] = []
+        self._join: Callable[[socket.socket, str], None] | None = None
+
+    def joined(self, sock: socket.socket, peer: str) -> None:
+        """For the listeners: a connection was accepted."""
+        with self._lock:
+            if self._join is None:
+                self._early.append((sock, peer))
+                return
+        self._join(sock, peer)
+
+    def accept(self, join: Callable[[socket.socket, str], None]) -> None:
+        """From now on `join` gets every connection and its peer's name, and owns it. From any thread."""
+        with self._lock:
+            self._join = join
+            early, self._early = self._early, []
+        for sock, peer in early:
+            join(sock, peer)
 
     def open(self) -> None:
         """Opens /dev/null; the listeners were opened with the route."""
@@ -53,4 +73,8 @@ class Broadcast(Sink):
         """Stops listening."""
         for listener in self.listeners:
             listener.close()
+        with self._lock:
+            early, self._early = self._early, []
+        for sock, _peer in early:
+            sock.close()
         super().close()

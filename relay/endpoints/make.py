@@ -45,6 +45,7 @@ def make_sink(
     """
     address = settings.address
     close_with_peer = settings.peer_eof == "close"
+    asked = "asked for by method: copy" if copy else ""
     match address.scheme:
         case "tcp":
             return TcpSink(engine, address, close_with_peer=close_with_peer, patience=patience)
@@ -66,9 +67,9 @@ def make_sink(
         case "fifo":
             return FifoSink(engine, address.path)
         case "fd":
-            return inherited_sink(engine, address.number)
+            return inherited_sink(engine, address.number, copies=asked)
         case "stdio":
-            return inherited_sink(engine, 1)
+            return inherited_sink(engine, 1, copies=asked)
         case "null":
             return NullSink(engine)
     raise RelayBug(f"no sink for {address}")

@@ -194,6 +194,10 @@ class SocketSink(Sink):
         """Until everything was acknowledged: waiting for the peer to close moves no bytes."""
         return self._delivered_at - self.opened_at if self._delivered_at else super().seconds
 
+    def under_way(self) -> int:
+        """What the peer's kernel has not acknowledged (tcp); what a unix peer has taken is its own."""
+        return self._outstanding() if self.counts_fin and self.c.fd >= 0 else 0
+
     def abort(self, reason: str) -> None:
         """Resets the connection: the receiver must not take what it has for the whole."""
         if self.state in ("open", "finishing"):

@@ -147,7 +147,7 @@ class BlockingSink(Sink):
         super().__init__(engine, name_of(fd))
         self._given = fd
         self._ferry: Ferry | None = None
-        self._why = copies
+        self.copies = copies
         self.c.kind = core.FERRY
 
     @property
@@ -174,7 +174,7 @@ class BlockingSink(Sink):
 
     def _write(self) -> None:
         assert self._ferry is not None
-        self._ferry.carry(self._given, copy=bool(self._why))
+        self._ferry.carry(self._given, copy=bool(self.copies))
 
     def _written(self, _result: object, failed: BaseException | None) -> None:
         if failed is None and self.state == "finishing":
@@ -196,8 +196,11 @@ class BlockingSink(Sink):
                 self._ferry.end()
 
 
-def inherited_sink(engine: Engine, fd: int) -> Sink:
-    """The sink that fits what `fd` is; a closed descriptor gives one that fails when it is opened."""
+def inherited_sink(engine: Engine, fd: int, *, copies: str = "") -> Sink:
+    """The sink that fits what `fd` is; a closed descriptor gives one that fails when it is opened.
+
+    `copies` says why even an end that could be spliced is not.
+    """
     from relay.endpoints.null import NullSink
 
     try:
@@ -213,9 +216,9 @@ def inherited_sink(engine: Engine, fd: int) -> Sink:
         return InheritedSocketSink(engine, fd)
     if stat.S_ISREG(status.st_mode):
         append = "O_APPEND refuses splice" if flags & os.O_APPEND else ""
-        return BlockingSink(engine, fd, copies=append)
+        return BlockingSink(engine, fd, copies=append or copies)
     is_pipe = stat.S_ISFIFO(status.st_mode)
     own = _reopen(fd, os.O_WRONLY)
     if own < 0:
-        return BlockingSink(engine, fd, copies="" if is_pipe else "a terminal or device is not spliced")
+        return BlockingSink(engine, fd, copies=copies if is_pipe else "a terminal or device is not spliced")
     return PipeSink(engine, fd, own, is_pipe=is_pipe)
