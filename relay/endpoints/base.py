@@ -234,8 +234,8 @@ class Sink(End):
 
     @property
     def seconds(self) -> float:
-        """From when it was made until it ended, or now."""
-        return (self.ended_at or time.monotonic()) - self.started_at
+        """From when it was open until it ended, or now; waiting for a receiver to come does not count."""
+        return (self.ended_at or time.monotonic()) - (self.opened_at or self.started_at)
 
     @property
     def result_path(self) -> str:
