@@ -1,6 +1,6 @@
 """A route at work for one stream, or for streams that take turns.
 
-Theory of operation. The pump (kernel/pump.c) moves bytes and reports; this file decides.
+Theory of operation. The pump (kernel/pump.h) moves bytes and reports; this file decides.
 
     each    the pipeline carries one stream. The source's end runs down the chain; each sink is finished when
             all it will get was handed to it; when the last has ended the pipeline is over.
@@ -36,11 +36,9 @@ from relay.stages.base import StageSettings
 from relay.stages.stage import Turn
 from relay.subscribers import Subscribers
 from relay.units import show_size
-from relay.ways import Choice, Ways
+from relay.ways import STRAIGHT, Choice, Ways
 
 log = logging.getLogger("relay.pipeline")
-
-SOCKETS = ("tcp", "unix", "fifo")
 
 
 class Pipeline:
@@ -159,8 +157,9 @@ class Pipeline:
                 outlet.sink.abort(reason)
         for group in self.subscribers:
             group.abort(reason)
-        self._turn_over()
+        record = self._turn_over()
         self.close()
+        self._on_over(record)
 
     @property
     def busy(self) -> bool:
@@ -219,7 +218,7 @@ class Pipeline:
     def _choose_source(self, source: Source) -> None:
         scheme = source.scheme
         only = self.chain.outlets[0] if len(self.chain.nodes) == 1 else None
-        alone = only is not None and only.settings is not None and only.settings.address.scheme in SOCKETS
+        alone = only is not None and only.settings is not None and only.settings.address.scheme in STRAIGHT
         choice = self.ways.from_source(scheme, copies=source.copies, alone=alone)
         if choice.method == "vmsplice" and source.c.left > 0:
             size = int(source.c.offset) + int(source.c.left)
@@ -378,16 +377,17 @@ class Pipeline:
             return
         if any(group.members for group in self.subscribers) and not self.c.keep:
             return
-        if self.source is not None:
-            self._turn_over()
+        record = self._turn_over() if self.source is not None else None
         if not self.persistent or self._ending:
             self.close()
+        if record is not None:  # last, so that whoever hears it finds the pipeline as it will stay
+            self._on_over(record)
 
     def subscriber_left(self) -> None:
         """For Subscribers: one has ended."""
         self._look_whether_over()
 
-    def _turn_over(self) -> None:
+    def _turn_over(self) -> SessionRecord:
         record = self._record()
         source, self.source = self.source, None
         self.c.source = core.ffi.NULL
@@ -401,8 +401,7 @@ class Pipeline:
                 self.engine.forget_token(outlet.sink.c.token)
                 outlet.sink.unwire()
                 outlet.sink = None
-        if record.source or record.sinks:
-            self._on_over(record)
+        return record
 
     def _harmless(self) -> bool:
         """Whether every sink that failed was one whose policy lets it."""

@@ -16,7 +16,9 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
+from typing import Any
 
 from relay import logs
 from relay.config.models import Config, Route
@@ -272,7 +274,7 @@ class RunningRoute:
             self._waiting.popleft().close(reset=True)
             self.cut_short = True
         for source, engine in self._starting.items():
-            engine.post(lambda source=source: self._give_up(source))
+            engine.post(partial(self._give_up, source))
         for pipeline in self._pipelines:
             self._abort_pipeline(pipeline)
         self._look_whether_done()
@@ -377,13 +379,13 @@ class Server:
                 engine.stop()
                 engine.close()
 
-    def _catch_signals(self) -> dict[int, object]:
+    def _catch_signals(self) -> dict[int, Any]:
         """SIGPIPE is ignored: splice has no MSG_NOSIGNAL. The others are news for the main thread."""
 
         def caught(number: int, _frame: FrameType | None) -> None:
             self._news.put(signal.Signals(number).name)
 
-        found: dict[int, object] = {}
+        found: dict[int, Any] = {}
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             found[number] = signal.signal(number, caught)
         found[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -444,4 +446,4 @@ class Server:
 
     def _abort(self, reason: str) -> None:
         for route in self.routes:
-            route.home.post(lambda route=route: route.abort(reason))
+            route.home.post(partial(route.abort, reason))

@@ -1,4 +1,4 @@
-"""Which method a hop gets, and why in words: the one place that chooses.
+"""Which method a hop gets, and why in words: the one place that chooses, for plans and for pipelines.
 
 A hop is a source into the chain, a tee, or a node out to its sink. What a kind of end can do is known from its
 kind (docs/kernel-facts.md says how); what the machine allows is probed; `method` on the route or the command
@@ -14,6 +14,9 @@ from relay.kernel.probe import Machine
 
 Forced = Literal["auto", "zero-copy", "copy", "sendfile", "splice", "vmsplice"]
 Method = Literal["splice", "tee", "sendfile", "vmsplice", "copy"]
+
+STRAIGHT = ("tcp", "unix", "fifo")  # sinks that a file reaches by sendfile when nothing else is on the way
+APPENDING = "a file opened to append refuses splice"
 
 
 @dataclass(frozen=True)

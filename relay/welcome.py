@@ -22,6 +22,8 @@ def welcome(routes: list[RunningRoute], *, built_in: bool) -> None:
         watch, *_rest, into = routes[0].bound
         place = Address.parse(watch)
         log.info("ready: in another terminal type  relay send FILE --to %s", into, extra={"event": "ready"})
-        log.info("and in a third, to watch the bytes  nc %s %d", place.host, place.port, extra={"event": "ready"})
+        log.info(
+            "and in a third, to watch the bytes  nc %s %d", place.host, place.port, extra={"event": "ready"}
+        )
     else:
         log.info("ready", extra={"event": "ready"})

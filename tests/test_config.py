@@ -532,6 +532,7 @@ SOURCE = "sink: 'null:'\nsource: "
         (SINK + "x\nstages: [throttle]", "3:10", "missing key 'rate'"),
         (SINK + "x\nstages: [throttle: 10MB]", "3:20", "did you mean 10MB/s?"),
         (SINK + "x\nstages: [throttle: {rate: 0MB/s}]", "3:27", "must be more than 0"),
+        (SINK + "x\nwait_for_sinks: true", "3:17", "expected a duration such as 1.5s, got true"),
         (SINK + "x\nstages: [meter: {evry: 1s}]", "3:18", "did you mean 'every'?"),
         (SINK + "x\nstages: [limit: {}]", "3:10", "limit needs 'skip', 'stop' or both"),
         (SINK + "x\nstages: [checksum: md5]", "3:20", "expected sha256, blake3, xxh3 or crc32c"),
@@ -555,6 +556,13 @@ def test_wrong_routes(text: str, place: str, said: str) -> None:
     ((spot, message),) = at(text)
     assert said in message
     assert spot == place
+
+
+def test_waiting_for_sinks_is_a_duration() -> None:
+    """`wait_for_sinks` says for how long; left out or empty, nothing is waited for."""
+    assert route("source: '-'\nsink: 'null:'\nwait_for_sinks: 10s").wait_for_sinks == 10.0
+    assert route("source: '-'\nsink: 'null:'\nwait_for_sinks:").wait_for_sinks is None
+    assert route("source: '-'\nsink: 'null:'").wait_for_sinks is None
 
 
 def test_every_problem_is_reported_at_once_in_the_order_of_the_text() -> None:

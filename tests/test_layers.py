@@ -17,10 +17,10 @@ LONGEST_FILE = 450
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("serve", "send", "run", "welcome", "doctor", "bench"),
+    ("serve", "send", "run", "welcome", "preflight", "drawing", "doctor", "bench"),
     ("plan", "config"),
     ("pipeline", "subscribers", "chain"),
-    ("ways", "record", "logs", "log", "stages", "endpoints"),
+    ("needs", "ways", "record", "logs", "log", "stages", "endpoints"),
     ("engine",),
     ("kernel",),
     ("settings", "units"),

@@ -52,6 +52,7 @@ def _route(**changes: Any) -> dict[str, Any]:
         _route(sink={"file": "x", "rotate": "1h", "fsync": "never", "sidecar": True}),
         _route(sink={"file": "x", "rotate": {"size": 10, "every": "1h"}, "append": "${APPEND:-false}"}),
         _route(source={"listen": "unix:///x", "mode": "0660"}, method="${METHOD:-auto}"),
+        _route(wait_for_sinks="10s"),
         {**_route(), "engines": "${ENGINES:-2}", "drain": 5},
     ],
 )

@@ -27,7 +27,7 @@ class LogLevel(StrEnum):
 
 def serve(
     config: Annotated[
-        str | None, typer.Argument(help="The configuration; without it the built-in default.")
+        str | None, typer.Argument(help="The configuration, - for stdin; without it the built-in default.")
     ] = None,
     log_format: Annotated[
         LogFormat, typer.Option(help="auto is text on a terminal, JSON lines elsewhere.")
@@ -36,13 +36,12 @@ def serve(
 ) -> None:
     """Runs the routes; SIGTERM drains and ends, SIGHUP reloads."""
     from relay import logs
-    from relay.config.load import load, load_default
+    from relay.config.load import load_to_run
     from relay.serve import Server
     from relay.welcome import welcome
 
     logs.set_up(log_format.value, log_level.value)
-    settings = load(config) if config is not None else load_default()
-    server = Server(settings, on_ready=lambda routes: welcome(routes, built_in=config is None))
+    server = Server(load_to_run(config), on_ready=lambda routes: welcome(routes, built_in=config is None))
     raise typer.Exit(server.run())
 
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from relay.config.document import Document, Spot, Unreadable, parse
 from relay.config.models import Config
+from relay.config.pending import refusals
 from relay.errors import ConfigError, ConfigErrors
 from relay.settings import Place, Problem, problems_of
 from relay.units import show
@@ -31,11 +32,27 @@ _HINTS = {
 _DEFAULT = Path(__file__).parent.parent / "configs" / "default.yaml"  # a link to configs/ of the source tree
 
 
-def load(path: str | os.PathLike[str]) -> Config:
-    """The configuration in the file at `path`; ConfigErrors if there is none or it is wrong."""
+def load_to_run(path: str | None) -> Config:
+    """What `relay serve` runs and `check` and `plan` look at; ConfigErrors if it is wrong or cannot run yet.
+
+    `path` is that of a file, "-" for stdin, None for the built-in default.
+    """
+    if path is None:
+        return loads(default_text(), "default.yaml", to_run=True)
+    return load(path, to_run=True)
+
+
+def load(path: str | os.PathLike[str], *, to_run: bool = False) -> Config:
+    """The configuration in the file at `path` ("-": stdin); ConfigErrors if there is none or it is wrong.
+
+    `to_run` refuses what this version does not do yet as well (relay.config.pending).
+    """
     name = os.fspath(path)
+    place: str | int = name
+    if name == "-":
+        name, place = "<stdin>", 0
     try:
-        with open(name, "rb") as file:
+        with open(place, "rb", closefd=place != 0) as file:
             size = os.fstat(
                 file.fileno()
             ).st_size  # before a byte is read; 0 for a pipe, which is read up to the limit
@@ -50,10 +67,10 @@ def load(path: str | os.PathLike[str]) -> Config:
     if size > LARGEST or len(raw) > LARGEST:
         mib = f"{size / (1 << 20):.0f} MiB" if size else "more than that"
         raise _refusal(name, f"larger than a configuration may be: the limit is 4 MiB, this is {mib}")
-    return loads(_decoded(raw, name), name)
+    return loads(_decoded(raw, name), name, to_run=to_run)
 
 
-def loads(text: str, name: str = "<text>") -> Config:
+def loads(text: str, name: str = "<text>", *, to_run: bool = False) -> Config:
     """The configuration that `text` says; ConfigErrors, which call the text `name`, if it is wrong."""
     if len(text) > LARGEST:
         raise _refusal(name, "larger than a configuration may be: the limit is 4 MiB")
@@ -67,7 +84,7 @@ def loads(text: str, name: str = "<text>") -> Config:
         raise _refusal(
             name, "the configuration is empty", line=1, column=1, hint="it needs at least 'routes:'"
         )
-    return _built(document, name)
+    return _built(document, name, to_run=to_run)
 
 
 def from_data(data: Mapping[str, Any], name: str = "relay") -> Config:
@@ -89,7 +106,7 @@ def load_default() -> Config:
     return loads(default_text(), "default.yaml")
 
 
-def _built(document: Document, name: str) -> Config:
+def _built(document: Document, name: str, *, to_run: bool) -> Config:
     """The models of `document`; ConfigErrors with the problems of text and meaning together."""
     found = list(document.problems)
     config = None
@@ -100,6 +117,9 @@ def _built(document: Document, name: str) -> Config:
             for problem in problems_of(error):
                 if not any(problem.place[: len(place)] == place for place in document.broken):
                     found.append((document.spot(problem), problem))
+        else:
+            if to_run:
+                found += [(document.spot(problem), problem) for problem in refusals(config)]
     elif not found:
         problem = Problem(f"expected a mapping that begins with 'routes:', got {show(document.data)}")
         found.append((document.spot(problem), problem))

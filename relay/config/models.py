@@ -27,8 +27,9 @@ class Route(FrozenModel):
     method: Literal["auto", "zero-copy", "copy"] = Field(
         default="auto", description="how bytes cross; auto picks and says why"
     )
-    wait_for_sinks: bool = Field(
-        default=False, description="read nothing from the source until every sink is there"
+    wait_for_sinks: Duration | None = Field(
+        default=None,
+        description="read nothing from the source until every sink is there, or so much time has passed",
     )
 
     @classmethod

@@ -25,6 +25,7 @@ from relay.endpoints.base import Sink, Source
 from relay.endpoints.ferry import Ferry
 from relay.engine import Engine
 from relay.kernel import core
+from relay.ways import APPENDING
 
 MOST_SUFFIXES = 10000
 
@@ -138,7 +139,7 @@ class FileSink(Sink):
         self._part: Path | None = None
         self._fd = -1
         self._aborted = False
-        self.copies = ""
+        self.copies = APPENDING if how.append else ""
         self.sidecar_line = ""
         self.c.kind = core.FERRY
 

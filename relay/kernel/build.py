@@ -13,9 +13,11 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-SOURCES = ("pump.c", "loop.c", "ferry.c")
+SOURCES = ("pump.c", "intake.c", "gate.c", "outflow.c", "loop.c", "ferry.c")
+HEADERS = ("pump.h", "calls.h", "pass.h")
 
-flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing"]
+# hidden: what the files of the core share is nobody else's to call or to replace
+flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing", "-fvisibility=hidden"]
 links: list[str] = []
 if os.environ.get("RELAY_SANITIZE"):
     sanitizers = [
@@ -33,7 +35,7 @@ builder.set_source(
     '#include <stdint.h>\n#include "pump.h"\n',
     sources=[os.path.relpath(HERE / name, ROOT) for name in SOURCES],
     include_dirs=[os.path.relpath(HERE, ROOT)],
-    depends=[os.path.relpath(HERE / name, ROOT) for name in ("pump.h", "calls.h")],
+    depends=[os.path.relpath(HERE / name, ROOT) for name in HEADERS],
     extra_compile_args=flags,
     extra_link_args=links,
     py_limited_api=True,

@@ -50,6 +50,7 @@ IDLE: Final = int(lib.RELAY_IDLE)
 DONE: Final = int(lib.RELAY_DONE)
 REMOVED: Final = int(lib.RELAY_REMOVED)
 BROKEN: Final = int(lib.RELAY_BROKEN)
+SOURCE_DRY: Final = int(lib.RELAY_SOURCE_DRY)
 
 METHOD_NAMES: Final = {SPLICE: "splice", COPY: "copy", SENDFILE: "sendfile", VMSPLICE: "vmsplice"}
 

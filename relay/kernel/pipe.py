@@ -26,7 +26,7 @@ from relay.kernel import core
 F_SETPIPE_SZ: Final = 1031
 F_GETPIPE_SZ: Final = 1032
 
-DEFAULT_CAPACITY: Final = 256 * 1024
+DEFAULT_CAPACITY: Final = 1024 * 1024
 LARGEST_CAPACITY: Final = 1024 * 1024
 
 

@@ -17,12 +17,18 @@ from pathlib import Path
 from relay.kernel.arena import Arena
 from relay.kernel.pipe import Pipe
 
+CAP_NET_BIND_SERVICE = 10
+CAP_SYS_ADMIN = 21
+CAP_SYS_RESOURCE = 24  # it or the one before lifts the limits on pipes (fs/pipe.c, pipe_is_unprivileged_user)
+
 
 @dataclass(frozen=True)
 class Machine:
     """What a plan needs to know of the machine: which calls work (or the errno that refused them), and limits.
 
-    Sizes are in bytes, `pipe_pages` in pages of 4 KiB; 0 means no limit.
+    Sizes are in bytes, `pipe_pages` in pages of 4 KiB; 0 means no limit. `files` is the soft limit of open
+    files, `files_hard` how far a process may raise it itself; `first_port` is the first that everybody may
+    listen on; `capabilities` are bits of man 7 capabilities.
     """
 
     splice: int = 0
@@ -33,6 +39,10 @@ class Machine:
     pipe_pages: int = 16384
     files: int = 1024
     privileged: bool = False
+    files_hard: int = 4096
+    first_port: int = 1024
+    capabilities: int = 0
+    cpus: int = 1
 
     def refused(self, call: str) -> str:
         """Why `call` does not work here, in a few words; empty when it does."""
@@ -70,7 +80,9 @@ def machine() -> Machine:
         file.write(content)
         file.flush()
         sendfile = _try(lambda: os.sendfile(two.write_fd, file.fileno(), 0, 100))
-    privileged = _can_exceed_pipe_limits()
+    capabilities = _capabilities()
+    privileged = bool(capabilities & (1 << CAP_SYS_RESOURCE | 1 << CAP_SYS_ADMIN))
+    files, files_hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft = _read_int("/proc/sys/fs/pipe-user-pages-soft", 16384)
     return Machine(
         splice=splice,
@@ -79,18 +91,22 @@ def machine() -> Machine:
         sendfile=sendfile,
         pipe_max=_read_int("/proc/sys/fs/pipe-max-size", 1 << 20),
         pipe_pages=0 if privileged else soft,
-        files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        files=files,
         privileged=privileged,
+        files_hard=files_hard,
+        first_port=_read_int("/proc/sys/net/ipv4/ip_unprivileged_port_start", 1024),
+        capabilities=capabilities,
+        cpus=len(os.sched_getaffinity(0)),
     )
 
 
-def _can_exceed_pipe_limits() -> bool:
-    """CAP_SYS_RESOURCE (24) or CAP_SYS_ADMIN (21) in the effective set (fs/pipe.c, pipe_is_unprivileged_user)."""
+def _capabilities() -> int:
+    """The effective set of this process; none where /proc does not say."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        return False
+        return 0
     for line in status.splitlines():
         if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) & (1 << 24 | 1 << 21))
-    return False
+            return int(line.split()[1], 16)
+    return 0

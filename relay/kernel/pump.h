@@ -43,7 +43,8 @@ enum {                       /* relay_event.what */
     RELAY_IDLE = 11,         /* pipeline: nothing is under way between the source and the sinks */
     RELAY_DONE = 12,         /* pipeline: every sink has ended or failed */
     RELAY_REMOVED = 13,      /* node: out of the chain; its pipe may be closed */
-    RELAY_BROKEN = 14        /* node: moving bytes between pipes failed with `error` */
+    RELAY_BROKEN = 14,       /* node: moving bytes between pipes failed with `error` */
+    RELAY_SOURCE_DRY = 15    /* pipeline: the source gave all that is there, and more may come */
 };
 
 enum { RELAY_WITH_ENGINE = 0, RELAY_WITH_THREAD = 1 };
@@ -90,7 +91,11 @@ struct relay_end {
     int64_t last_ns;         /* monotonic time of the last byte */
     int64_t offset;          /* of a file or memory being read; -1: the descriptor's own */
     int64_t left;            /* bytes it may still give; -1: no bound */
+    int waits;               /* with `left` at 0 it is dry, not ended: whoever fills it sets readable again */
     char *memory;            /* RELAY_VMSPLICE: what is lent */
+    int64_t *acknowledged;   /* a sink fed from a log: kept at base + moved - what SIOCOUTQ says is under way */
+    int64_t base;
+    int queues;              /* SIOCOUTQ counts unacknowledged bytes here (tcp) */
     struct relay_ferry *ferry;
     struct relay_pipeline *reads, *writes;   /* whom its readiness wakes */
 };
@@ -110,6 +115,7 @@ struct relay_node {
     int full;                  /* filling it met EAGAIN, nothing was drained since */
     int ended;                 /* nothing more will come in */
     int done;                  /* its end was passed on */
+    int hold;                  /* a failed sink will be replaced: keep what is meant for it */
     int leaving;               /* take it out of the chain when it is empty */
     /* gate */
     int64_t rate;              /* bytes a second, 0: none */

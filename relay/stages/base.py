@@ -27,6 +27,10 @@ class StageSettings(FrozenModel):
         """The stage at work for one pipeline."""
         return Stage(self.kind, self.name or self.kind)
 
+    def holds(self) -> str:
+        """How this stage itself holds the stream back, to follow "holds the source"; empty if it does not."""
+        return ""
+
     def sinks(self) -> Iterator[tuple[Place, SinkSettings]]:
         """Every sink this stage feeds, with its place below the stage's settings; most stages feed none."""
         yield from ()

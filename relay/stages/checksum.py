@@ -28,6 +28,10 @@ class Settings(StageSettings):
         """`checksum: sha256`."""
         return {"algorithm": value} if isinstance(value, str) else super().from_short(value)
 
+    def holds(self) -> str:
+        """While the thread that hashes is behind."""
+        return "while hashing is slower than the stream"
+
     def make(self) -> Checksum:
         """The stage at work for one pipeline."""
         return Checksum(self.algorithm, self.name or self.kind)

@@ -11,7 +11,7 @@ from relay.engine import Engine
 from relay.kernel import core
 from relay.stages.base import StageSettings
 from relay.stages.stage import Stage
-from relay.units import PositiveRate, PositiveSize
+from relay.units import PositiveRate, PositiveSize, show_size
 
 
 class Settings(StageSettings):
@@ -30,6 +30,10 @@ class Settings(StageSettings):
     def from_short(cls, value: object) -> Mapping[str, Any]:
         """`throttle: 10MB/s`."""
         return {"rate": value} if isinstance(value, str | int) else super().from_short(value)
+
+    def holds(self) -> str:
+        """To its rate."""
+        return f"to {show_size(self.rate)}/s"
 
     def make(self) -> Throttle:
         """The stage at work for one pipeline."""

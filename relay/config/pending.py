@@ -1,0 +1,71 @@
+"""Keys that the configuration knows and this version does not act on yet: refused, never ignored.
+
+The models and the schema keep them. One line a key; a line goes when what it names works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from relay.config.models import Config, Route
+from relay.endpoints.settings import EndpointSettings, OnSlow, SinkSettings, SourceSettings
+from relay.settings import FrozenModel, Place, Problem
+from relay.stages.base import StageSettings
+
+
+class Pending(NamedTuple):
+    """`key` of `model`, given a value for which `when` holds; `words` say how things are without it."""
+
+    model: type[FrozenModel]
+    key: str
+    words: str
+    when: Callable[[Any], bool] = bool
+
+
+PENDING = (
+    Pending(Config, "admin", "leave it out; relay logs what it does"),
+    Pending(Route, "duplex", "a route moves bytes one way: from its source to its sinks"),
+    Pending(Route, "wait_for_sinks", "bytes wait in the pipe of a sink that is not connected yet"),
+    Pending(SourceSettings, "limits", "a source lets everybody in"),
+    Pending(EndpointSettings, "dead_after", "a dead peer is found by keepalive, when nothing is under way"),
+    Pending(SinkSettings, "burst", "a newcomer sees what passes from then on"),
+    Pending(SinkSettings, "rotate", "use {time} and {id} in the path for a file a stream"),
+    Pending(SinkSettings, "fsync", "use never or close", lambda value: isinstance(value, float)),
+    Pending(SinkSettings, "direct", "files are written through the page cache"),
+    Pending(
+        OnSlow, "policy", "use block, drop or disconnect in place of spill", lambda value: value == "spill"
+    ),
+    Pending(OnSlow, "buffer", "a sink's backlog is its pipe"),
+)
+
+
+def refusals(config: Config) -> Iterator[Problem]:
+    """A problem for each key in `config` that nothing acts on, at its place in the document."""
+    yield from _within(config, ())
+
+
+def _within(value: object, place: Place) -> Iterator[Problem]:
+    if isinstance(value, FrozenModel):
+        for key in type(value).model_fields:
+            if key not in value.model_fields_set:
+                continue
+            inner = getattr(value, key)
+            pending = [p for p in PENDING if p.key == key and isinstance(value, p.model) and p.when(inner)]
+            for found in pending:
+                said = f"'{_written(key, inner)}' is not available in this version; {found.words}"
+                yield Problem(said, (*place, key), at_key=True)
+            if not pending:
+                yield from _within(inner, (*place, key))
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _within(inner, (*place, key))
+    elif isinstance(value, tuple):
+        for index, inner in enumerate(value):
+            kind = (inner.kind,) if isinstance(inner, StageSettings) else ()
+            yield from _within(inner, (*place, index, *kind))
+
+
+def _written(key: str, value: object) -> str:
+    """The key, with its value where only that value is refused."""
+    return f"{key}: {value}" if key == "policy" else f"{key}: {value:g}s" if key == "fsync" else key

@@ -1,0 +1,216 @@
+/* Into a node: what is put in front of a stream, and the head from the source. See pass.h. */
+#include "pass.h"
+
+#include <string.h>
+
+/* The prefix goes in before anything else: feeders wait while it lasts. */
+int fill_prefix(struct pass *s, struct relay_node *n)
+{
+    int64_t moved = call_lend(n->pipe_w, n->prefix, n->prefix_left);
+    s->e->calls++;
+    if (not_this_way(moved)) {
+        moved = call_write(n->pipe_w, 0, n->prefix, n->prefix_left);
+        s->e->calls++;
+    }
+    if (moved == -EAGAIN) {
+        if (!n->held)
+            look_again(s);
+        return 0;
+    }
+    if (moved <= 0) {
+        n->prefix_left = 0;
+        tell(s, n->token, RELAY_BROKEN, moved ? moved : EIO);
+        return 0;
+    }
+    n->prefix += moved;
+    n->prefix_left -= moved;
+    n->held += moved;
+    return 1;
+}
+
+static void source_over(struct pass *s, int what, int64_t error)
+{
+    struct relay_pipeline *p = s->p;
+    p->source_ended = 1;
+    if (!p->keep)
+        p->head->ended = 1;
+    tell(s, p->token, what, error);
+}
+
+static int source_took(struct pass *s, int64_t moved)
+{
+    struct relay_end *source = s->p->source;
+    source->moved += moved;
+    source->last_ns = s->e->now_ns;
+    s->p->fed += moved;
+    s->read += moved;
+    if (source->left > 0)
+        source->left -= moved;
+    return 1;
+}
+
+static void source_empty(struct pass *s, struct relay_end *source)
+{
+    if (source->kind == RELAY_INSTANT || says_ready(source->fd, POLLIN))
+        look_again(s);
+    source->readable = 0;
+}
+
+/* A head with nothing to tee and a sink that is written by hand needs no pipe between: the source is read
+ * into the stash. Otherwise a copying source is read only into an empty pipe, where it surely fits. */
+static int fill_by_hand(struct pass *s, struct relay_node *head)
+{
+    struct relay_end *source = s->p->source;
+    int direct = head->out_copies && head->stash && !head->next && head->stash_out == head->stash_len;
+    char *to = direct ? head->stash : s->e->scratch;
+    int64_t most = direct ? head->stash_size : s->e->scratch_size, moved;
+    if (head->held)
+        return 0;
+    if (!direct && most > head->capacity)
+        most = head->capacity;
+    if (source->left >= 0 && most > source->left)
+        most = source->left;
+    if (source->memory && source->fd < 0) {   /* a mapped file is read instead: it may have been cut short */
+        memcpy(to, source->memory + source->offset, (size_t)most);
+        moved = most;
+    } else if (source->offset >= 0) {
+        moved = call_pread(source->fd, to, most, source->offset);
+    } else {
+        moved = call_read(source->fd, source->is_socket, to, most);
+    }
+    s->e->calls++;
+    if (moved == -EAGAIN) {
+        source_empty(s, source);
+        return 0;
+    }
+    if (moved <= 0) {
+        source_over(s, moved ? RELAY_SOURCE_FAILED : RELAY_SOURCE_ENDED, moved);
+        return 1;
+    }
+    if (source->offset >= 0)
+        source->offset += moved;
+    if (direct) {
+        head->stash_len = moved;
+        head->stash_out = 0;
+        head->stash_next = moved;
+    } else {
+        int64_t written = 0;
+        while (written < moved) {
+            int64_t w = call_write(head->pipe_w, 0, to + written, moved - written);
+            s->e->calls++;
+            if (w == -EAGAIN)   /* an empty pipe takes its capacity: only a passing fault says no */
+                continue;
+            if (w <= 0) {
+                tell(s, head->token, RELAY_BROKEN, w ? w : EIO);
+                source_over(s, RELAY_SOURCE_FAILED, w ? w : EIO);
+                moved = written;
+                break;
+            }
+            written += w;
+        }
+    }
+    head->held += moved;
+    return source_took(s, moved);
+}
+
+int fill_from_source(struct pass *s)
+{
+    struct relay_pipeline *p = s->p;
+    struct relay_node *head = p->head;
+    struct relay_end *source = p->source;
+    int64_t most = RELAY_PIECE, moved;
+    loff_t offset;
+
+    if (!source || p->source_ended || p->paused || head->ended || refuses(head))
+        return 0;
+    if (source->left == 0 && source->waits) {
+        if (source->readable) {
+            source->readable = 0;
+            tell(s, p->token, RELAY_SOURCE_DRY, 0);
+        }
+        return 0;
+    }
+    if (source->left == 0) {
+        source_over(s, RELAY_SOURCE_ENDED, 0);
+        return 1;
+    }
+    if (source->fd < 0 && !source->memory)
+        return 0;
+    if (!source->readable)
+        return 0;
+    if (source->left > 0 && most > source->left)
+        most = source->left;
+    if (source->method == RELAY_COPY)
+        return fill_by_hand(s, head);
+    if (source->method == RELAY_SENDFILE) {
+        struct relay_end *sink = head->sink;
+        if (!sink || head->held)
+            return 0;
+        if (!sink->writable || sink->fd < 0) {
+            blocked(s, head);
+            return 0;
+        }
+        offset = source->offset;
+        moved = call_sendfile(sink->fd, source->fd, source->offset < 0 ? NULL : &offset, most);
+        s->e->calls++;
+        if (moved > 0) {
+            if (source->offset >= 0)
+                source->offset = offset;
+            sink->moved += moved;
+            sink->last_ns = s->e->now_ns;
+            note_acknowledged(sink);
+            head->passed += moved;
+            drained(s, head, 0);      /* it is not slow, and holds nothing */
+            return source_took(s, moved);
+        }
+        if (moved == 0) {
+            source_over(s, RELAY_SOURCE_ENDED, 0);
+            return 1;
+        }
+        if (moved == -EAGAIN) {
+            if (says_ready(sink->fd, POLLOUT))
+                look_again(s);
+            sink->writable = 0;
+            blocked(s, head);
+            return 0;
+        }
+        /* which side failed? a pipe between them tells */
+        source->method = RELAY_SPLICE;
+        return 1;
+    }
+    if (source->method == RELAY_VMSPLICE) {
+        moved = call_lend(head->pipe_w, source->memory + source->offset, most);
+        if (moved > 0)
+            source->offset += moved;
+    } else if (source->offset >= 0) {
+        offset = source->offset;
+        moved = call_splice(source->fd, &offset, head->pipe_w, most, 0);
+        if (moved > 0)
+            source->offset = offset;
+    } else {
+        moved = call_splice(source->fd, NULL, head->pipe_w, most, 0);
+    }
+    s->e->calls++;
+    if (moved > 0) {
+        head->held += moved;
+        return source_took(s, moved);
+    }
+    if (moved == 0) {
+        source_over(s, RELAY_SOURCE_ENDED, 0);
+        return 1;
+    }
+    if (moved == -EAGAIN) {
+        if (head->held)
+            head->full = 1;
+        else
+            source_empty(s, source);
+        return 0;
+    }
+    if (not_this_way(moved)) {
+        source->method = RELAY_COPY;
+        tell(s, p->token, RELAY_SOURCE_COPIES, moved);
+        return 1;
+    }
+    source_over(s, RELAY_SOURCE_FAILED, moved);
+    return 1;
+}

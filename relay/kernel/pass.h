@@ -1,0 +1,128 @@
+/* What the files of the pump share: the state of one sweep, and what each does for the others.
+ *
+ *     intake.c    into a node: prefixes, and the head from the source
+ *     outflow.c   out of a node: tee, splice or copy to the next node, a sink, a ferry, or nowhere
+ *     gate.c      how much may leave a node: rates, slow ways out, gaps
+ *     pump.c      a node's turn, the sweep over all nodes, newcomers and leavers
+ *
+ * What the accounting knows, the kernel is never asked: a node holds fed - drained bytes. So
+ * - EAGAIN while filling an empty pipe can only mean that the giving side is empty (or a passing fault);
+ * - EAGAIN while filling one that holds bytes may mean either: the node is `full` until it is drained,
+ *   and then asked once more;
+ * - EAGAIN while draining can only mean that the taking side is full.
+ * An edge-triggered readiness flag is cleared only by EAGAIN. Should an EAGAIN contradict what poll(2) or
+ * the accounting says, the pipeline looks again after RETRY_NS: it neither hangs nor spins. */
+#ifndef RELAY_PASS_H
+#define RELAY_PASS_H
+
+#include "calls.h"
+
+#include <poll.h>
+#include <sys/ioctl.h>
+#include <termios.h>
+
+#define RETRY_NS 10000000LL
+
+struct pass {                 /* one sweep's working state */
+    struct relay_engine *e;
+    struct relay_pipeline *p;
+    struct relay_event *out;
+    int count, max;
+    int64_t read;             /* bytes taken from the source in this sweep */
+};
+
+static inline void tell(struct pass *s, uint64_t token, int what, int64_t error)
+{
+    if (s->count < s->max) {
+        struct relay_event *event = &s->out[s->count++];
+        event->token = token;
+        event->what = what;
+        event->error = (int32_t)(error < 0 ? -error : error);
+        event->mask = 0;
+    }
+}
+
+static inline void wake_at(struct pass *s, int64_t when)
+{
+    if (!s->p->wake_ns || when < s->p->wake_ns)
+        s->p->wake_ns = when;
+}
+
+static inline void look_again(struct pass *s)
+{
+    s->p->retry = 1;
+    wake_at(s, s->e->now_ns + RETRY_NS);
+}
+
+static inline int says_ready(int fd, short events)
+{
+    struct pollfd one = { .fd = fd, .events = events };
+    return poll(&one, 1, 0) > 0;
+}
+
+static inline void sink_failed(struct pass *s, struct relay_node *n, int64_t error)
+{
+    struct relay_end *sink = n->sink;
+    sink->failed = 1;
+    sink->readable = sink->writable = 0;
+    if (!n->hold) {
+        n->sink = NULL;
+        n->since_ns = 0;
+    }
+    tell(s, sink->token, RELAY_SINK_FAILED, error);
+}
+
+/* How far the peer's kernel has everything, noted right after bytes were given to it: whoever reads the note
+ * later, even after SIGKILL, finds a position that was passed, at most one send queue behind. */
+static inline void note_acknowledged(struct relay_end *sink)
+{
+    int waiting = 0;
+    if (!sink->acknowledged)
+        return;
+    if (sink->queues && ioctl(sink->fd, TIOCOUTQ, &waiting) < 0)
+        return;
+    __atomic_store_n(sink->acknowledged, sink->base + sink->moved - waiting, __ATOMIC_RELAXED);
+}
+
+static inline int refuses(const struct relay_node *n) { return n->full || n->prefix_left; }
+
+/* What a failed attempt to fill a node means, from where nothing came (see the top of this file). */
+static inline void not_filled(struct pass *s, struct relay_node *n)
+{
+    if (n->held > n->stash_len - n->stash_out)
+        n->full = 1;
+    else
+        look_again(s);
+}
+
+/* Whether anything is still in this node's keeping. */
+static inline int holds(const struct relay_node *n)
+{
+    return n->held || n->prefix_left || n->rest_have || (n->next && n->stash_next < n->stash_len);
+}
+
+static inline int ferry_has(struct relay_ferry *f, int k)
+{
+    return __atomic_load_n(&f->turn[k], __ATOMIC_ACQUIRE) == RELAY_WITH_ENGINE;
+}
+
+/* intake.c: whether anything moved. */
+int fill_prefix(struct pass *s, struct relay_node *n);
+int fill_from_source(struct pass *s);
+
+/* gate.c */
+int64_t gate(struct pass *s, struct relay_node *n, int64_t amount);
+void blocked(struct pass *s, struct relay_node *n);
+void into_emptied(struct pass *s, struct relay_node *n);
+int drop(struct pass *s, struct relay_node *n, int64_t amount);
+
+/* outflow.c */
+void drained(struct pass *s, struct relay_node *n, int64_t moved);
+int discard(struct pass *s, struct relay_node *n, int64_t amount);
+int fill_stash(struct pass *s, struct relay_node *n, int fresh);
+int tee_by_hand(struct pass *s, struct relay_node *n);
+int tee_on(struct pass *s, struct relay_node *n);
+int move_out(struct pass *s, struct relay_node *n, int64_t amount);
+void ferry_flush(struct relay_ferry *f);
+
+#endif

@@ -1,0 +1,113 @@
+"""How many descriptors, pipes and pipe pages each part of a pipeline takes.
+
+Facts (man 7 pipe; fs/pipe.c): a pipe has two descriptors and is charged, by its capacity in pages, to the
+user who made it.
+
+What this means here: each function names the class whose descriptors it counts; a test opens both and compares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from relay.endpoints.address import Address
+from relay.endpoints.settings import SinkSettings
+from relay.kernel.pipe import DEFAULT_CAPACITY, LARGEST_CAPACITY
+from relay.kernel.probe import Machine
+
+PAGE = 4096
+FRESH = 64 * 1024  # bytes of a pipe nobody enlarged
+
+
+@dataclass(frozen=True)
+class Need:
+    """What something takes while it is open. `at_most`: what it meets decides when it is opened."""
+
+    descriptors: int = 0
+    pipes: int = 0
+    pages: int = 0
+    at_most: bool = False
+
+    def __add__(self, other: Need) -> Need:
+        return Need(
+            self.descriptors + other.descriptors,
+            self.pipes + other.pipes,
+            self.pages + other.pages,
+            self.at_most or other.at_most,
+        )
+
+    def times(self, count: int) -> Need:
+        """For `count` of them."""
+        return Need(self.descriptors * count, self.pipes * count, self.pages * count, self.at_most)
+
+
+NOTHING = Need()
+PROCESS = Need(3)  # stdin, stdout, stderr
+ENGINE = Need(3)  # epoll, its wake-up, /dev/null
+PENDING = Need(1)  # a connection that waits for its turn
+
+
+def granted(wanted: int, machine: Machine) -> int:
+    """Bytes that a pipe gets when it asks for `wanted`, while its user is within the budget of pages."""
+    if machine.privileged:
+        return wanted
+    fresh = min(FRESH, machine.pipe_max)
+    while wanted > max(machine.pipe_max, fresh):
+        wanted //= 2
+    return max(wanted, fresh)
+
+
+def pipe(wanted: int, machine: Machine) -> Need:
+    """A pipe of relay's own."""
+    return Need(2, 1, granted(wanted, machine) // PAGE)
+
+
+def node(machine: Machine) -> Need:
+    """One node of a chain (chain.Node)."""
+    return pipe(DEFAULT_CAPACITY, machine)
+
+
+def ferry(machine: Machine) -> Need:
+    """Two pipes and two eventfds (endpoints.ferry.Ferry): before a file, a checksum, whatever may block."""
+    return pipe(LARGEST_CAPACITY, machine).times(2) + Need(2)
+
+
+def subscriber(machine: Machine) -> Need:
+    """One subscriber of a broadcast: a node to tee from, its backlog, its socket (subscribers.Member)."""
+    return node(machine).times(2) + Need(1)
+
+
+def listener(address: Address) -> Need:
+    """A listening socket; a name may stand for an address of each family."""
+    named = bool(address.host) and not address.host.replace(".", "").isdigit() and ":" not in address.host
+    return Need(2, at_most=True) if address.scheme == "tcp" and named else Need(1)
+
+
+def source(address: Address, machine: Machine) -> Need:
+    """An open source."""
+    match address.scheme:
+        case "null":
+            return NOTHING
+        case "fifo":
+            return _given_pipe(machine)
+        case "stdio" | "fd":
+            return Need(1, 1, _given_pipe(machine).pages, at_most=True)
+    return Need(1)
+
+
+def sink(settings: SinkSettings, machine: Machine) -> Need:
+    """An open sink; one that listens without its listeners and subscribers."""
+    match settings.address.scheme:
+        case "file":
+            return ferry(machine) + Need(1)
+        case "fifo":
+            return _given_pipe(machine)
+        case "stdio" | "fd":  # a file needs a ferry, a pipe or a socket one descriptor
+            most = ferry(machine)
+            return Need(most.descriptors, most.pipes, most.pages, at_most=True)
+    return Need(1)
+
+
+def _given_pipe(machine: Machine) -> Need:
+    """One end of a pipe that is not relay's own, enlarged; its pages count for whoever made it."""
+    return Need(1, 1, granted(LARGEST_CAPACITY, machine) // PAGE)

@@ -1,0 +1,358 @@
+"""A plan: what this configuration will be on this machine, worked out without opening anything.
+
+    Hop          one step of a route, and how bytes leave it: a source into the first pipe, a stage onwards, a
+                 sink's pipe out. A tee's branch and a broadcast's subscribers are hops below it.
+    Hold         who can hold the source back, and what lets go of it
+    RoutePlan    the tree of a route's hops, its holds, and what it needs
+
+The walk over stages and branches follows chain.py, which builds the same in kernel objects; methods come from
+ways.py, figures from needs.py. What only opening an end can tell (what stdin is) is marked as not sure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from relay import needs
+from relay.config.models import Config, Route
+from relay.endpoints.settings import OnSlow, SinkSettings
+from relay.kernel.pipe import DEFAULT_CAPACITY
+from relay.kernel.probe import Machine
+from relay.needs import Need
+from relay.stages.base import StageSettings
+from relay.stages.checksum import Checksum
+from relay.units import show_size
+from relay.ways import APPENDING, STRAIGHT, Choice, Ways
+
+Role = Literal["source", "stage", "sink", "subscriber"]
+INHERITED = ("stdio", "fd")
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One step of a route. `entry` is the way into a pipe of its own in front of it: a branch's first, or a
+    sink's backlog; None without one. `sure` is False where the method depends on what is found at opening.
+    """
+
+    role: Role
+    kind: str
+    name: str
+    choice: Choice
+    need: Need
+    address: str = ""
+    verb: str = ""
+    detail: str = ""
+    entry: Choice | None = None
+    policy: str = ""
+    sure: bool = True
+    branch: tuple[Hop, ...] = ()
+
+    def total(self) -> Need:
+        """What it takes with everything below it, subscribers apart."""
+        found = self.need
+        for below in self.branch:
+            if below.role != "subscriber":
+                found += below.total()
+        return found
+
+
+@dataclass(frozen=True)
+class Hold:
+    """`who` can hold the source. `seconds` is for how long at most, None if nothing lets go; `by` then says
+    whose policy does, `then` what it does."""
+
+    who: str
+    role: Role
+    policy: str
+    seconds: float | None
+    by: str
+    then: str
+    words: str
+
+
+@dataclass(frozen=True)
+class RoutePlan:
+    """One route. `turns`: each stream has a pipeline of its own, streams take turns on one, or there is one
+    stream only. `streams` may be under way at once and `waiting` wait for their turn; None: as many as come.
+    """
+
+    name: str
+    method: str
+    turns: Literal["each", "one", "once"]
+    source: Hop
+    chain: tuple[Hop, ...]
+    holds: tuple[Hold, ...]
+    standing: Need
+    stream: Need
+    subscriber: Need | None
+    streams: int | None
+    waiting: int | None
+
+    @property
+    def at_limit(self) -> Need:
+        """With as many streams as its limit lets in; with one where there is no limit. Subscribers apart."""
+        count = 1 if self.streams is None else self.streams
+        return self.standing + self.stream.times(count) + needs.PENDING.times(self.waiting or 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All routes of a configuration on one machine."""
+
+    machine: Machine
+    engines: int
+    routes: tuple[RoutePlan, ...]
+    base: Need = field(default=needs.NOTHING)
+
+    @property
+    def total(self) -> Need:
+        """The process with every route at its limit."""
+        found = self.base
+        for route in self.routes:
+            found += route.at_limit
+        return found
+
+
+def make_plan(config: Config, machine: Machine) -> Plan:
+    """The plan of `config` on `machine`; opens nothing, looks at nothing."""
+    engines = config.engines or machine.cpus
+    routes = tuple(_plan_route(name, route, machine) for name, route in config.routes.items())
+    return Plan(machine, engines, routes, needs.PROCESS + needs.ENGINE.times(engines))
+
+
+def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
+    walk = _Walk(Ways(machine, route.method), machine)
+    chain = walk.chain(route.stages, route.sink, route.sink.slow, gated=False, within=())
+    finite = route.source.verb != "listen"
+    turns: Literal["each", "one", "once"] = "once" if finite else route.turns()
+    address = route.source.address
+    standing = needs.listener(address) if not finite else needs.NOTHING
+    if finite and address.scheme in ("file", *INHERITED):
+        standing += needs.ENGINE  # a reader of its own: reading may wait for the disk
+    listening = [sink for _place, sink in route.sinks() if sink.verb == "listen"]
+    for sink in listening:
+        standing += needs.listener(sink.address)
+    source = walk.source(route, chain)
+    stream = source.need
+    for hop in chain:
+        stream += hop.total()
+    most = route.source.limits.connections
+    return RoutePlan(
+        name=name,
+        method=route.method,
+        turns=turns,
+        source=source,
+        chain=chain,
+        holds=tuple(walk.holds),
+        standing=standing,
+        stream=stream,
+        subscriber=needs.subscriber(machine) if listening else None,
+        streams=most if turns == "each" else 1,
+        waiting=0 if turns != "one" else None if most is None else most - 1,
+    )
+
+
+Within = tuple[tuple[str, OnSlow], ...]  # the branches around a place that have a policy, innermost first
+
+
+class _Walk:
+    """Follows a route as chain.Chain does, and notes the holds on its way."""
+
+    def __init__(self, ways: Ways, machine: Machine) -> None:
+        self._ways = ways
+        self._machine = machine
+        self._node = needs.node(machine)
+        self.holds: list[Hold] = []
+
+    def source(self, route: Route, chain: tuple[Hop, ...]) -> Hop:
+        """The source and how its bytes get into the first pipe."""
+        address = route.source.address
+        only = chain[0]
+        alone = len(chain) == 1 and only.entry is None and only.kind in STRAIGHT and only.verb != "listen"
+        choice, sure = self._sure(address.scheme, self._ways.from_source(address.scheme, alone=alone))
+        need = needs.source(address, self._machine)
+        shown = str(address)
+        return Hop("source", address.scheme, shown, choice, need, shown, route.source.verb, sure=sure)
+
+    def chain(
+        self,
+        stages: tuple[StageSettings, ...],
+        sink: SinkSettings,
+        slow: OnSlow,
+        *,
+        gated: bool,
+        within: Within,
+        before: Within | None = None,
+    ) -> tuple[Hop, ...]:
+        """Its stages and its sink. `gated`: the sink's policy stands at the head of the branch it ends, which
+        is in `within` for the branch's stages; `before` is what is around the branch itself."""
+        hops = [self._stage(settings, within) for settings in stages]
+        if sink.sidecar:
+            hops.append(self._checksum(Checksum(sink.sidecar, f"sidecar of {sink.address}"), within))
+        need = self._node
+        entry = None
+        if not gated and slow.policy != "block" and sink.verb != "listen":
+            entry = self._ways.between()
+            need += self._node
+        around = within if before is None else before
+        hops.append(self._sink(sink, slow, str(sink.address), need, entry, around))
+        return tuple(hops)
+
+    def _stage(self, settings: StageSettings, within: Within) -> Hop:
+        stage = settings.make()
+        if isinstance(stage, Checksum):
+            return self._checksum(stage, within, settings)
+        detail = _detail(settings)
+        if stage.branch is None:
+            if settings.holds():
+                self._held(stage.name, "stage", None, within, settings.holds())
+            return Hop("stage", stage.kind, stage.name, self._ways.between(), self._node, detail=detail)
+        tee, branch = self._ways.tee(), stage.branch
+        # A node that tees by copying has its bytes in memory: they leave it by hand to both sides.
+        into = tee if tee.method == "copy" else self._ways.between()
+        entry = None
+        if branch.stages or branch.to.sidecar or branch.to.verb == "listen":
+            entry = into
+            own = () if branch.to.verb == "listen" else ((stage.name, branch.on_slow),)
+            below = self.chain(
+                branch.stages, branch.to, branch.on_slow, gated=True, within=own + within, before=within
+            )
+        else:
+            backlog = branch.on_slow.policy != "block"
+            need = self._node if backlog else needs.NOTHING
+            hop = self._sink(branch.to, branch.on_slow, stage.name, need, into if backlog else None, within)
+            if tee.method == "copy" and not backlog and hop.kind not in ("file", *INHERITED):
+                hop = replace(hop, choice=tee)
+            below = (hop,)
+        return Hop("stage", stage.kind, stage.name, tee, self._node, detail=detail, entry=entry, branch=below)
+
+    def _checksum(self, stage: Checksum, within: Within, settings: StageSettings | None = None) -> Hop:
+        why = settings.holds() if settings else "while hashing is slower than the stream"
+        self._held(stage.name, "stage", None, within, why)
+        choice = self._ways.to_sink("digest")
+        digest = Hop("sink", "digest", stage.algorithm, choice, needs.ferry(self._machine))
+        return Hop(
+            "stage",
+            stage.kind,
+            stage.name,
+            self._ways.tee(),
+            self._node,
+            detail=stage.algorithm,
+            branch=(digest,),
+        )
+
+    def _sink(
+        self, sink: SinkSettings, slow: OnSlow, name: str, need: Need, entry: Choice | None, within: Within
+    ) -> Hop:
+        address = sink.address
+        if sink.verb == "listen":
+            below = self._subscriber(slow, str(address))
+            self._held(f"each subscriber of {address}", "subscriber", slow, within)
+            choice = self._ways.to_sink("null")
+            return Hop(
+                "sink",
+                address.scheme,
+                name,
+                choice,
+                need + needs.sink(sink, self._machine),
+                str(address),
+                "listen",
+                entry=entry,
+                policy=slow.policy or "",
+                branch=(below,),
+            )
+        self._held(name, "sink", slow, within)
+        copies = APPENDING if sink.append else ""
+        choice, sure = self._sure(address.scheme, self._ways.to_sink(address.scheme, copies=copies))
+        return Hop(
+            "sink",
+            address.scheme,
+            name,
+            choice,
+            need + needs.sink(sink, self._machine),
+            str(address),
+            sink.verb,
+            entry=entry,
+            policy=slow.policy or "",
+            sure=sure,
+        )
+
+    def _subscriber(self, slow: OnSlow, address: str) -> Hop:
+        tee = self._ways.tee()
+        copied = tee.method == "copy"
+        entry = tee if copied else self._ways.between()
+        out = tee if copied else self._ways.to_sink("tcp")
+        need = needs.subscriber(self._machine)
+        end = Hop(
+            "sink",
+            "socket",
+            f"subscriber of {address}",
+            out,
+            needs.NOTHING,
+            entry=entry,
+            policy=slow.policy or "",
+        )
+        return Hop("subscriber", "tee", "each subscriber", tee, need, branch=(end,))
+
+    @staticmethod
+    def _sure(scheme: str, choice: Choice) -> tuple[Choice, bool]:
+        """What stands behind a descriptor that relay is given is known when it is there."""
+        if scheme not in INHERITED or choice.method == "copy":
+            return choice, True
+        reason = f"{choice.reason}; a terminal, a device or a socket found there is copied"
+        return Choice(choice.method, reason), False
+
+    def _held(self, who: str, role: Role, slow: OnSlow | None, within: Within, how: str = "") -> None:
+        """Notes who can hold the source: until the first policy around it lets go."""
+        policies = [(name, around, False) for name, around in within]
+        if slow is not None:
+            policies.insert(0, (who, slow, True))
+        loose = [
+            (around.after or 0.0, name, own, _in_force(around))
+            for name, around, own in policies
+            if _in_force(around) != "block"
+        ]
+        first = min(loose, key=lambda item: item[0], default=None)
+        words = f"holds the source{' ' * bool(how)}{how}"
+        if slow is not None and slow.policy == "spill":
+            size = f" {show_size(slow.max)}" if slow.max is not None else " all its disk takes"
+            words = f"reads from a log of its own; once that has{size} it {words}"
+        if first is None:
+            words += ", and with it everybody on the route"
+            if slow is not None:
+                words += f", for as long as it is slow; after {_seconds(slow.after or 0.0)} relay warns"
+            self.holds.append(Hold(who, role, slow.policy or "" if slow else "", None, "", "", words))
+            return
+        seconds, by, own, policy = first
+        does = "loses bytes, alone" if policy == "drop" else "is disconnected"
+        backlog = f"its backlog of {show_size(needs.granted(DEFAULT_CAPACITY, self._machine))}"
+        place = backlog if own else f"the branch {by}"
+        then = f"it {does}" if own else f"that branch {does}"
+        words += f" until {place} has been full for {_seconds(seconds)}; then {then}"
+        self.holds.append(Hold(who, role, slow.policy or "" if slow else "", seconds, by, policy, words))
+
+
+def _in_force(slow: OnSlow) -> str:
+    """What a policy does to a slow sink in the end."""
+    return (slow.then if slow.policy == "spill" else slow.policy) or "block"
+
+
+def _seconds(amount: float) -> str:
+    return f"{amount * 1000:g} ms" if 0 < amount < 1 else f"{amount:g} s"
+
+
+def _detail(settings: StageSettings) -> str:
+    """A stage's settings as they were given, those that fit in a line."""
+    given: Mapping[str, Any] = settings.model_dump(mode="json", include=settings.model_fields_set - {"name"})
+    return ", ".join(f"{key} {value}" for key, value in given.items() if isinstance(value, str | int | float))
+
+
+def hops(route: RoutePlan) -> Iterator[Hop]:
+    """Every hop of a route, from the source on, each before what is below it."""
+    waiting = [*reversed(route.chain), route.source]
+    while waiting:
+        hop = waiting.pop()
+        yield hop
+        waiting.extend(reversed(hop.branch))

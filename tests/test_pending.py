@@ -1,0 +1,65 @@
+"""What the configuration knows and this version does not do: refused by name, never ignored."""
+
+from __future__ import annotations
+
+import pytest
+
+from relay.config.load import load_to_run, loads
+from relay.config.pending import PENDING
+from relay.errors import ConfigErrors
+
+HEAD = "routes:\n  a:\n    source: 'tcp://:1'\n    sink: 'tcp://h:2'\n"
+
+# Where each is written, and the place of its key; a line goes with its line of PENDING.
+WRITTEN = {
+    ("Config", "admin"): ("admin: {socket: 'unix:///x'}\n" + HEAD, "1:1"),
+    ("Route", "duplex"): (HEAD + "    duplex: true\n", "5:5"),
+    ("Route", "wait_for_sinks"): (HEAD + "    wait_for_sinks: 10s\n", "5:5"),
+    ("SourceSettings", "limits"): (
+        "routes: {a: {source: {listen: 'tcp://:1', limits: {idle: 1s}}, sink: x}}",
+        "1:43",
+    ),
+    ("EndpointSettings", "dead_after"): (
+        "routes: {a: {source: '-', sink: {connect: 'tcp://h:1', dead_after: 3s}}}",
+        "1:56",
+    ),
+    ("SinkSettings", "burst"): (
+        "routes: {a: {source: '-', sink: {listen: 'tcp://:1', burst: 1MiB}}}",
+        "1:54",
+    ),
+    ("SinkSettings", "rotate"): ("routes: {a: {source: '-', sink: {file: x, rotate: 1h}}}", "1:43"),
+    ("SinkSettings", "fsync"): ("routes: {a: {source: '-', sink: {file: x, fsync: 1s}}}", "1:43"),
+    ("SinkSettings", "direct"): ("routes: {a: {source: '-', sink: {file: x, direct: true}}}", "1:43"),
+    ("OnSlow", "policy"): (HEAD + "    stages: [tee: {to: x, on_slow: spill}]\n", "5:27"),
+    ("OnSlow", "buffer"): (HEAD + "    stages: [tee: {to: {file: x, on_slow: {buffer: 1MiB}}}]\n", "5:44"),
+}
+
+
+@pytest.mark.parametrize("pending", PENDING, ids=lambda pending: f"{pending.model.__name__}.{pending.key}")
+def test_what_is_not_done_is_refused_at_its_key(pending: object) -> None:
+    """Each key of the table is refused at its own line and column, and only by those who would run it."""
+    text, spot = WRITTEN[pending.model.__name__, pending.key]  # type: ignore[attr-defined] # a tuple of names
+    loads(text)
+    with pytest.raises(ConfigErrors) as caught:
+        loads(text, "f", to_run=True)
+    (error,) = caught.value.errors
+    assert f"{error.line}:{error.column}" == spot
+    assert "is not available in this version" in str(error)
+
+
+def test_what_asks_for_nothing_is_accepted() -> None:
+    """A key that switches something off asks for nothing that is missing."""
+    sink = "{file: x, direct: false, fsync: close, on_slow: {policy: drop, buffer: 0}}"
+    loads(f"routes: {{a: {{source: '-', sink: {sink}, duplex: false}}}}", to_run=True)
+
+
+def test_refusals_stand_beside_other_problems_of_the_text() -> None:
+    """A duplicate key and a key that is not available come in one report."""
+    with pytest.raises(ConfigErrors) as caught:
+        loads(HEAD + "    duplex: true\n    duplex: true\n", "f", to_run=True)
+    assert [(error.line, error.column) for error in caught.value.errors] == [(5, 5), (6, 5)]
+
+
+def test_the_built_in_default_can_run() -> None:
+    """Without a path the built-in default is what runs, and all of it is available."""
+    assert list(load_to_run(None).routes) == ["inbox"]
