@@ -21,6 +21,7 @@ class Summed(Protocol):
     """A file whose checksum is wanted; `seen` says whether a state of it is the one that is sent."""
 
     path: str
+    shown: str
 
     @property
     def once(self) -> bool:
@@ -31,15 +32,15 @@ class Summed(Protocol):
 
 
 class Checksums:
-    """Owns the thread. `on_found(path)` is called on it for each file; `found` has the digest then."""
+    """Owns the thread. `on_found(file)` is called on it for each file; `found` has the digest then."""
 
-    def __init__(self, order: Order, on_found: Callable[[str], None]) -> None:
+    def __init__(self, order: Order, on_found: Callable[[Summed], None]) -> None:
         self._order = order
         self._on_found = on_found
         self._todo: queue.SimpleQueue[Summed | None] = queue.SimpleQueue()
-        self._begun: set[str] = set()
-        self._found: dict[str, str] = {}
-        self._why_not: dict[str, str] = {}
+        self._begun: set[Summed] = set()
+        self._found: dict[Summed, str] = {}
+        self._why_not: dict[Summed, str] = {}
         self._lock = threading.Lock()
         self._stopped = False
         self._thread: threading.Thread | None = None
@@ -49,21 +50,21 @@ class Checksums:
         if self._order.algorithm is None or document.once:
             return
         with self._lock:
-            if document.path in self._begun or self._stopped:
+            if document in self._begun or self._stopped:
                 return
-            self._begun.add(document.path)
+            self._begun.add(document)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="checksums", daemon=True)
                 self._thread.start()
         self._todo.put(document)
 
-    def found(self, path: str) -> str | None:
+    def found(self, document: Summed) -> str | None:
         """The digest in hexadecimal, empty if it could not be computed, None as long as it is not there."""
-        return self._found.get(path)
+        return self._found.get(document)
 
-    def why_not(self, path: str) -> str:
+    def why_not(self, document: Summed) -> str:
         """Why the digest could not be computed."""
-        return self._why_not.get(path, "the stream did not pass whole")
+        return self._why_not.get(document, "the stream did not pass whole")
 
     def stop(self) -> None:
         """Gives up what is not computed yet and waits for the thread. Safe to call again."""
@@ -85,8 +86,8 @@ class Checksums:
                     stopped=lambda: self._stopped,
                 )  # fmt: skip
                 if not document.seen(state):
-                    digest, self._why_not[document.path] = "", "the file changed while it was sent"
+                    digest, self._why_not[document] = "", "the file changed while it was sent"
             except OSError as error:
-                self._why_not[document.path] = f"reading {document.path}: {os.strerror(error.errno or 0)}"
-            self._found[document.path] = digest
-            self._on_found(document.path)
+                self._why_not[document] = f"reading {document.path}: {os.strerror(error.errno or 0)}"
+            self._found[document] = digest
+            self._on_found(document)

@@ -13,13 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from relay.endpoints.base import Source
 from relay.endpoints.fifo import FifoSource
 from relay.endpoints.file import FileSource, Identity
-from relay.endpoints.settings import SinkSettings
+from relay.endpoints.settings import OnSlow, SinkSettings
 from relay.endpoints.stdio import InheritedSource
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError, SourceError
@@ -28,6 +29,7 @@ from relay.order import Order
 from relay.pipeline import Pipeline
 from relay.progress import Standing
 from relay.record import SessionRecord, SinkRecord
+from relay.spill import Spills
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Settings as ChecksumSettings
 from relay.stages.limit import Settings as LimitSettings
@@ -105,7 +107,7 @@ def _kind_and_size(path: str, order: Order) -> tuple[str, int | None]:
     try:
         status = os.stat(0 if path == "-" else path)  # noqa: PTH116 - stdin is a number
     except OSError:
-        return kind, None
+        return kind, 0
     if order.length is not None or not stat.S_ISREG(status.st_mode):
         return kind, order.length
     start = order.offset
@@ -155,6 +157,7 @@ class Lane:
         self._ways = Ways(machine(), order.method)
         self._patience = order.wait
         self._now = _Now(None, 0, None, 0.0)
+        self._spills = Spills()
         self._engine = Engine(name)
 
     # -- on the main thread
@@ -169,8 +172,9 @@ class Lane:
         self._engine.post(lambda: self._abort(reason))
 
     def close(self) -> None:
-        """Ends the engine. The lane must be done."""
+        """Ends the engine. The lane must be done, or never begun."""
         self._engine.stop()
+        self._engine.close()
 
     def standings(self, whole: int | None, streams: int, before: int) -> list[Standing]:
         """How far each receiver is; `before` streams of `streams` went before this lane's first."""
@@ -218,7 +222,7 @@ class Lane:
         self._on_begin(document)
         at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         turn = Turn(route="send", id=str(next(_ids)), time=at, peer=source.peer, name=document.name)
-        *tees, last = [receiver.settings for receiver in self.receivers]
+        *tees, last = [self._settings(receiver, document) for receiver in self.receivers]
         try:
             pipeline = Pipeline(
                 self._engine,
@@ -228,6 +232,7 @@ class Lane:
                 self._ways,
                 persistent=False,
                 patience=self._patience,
+                spill=partial(self._spills.sink, self._ways, patience=self._patience),
                 on_over=lambda record: self._engine.post(lambda: self._over(document, record)),
             )
         except RelayError as error:
@@ -236,7 +241,17 @@ class Lane:
             return
         self._now = self._now._replace(pipeline=pipeline)
         pipeline.open()
-        pipeline.begin(source, turn)
+        try:
+            pipeline.begin(source, turn)
+        except (RelayError, OSError) as error:  # no descriptor is left for a sink's own pipes
+            pipeline.abort(str(error))
+
+    @staticmethod
+    def _settings(receiver: Receiver, document: Document) -> SinkSettings:
+        """A file is a log already: each address reads it where it stands, nothing needs to be kept for it."""
+        if document.once or receiver.settings.slow.policy != "spill":
+            return receiver.settings
+        return receiver.settings.model_copy(update={"on_slow": OnSlow(policy="block")})
 
     def _not_begun(self, document: Document, error: RelayError) -> None:
         """The document cannot be read, or there is nothing left to carry it with: no sink was opened."""
@@ -257,6 +272,8 @@ class Lane:
         self._now = self._now._replace(document=None, pipeline=None)
         for receiver, sink in zip(self.receivers, record.sinks, strict=True):
             receiver.sent += sink.bytes
+            if sink.result == "failed":
+                sink.reason = sink.reason or record.reason
         if all(sink.result == "failed" and not sink.bytes for sink in record.sinks):
             self._patience = 0.0  # nobody came within all of it: the rest need not wait that long again
         self._on_over(document, record)

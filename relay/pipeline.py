@@ -354,7 +354,7 @@ class Pipeline:
             # pages under way are the file's own: the change may show in them
             self._source_failed(changed, "send it again when nobody writes to it")
         if self._source_error:
-            sink.abort(self._source_error)
+            sink.cut(self._source_error)
             return
         if outlet.digest is not None and isinstance(sink, FileSink):
             if not outlet.digest.digest:

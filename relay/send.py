@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-from relay.checksums import Checksums
-from relay.errors import RelayError
+from relay.checksums import Checksums, Summed
+from relay.endpoints.base import hint
+from relay.errors import SinkError
 from relay.lane import Document, Lane, Receiver
 from relay.order import Order, order
 from relay.progress import Progress, Standing, make_progress
@@ -45,8 +46,8 @@ class Sending:
         self._before = 0
         self._signalled = 0
         self._deadline = 0.0
-        self._checksums = Checksums(order, lambda path: self._news.put(lambda: self._tell_summed(path)))
-        self._unsummed: dict[str, list[tuple[SessionRecord, SinkRecord]]] = {}
+        self._checksums = Checksums(order, lambda summed: self._news.put(lambda: self._tell_summed(summed)))
+        self._unsummed: dict[Summed, list[tuple[SessionRecord, SinkRecord]]] = {}
         self._delivered = self._failed = 0
         self._source_failed = self._mismatch = False
         sizes = [document.expected for document in self._documents]
@@ -98,10 +99,8 @@ class Sending:
                 )  # fmt: skip
             except OSError as error:
                 self._stop_lanes()
-                raise RelayError(
-                    f"no descriptor is left for {len(groups)} addresses: {error.strerror}",
-                    hint="raise the limit of open files (ulimit -n)",
-                ) from error
+                code = error.errno or 0
+                raise SinkError(f"{len(groups)} addresses", "making threads for", code, hint(code)) from error
             self._lanes.append(lane)
         self._running = len(self._lanes)
         for lane in self._lanes:
@@ -156,22 +155,22 @@ class Sending:
         digest = next((str(stage["digest"]) for stage in record.stages if "digest" in stage), "")
         for sink in record.sinks:
             if sink.result == "failed" or not self._order.algorithm or self._signalled:
-                self._tell(document.shown, record, sink, "")
+                self._tell(document, record, sink, "")
             elif document.once:
-                self._tell(document.shown, record, sink, digest)
-            elif (found := self._checksums.found(document.path)) is not None:
-                self._tell(document.shown, record, sink, found)
+                self._tell(document, record, sink, digest)
+            elif (found := self._checksums.found(document)) is not None:
+                self._tell(document, record, sink, found)
             else:
-                self._unsummed.setdefault(document.path, []).append((record, sink))
+                self._unsummed.setdefault(document, []).append((record, sink))
 
-    def _tell_summed(self, path: str) -> None:
-        found = self._checksums.found(path) or ""
-        for record, sink in self._unsummed.pop(path, ()):
-            self._tell(path, record, sink, found)
+    def _tell_summed(self, document: Summed) -> None:
+        found = self._checksums.found(document) or ""
+        for record, sink in self._unsummed.pop(document, ()):
+            self._tell(document, record, sink, found)
 
-    def _tell(self, name: str, record: SessionRecord, sink: SinkRecord, digest: str) -> None:
+    def _tell(self, document: Summed, record: SessionRecord, sink: SinkRecord, digest: str) -> None:
         """A line for one stream at one address, with its checksum where there is one."""
-        order = self._order
+        order, name = self._order, document.shown
         method, why = record.crossing(sink)
         if order.method == method:
             why = ""
@@ -194,7 +193,7 @@ class Sending:
                 log.error("%s: %s is %s, but %s was given", name, order.algorithm, digest, order.digest)
             self._mismatch = True
         elif order.algorithm and not digest and sink.result == "delivered" and not self._signalled:
-            text = f"no {order.algorithm}: {self._checksums.why_not(name)}"
+            text = f"no {order.algorithm}: {self._checksums.why_not(document)}"
             self._source_failed = True
         self._progress.result(f"{name} -> {sink.as_line(method, why, text)}", fields)
 
@@ -220,6 +219,8 @@ class Sending:
         self._deadline = time.monotonic() + ENDING
         for lane in self._lanes:
             lane.abort(f"interrupted by {signal.Signals(number).name}")
+        for document in list(self._unsummed):
+            self._tell_summed(document)  # delivered, and nobody waits for the checksum any more
 
     def _exit_code(self) -> int:
         """128 and the signal; 4 a source failed, 5 every sink did, 6 another checksum, 1 some sinks."""

@@ -96,7 +96,8 @@ class LogSource(Source):
 class Delivery:
     """Carries a log to its sink, over as many connections as it takes. Lives on `engine`.
 
-    `on_done` is called once, on that engine, when the stream has ended and all of it was delivered.
+    `on_done` is called once, on that engine, when the stream has ended and all of it was delivered. `patience`
+    is for how many seconds in vain it tries again (None: for ever); then `on_fail` is called instead.
     """
 
     def __init__(
@@ -109,8 +110,11 @@ class Delivery:
         ways: Ways,
         turn: Turn,
         on_done: Callable[[], None],
+        patience: float | None = None,
     ) -> None:
         self.engine = engine
+        self._patience = patience
+        self._in_vain_since = 0.0
         self.route = route
         self._log = kept
         self._stages = stages
@@ -219,6 +223,8 @@ class Delivery:
         assert pipeline is not None
         sink = record.sinks[-1]
         assert self._source is not None
+        if not self._in_vain_since or sink.bytes > sink.lost:
+            self._in_vain_since = self.engine.now
         self._advance(self._source.began_at + sink.bytes - sink.lost)
         if self._stopped:
             return
@@ -229,7 +235,8 @@ class Delivery:
             self.on_done()
             return
         self.twice += sink.lost
-        if self._sink.address.scheme not in ("tcp", "unix", "fifo"):
+        given_up = self._patience is not None and self.engine.now - self._in_vain_since >= self._patience
+        if given_up or self._sink.address.scheme not in ("tcp", "unix", "fifo"):
             self._stopped = True
             self._cursor.close()
             self.on_fail(sink.reason)
@@ -401,8 +408,16 @@ class Spills:
             self._directories[key] = SpillDirectory(path)
         return self._directories[key]
 
-    def sink(self, ways: Ways, engine: Engine, turn: Turn, outlet: Outlet, persistent: bool) -> SpillSink:
-        """A sink for this stream that reads through a log. Raises SinkError when the directory cannot be used."""
+    def sink(
+        self,
+        ways: Ways,
+        engine: Engine,
+        turn: Turn,
+        outlet: Outlet,
+        persistent: bool,
+        patience: float | None = None,
+    ) -> SpillSink:
+        """A sink for this stream that reads through a log; for `patience` see Delivery. Raises SinkError when the directory cannot be used."""
         sink, slow = outlet.settings, outlet.slow
         assert sink is not None
         if slow.directory is None:
@@ -418,7 +433,7 @@ class Spills:
             self._claimed.add((str(directory.path.absolute()), name))
             kept = directory.log(name, largest=slow.max or 0)
             reader = self._reader(turn.route)
-        delivery = Delivery(reader, turn.route, kept, outlet.branch, sink, ways, turn, lambda: None)
+        delivery = Delivery(reader, turn.route, kept, outlet.branch, sink, ways, turn, lambda: None, patience)
         return SpillSink(engine, str(sink.address), kept, delivery)
 
     def _reader(self, route: str) -> Engine:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conformance import SINKS, SOURCES, FileGiver, SocketTaker, check_clogged, check_delivery, route_of
-from peers import assert_same, payload, refused_address
+from peers import assert_same, eventually, payload, refused_address
 from relays import Relay
 
 SIZES = [0, 1, 65535, 65536, 65537]
@@ -218,6 +218,7 @@ def test_a_source_that_resets_fails_the_stream(tmp_path: Path, source: str, sink
             taker.take()
             giver.start(relay)
             giver.give(b"x" * 100_000)
+            eventually(lambda: relay.moved() == 100_000, "relay has read it all")
             giver.reset()
             record = relay.wait()
             assert record is not None

@@ -187,7 +187,7 @@ def test_seconds_are_shown_as_people_read_them(seconds: float, text: str) -> Non
 
 
 def test_what_is_not_under_way_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    """An address that is done, or was begun just now, gets no line; a stream without size gets no percentage."""
+    """An address that is done or was just begun gets no line; a stream without size no percentage."""
     lines = Lines(sys.stdout)
     lines.show([standing(stream=""), standing(seconds=0.1)])
     assert capsys.readouterr().err == ""

@@ -57,11 +57,9 @@ class Receivers:
         for streams in self.streams:
             listener, address = self._stack.enter_context(tcp_listener())
             self.addresses.append(address)
-            thread = threading.Thread(
-                target=self._receive, args=(listener, connections, streams), daemon=True
-            )
-            thread.start()
-            self._threads.append(thread)
+            wanted = (listener, connections, streams)
+            self._threads.append(threading.Thread(target=self._receive, args=wanted, daemon=True))
+            self._threads[-1].start()
 
     def _receive(self, listener: socket.socket, connections: int, streams: list[bytes]) -> None:
         for _ in range(connections):
@@ -118,9 +116,8 @@ def test_a_file_arrives_whole_and_its_result_says_how(data: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert_same(to.streams[0][0], data.read_bytes())
     (line,) = ended.stdout.decode().splitlines()
-    assert re.search(rf"{data.stat().st_size} bytes in \d+\.\d\d s \(.*/s, sendfile\), delivered$", line), (
-        line
-    )
+    size = data.stat().st_size
+    assert re.search(rf"{size} bytes in \d+\.\d\d s \(.*/s, sendfile\), delivered$", line), line
 
 
 def test_an_empty_file_arrives_as_an_empty_stream(tmp_path: Path) -> None:
@@ -211,9 +208,7 @@ def test_every_method_delivers_the_same_bytes(
         assert f", {method})" in said
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"rate": "100MB/s"}, {"on_slow": "disconnect"}, {"checksum": "xxh3"}]
-)
+@pytest.mark.parametrize("options", [{"rate": "100MB/s"}, {"on_slow": "disconnect"}, {"checksum": "xxh3"}])
 def test_options_change_no_byte(options: dict[str, str], data: Path, tmp_path: Path) -> None:
     """A rate, a policy, a checksum: the file is the same."""
     assert send([str(data)], [str(tmp_path / "out")], **options) == 0  # type: ignore[arg-type]
@@ -240,7 +235,7 @@ def test_offset_and_length_choose_a_part(data: Path, tmp_path: Path) -> None:
 def test_a_length_that_is_not_there_is_an_error(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Less than `--length` in a file, or an `--offset` beyond its end, is a failing source; no file is made."""
+    """Less than `--length` in a file, or an `--offset` beyond its end, fails the source; no file is made."""
     out = tmp_path / "out"
     assert send([str(data)], [str(out)], length="1GB") == 4
     assert send([str(data)], [str(out)], offset="1GB") == 4
@@ -314,6 +309,27 @@ def test_a_terminal_as_stdin_is_copied(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == b"typed\n"
 
 
+@pytest.mark.parametrize("policy", ["block", "drop", "disconnect", "spill"])
+def test_every_policy_delivers_to_who_keeps_pace(policy: str, data: Path) -> None:
+    """Teed or not, receivers that read get every byte, whatever would happen if they did not."""
+    with Receivers(2, connections=2) as to:
+        ended = relay(data, "-", *to.options, "--on-slow", policy, input=data.read_bytes(), stdin=None)
+    assert ended.returncode == 0, ended.stderr
+    for streams in to.streams:
+        assert_same(streams[0], data.read_bytes())
+        assert_same(streams[1], data.read_bytes())
+
+
+def test_a_spill_does_not_wait_for_ever(data: Path) -> None:
+    """A receiver that refuses fails when `--wait` is over, also through a log; the other one has it all."""
+    with Receivers(1) as to:
+        words = ["--to", refused_address(), "--on-slow", "spill", "--wait", "300ms"]
+        ended = relay(*to.options, *words, input=data.read_bytes(), stdin=None)
+    assert ended.returncode == 1, ended.stderr
+    assert_same(to.streams[0][0], data.read_bytes())
+    assert b"ECONNREFUSED" in ended.stdout
+
+
 def test_stdout_as_a_sink_moves_the_results_to_stderr(data: Path) -> None:
     """`--to -` writes the bytes and nothing else to stdout."""
     ended = relay(data, "--to", "-")
@@ -372,6 +388,41 @@ def test_a_reset_after_the_last_byte_was_sent_is_a_failure(tmp_path: Path) -> No
             assert send([str(tmp_path / "in")], [bad]) == 5
 
 
+def test_a_program_that_stops_reading_is_a_failure(data: Path) -> None:
+    """socat feeds a `head` that wants 1000 bytes and ends with the rest unread: that is no delivery."""
+    argv = ["socat", "-d", "-d", "-u", "TCP-LISTEN:0,bind=127.0.0.1", "SYSTEM:head -c 1000 >/dev/null"]
+    with peers.listening(argv, r"listening on AF=2 127\.0\.0\.1:(\d+)") as peer:
+        ended = relay(data, "--to", peer.address, "--rate", "20MB/s")
+    assert ended.returncode == 5
+    assert b"failed" in ended.stdout
+
+
+def test_a_unix_receiver_that_closes_unread_is_a_failure(tmp_path: Path) -> None:
+    """What lies in a unix socket unread when it is closed was not delivered, however little it is."""
+    (tmp_path / "in").write_bytes(b"little")
+
+    def closes(listener: socket.socket) -> None:
+        with accept(listener) as sock:
+            peers.wait_for(sock)
+
+    with peers.unix_listener(tmp_path / "sock") as (listener, address), thread(lambda: closes(listener)):
+        assert send([str(tmp_path / "in")], [address]) == 5
+
+
+def test_too_few_descriptors_are_named(tmp_path: Path) -> None:
+    """When no descriptor is left, sinks fail with what to raise; nothing hangs."""
+    (tmp_path / "in").write_bytes(b"x")
+    everybody = [word for number in range(20) for word in ("--to", tmp_path / f"out{number}")]
+    for words in ((tmp_path / "in",), ("-",)):
+        for most in (40, 60):
+            ended = relay(
+                *words, *everybody,
+                preexec_fn=lambda most=most: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)),
+            )  # fmt: skip
+            assert ended.returncode in (1, 5), ended.stderr
+            assert b"raise the limit of open files (ulimit -n)" in ended.stdout + ended.stderr
+
+
 def test_when_everybody_refuses_the_code_is_5(data: Path) -> None:
     """Two refused connections: exit 5, and each line says what to do."""
     ended = relay(data, "--to", refused_address(), "--to", refused_address())
@@ -380,7 +431,7 @@ def test_when_everybody_refuses_the_code_is_5(data: Path) -> None:
     assert b"ECONNREFUSED" in ended.stderr
 
 
-def test_a_refused_stdin_with_a_checksum_does_not_read_on(tmp_path: Path) -> None:
+def test_a_refused_stdin_with_a_checksum_does_not_read_on() -> None:
     """When every address refuses, a checksum alone is no reason to read an endless stdin."""
     with Path("/dev/zero").open("rb") as zeros:
         ended = relay("--to", refused_address(), "--checksum", "crc32c", stdin=zeros)
@@ -390,9 +441,10 @@ def test_a_refused_stdin_with_a_checksum_does_not_read_on(tmp_path: Path) -> Non
 def test_waiting_finds_a_receiver_that_comes_later(data: Path) -> None:
     """With `--wait` a refused connection is tried again until somebody listens."""
     address = refused_address()
-    argv = [*RELAY, "send", data, "--to", address, "--wait", "20s"]
-    with peers.running(["strace", "-f", "-qq", "-e", "trace=connect", *argv], stderr=subprocess.PIPE, bufsize=0,
-                       stdout=subprocess.PIPE) as process:  # fmt: skip
+    traced = ["strace", "-f", "-qq", "-e", "trace=connect"]
+    argv = [*traced, *RELAY, "send", data, "--to", address, "--wait", "20s"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with peers.running(argv, bufsize=0, **pipes) as process:
         assert process.stderr is not None
         peers.read_until(process.stderr, r"ECONNREFUSED|EINPROGRESS")
         with socket.socket() as listener:
@@ -434,7 +486,7 @@ def test_ncat_receives_whole(data: Path, tmp_path: Path) -> None:
     assert_same((tmp_path / "got").read_bytes(), data.read_bytes())
 
 
-def test_a_receiver_that_talks_back_gets_everything(data: Path, tmp_path: Path) -> None:
+def test_a_receiver_that_talks_back_gets_everything(data: Path) -> None:
     """What the receiver says is read and thrown away, before, while and after the file comes."""
 
     def chats(listener: socket.socket) -> None:
@@ -588,7 +640,7 @@ def test_a_checksum_is_right_or_the_code_is_6(
             assert f"{algorithm} is {right}, but {wrong} was given" in ended.stderr.decode()
 
 
-def test_a_failing_sink_is_told_before_a_wrong_checksum(data: Path, tmp_path: Path) -> None:
+def test_a_failing_sink_is_told_before_a_wrong_checksum(data: Path) -> None:
     """5 comes before 6, and 6 before 1."""
     wrong = "crc32c=00000000"
     assert send([str(data)], [refused_address()], checksum=wrong) == 5
@@ -695,9 +747,10 @@ def test_a_signal_ends_at_once(number: signal.Signals, code: int, data: Path, tm
 
 def test_a_signal_ends_a_wait_for_a_receiver(data: Path) -> None:
     """Nobody listens and `--wait` is long: SIGINT ends it all the same, and what waits is not begun."""
-    argv = [*RELAY, "send", data, data, "--to", refused_address(), "--wait", "1h"]
-    with peers.running(["strace", "-f", "-qq", "-I", "2", "-e", "trace=connect", *argv], bufsize=0,
-                       stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:  # fmt: skip
+    traced = ["strace", "-f", "-qq", "-I", "2", "-e", "trace=connect"]
+    argv = [*traced, *RELAY, "send", data, data, "--to", refused_address(), "--wait", "1h"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with peers.running(argv, bufsize=0, **pipes) as process:
         assert process.stderr is not None
         peers.read_until(process.stderr, r"connect\(")
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -136,7 +136,7 @@ class Source(End):
                 os.close(fd)
 
 
-State = Literal["opening", "open", "finishing", "finished", "failed"]
+State = Literal["opening", "open", "finishing", "cutting", "finished", "failed"]
 
 
 class Sink(End):
@@ -211,6 +211,10 @@ class Sink(End):
         self.close()
         self.on_fail(self)
 
+    def cut(self, reason: str) -> None:
+        """The stream broke off: what was handed over may still arrive, then the receiver can tell that it is no whole."""
+        self.abort(reason)
+
     def abort(self, reason: str) -> None:
         """Ends it before its stream is complete, so that the receiver can tell."""
         self.fail(self.error("ending", 0, reason=reason))
@@ -234,8 +238,8 @@ class Sink(End):
 
     @property
     def seconds(self) -> float:
-        """From when it was made until it ended, or now."""
-        return (self.ended_at or time.monotonic()) - self.started_at
+        """From when it was open until it ended, or now; waiting for a receiver to come does not count."""
+        return (self.ended_at or time.monotonic()) - (self.opened_at or self.started_at)
 
     @property
     def result_path(self) -> str:

@@ -15,12 +15,13 @@ import errno
 import fcntl
 import os
 import select
+import socket
 import stat
 
 from relay.endpoints.base import Sink
 from relay.endpoints.ferry import Ferry
 from relay.endpoints.file import FileSource
-from relay.endpoints.socket import READ_WRITE, SocketSink
+from relay.endpoints.socket import READ_WRITE, SocketSink, socket_of
 from relay.engine import Engine
 from relay.kernel import core
 from relay.kernel.pipe import LARGEST_CAPACITY, enlarge
@@ -116,6 +117,7 @@ class InheritedSocketSink(SocketSink):
 
     def open(self) -> None:
         """Registers a duplicate of the descriptor."""
+        self.counts_fin = socket_of(self._given, lambda sock: sock.family) != socket.AF_UNIX
         self.attach(os.dup(self._given), READ_WRITE)
         self.opened()
 
