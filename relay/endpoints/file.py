@@ -161,6 +161,7 @@ class FileSink(Sink):
         self._part: Path | None = None
         self._fd = -1
         self._aborted = False
+        self._opened = False
         self.copies = APPENDING if how.append else ""
         self.sidecar_line = ""
         self.c.kind = core.FERRY
@@ -211,6 +212,7 @@ class FileSink(Sink):
 
     def _write(self) -> None:
         self._fd = self._open_file()
+        self._opened = True
         try:
             self.engine.post(self.opened)
             status = os.fstat(self._fd)
@@ -322,7 +324,7 @@ class FileSink(Sink):
                 self.finished()
             return
         if isinstance(failed, OSError):
-            operation = "opening" if self.state == "opening" else "writing"
+            operation = "writing" if self._opened else "opening"
             text = failed.strerror if failed.errno in (errno.EBUSY, errno.EEXIST) else ""
             self.fail(self.error(operation, failed.errno or 0, reason=text or ""))
         else:
