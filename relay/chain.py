@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from relay.backoff import Backoff
 from relay.endpoints.base import Sink
 from relay.endpoints.settings import OnSlow, SinkSettings
 from relay.engine import Engine
@@ -74,7 +75,8 @@ class Node:
 class Outlet:
     """Where a sink stands: `node` moves bytes into it, the policy `slow` stands at `gate`.
 
-    `branch` holds stages behind a spill's log. `hidden` outlets are a stage's own (a checksum). `per_turn`: every stream gets a sink of its own.
+    `branch` holds stages behind a spill's log. `hidden` outlets are a stage's own (a checksum). `per_turn`: every
+    stream gets a sink of its own. `backoff` is there for one that is connected again whenever it is away.
     """
 
     name: str
@@ -90,6 +92,10 @@ class Outlet:
     moved_before: int = 0
     dropped_before: int = 0
     blocked_before: int = 0
+    moved_away: int = 0
+    lost_before: int = 0
+    away: int = 0
+    backoff: Backoff | None = None
     settled: bool = False
 
     @property

@@ -82,7 +82,7 @@ def _tree(below: Sequence[Hop], indent: str) -> Iterator[tuple[str, Choice]]:
     for hop in below:
         last = hop is below[-1]
         inner = indent + ("   " if last else "│  ")
-        if hop.role == "sink" and hop.entry is not None:
+        if hop.role in ("sink", "log") and hop.entry is not None:
             yield f"{indent}{'└─ ' if last else '├─ '}a backlog of its own", hop.entry
             yield f"{inner}└─ {_label(hop)}", hop.choice
             inner += "   "
@@ -100,6 +100,8 @@ def _label(hop: Hop) -> str:
         given = hop.name not in (hop.kind, hop.detail, *(below.address for below in hop.branch))
         name = f" '{hop.name}'" if given else ""
         return f"{hop.kind}{name}{f' ({hop.detail})' if hop.detail else ''}"
+    if hop.role == "log":
+        return f"log {f'in {hop.address}' if hop.address else 'in memory'}, {hop.detail}"
     policy = "" if hop.policy in ("", "block") else f", {hop.policy} when slow"
     return f"{hop.name if hop.kind == 'stdio' else hop.address or hop.name}{verb}{policy}" + (
         "" if hop.sure else " (known when it is opened)"
@@ -213,12 +215,10 @@ def as_mermaid(plan: Plan) -> str:
 
 def _edges(names: dict[int, str], above: Hop, chain: Sequence[Hop]) -> Iterator[str]:
     """From `above` along a chain: what leaves one hop, and what goes through a pipe into the next."""
-    leaving = [above.choice.method]
+    leaving: list[str] = [above.choice.method]
     for hop in chain:
-        ways = leaving + ([hop.entry.method] if hop.entry is not None and hop.role == "sink" else [])
-        if hop.role == "sink":
-            ways.append(hop.choice.method)
-        yield f'{names[id(above)]} -->|"{", ".join(ways)}"| {names[id(hop)]}'
+        ways = leaving + _into(hop)
+        yield f'{names[id(above)]} -->|"{_listed(ways)}"| {names[id(hop)]}'
         yield from _branch_edges(names, hop)
         above, leaving = hop, [hop.choice.method]
 
@@ -227,15 +227,28 @@ def _branch_edges(names: dict[int, str], hop: Hop) -> Iterator[str]:
     if not hop.branch:
         return
     first = hop.branch[0]
-    into = [hop.entry.method] if hop.entry is not None and hop.role == "stage" else []
+    into: list[str] = [hop.entry.method] if hop.entry is not None and hop.role == "stage" else []
     if first.role == "subscriber":  # they tee what comes to the broadcast
         into = [first.choice.method]
-    elif first.role == "sink":
-        into += ([first.entry.method] if first.entry is not None else []) + [first.choice.method]
-    yield f'{names[id(hop)]} -.->|"{", ".join(into)}"| {names[id(first)]}'
+    else:
+        into += ([hop.choice.method] if hop.role == "log" else []) + _into(first)
+    yield f'{names[id(hop)]} -.->|"{_listed(into)}"| {names[id(first)]}'
     yield from _branch_edges(names, first)
     if len(hop.branch) > 1:
         yield from _edges(names, first, hop.branch[1:])
+
+
+def _into(hop: Hop) -> list[str]:
+    """The ways into an end: through its backlog if it has one."""
+    if hop.role not in ("sink", "log"):
+        return []
+    backlog: list[str] = [hop.entry.method] if hop.entry is not None else []
+    return [*backlog, "splice" if hop.role == "log" else hop.choice.method]
+
+
+def _listed(ways: Sequence[str]) -> str:
+    """Methods in order; sendfile goes all the way from a file to a socket."""
+    return "sendfile" if set(ways) == {"sendfile"} else ", ".join(ways)
 
 
 def escaped(text: str) -> str:

@@ -25,6 +25,7 @@ from relay.errors import SourceError
 from relay.kernel.pipe import LARGEST_CAPACITY
 from relay.kernel.probe import CAP_NET_BIND_SERVICE, Machine, machine
 from relay.plan import Plan, make_plan
+from relay.serve import spilling
 
 UNKNOWN = "-"  # stands for a placeholder's value in a path
 
@@ -120,6 +121,11 @@ def _route(name: str, route: Route, here: Machine) -> Iterator[Finding]:
         yield from _fifo(source.address.path, os.R_OK)
     for stage in route.stages:
         yield from _stage_files(stage)
+    for _address, _sink, slow, _stages in spilling(route):
+        if slow.directory is not None:
+            there = isinstance(_status(slow.directory, follow=True), os.stat_result)
+            inside = Path(slow.directory)
+            yield from _directory(inside if there else inside.parent, f"spill directory {inside}")
     for _place, sink in route.sinks():
         if sink.verb == "listen":
             yield from _listener(sink, here)

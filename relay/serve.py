@@ -166,6 +166,7 @@ class RunningRoute:
             persistent=self._persistent,
             on_over=over,
             spill=partial(self._spills.sink, self._ways),
+            wait=self.route.wait_for_sinks or 0.0,
             on_closed=closed,
         )
         self.home.post(lambda: self._made(pipeline))

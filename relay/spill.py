@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from relay.backoff import Backoff
 from relay.chain import Outlet
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.ferry import Ferry
@@ -38,28 +38,6 @@ log = logging.getLogger("relay.spill")
 
 TORN = "the stream was cut off before its end"
 LOOK = 0.1  # seconds between two looks at what the peer acknowledged, while something is under way
-
-
-class Backoff:
-    """Growing, jittered waits between attempts; only sustained success makes them short again."""
-
-    FIRST = 0.1
-    LONGEST = 15.0
-    SUSTAINED = 10.0
-
-    def __init__(self, chance: random.Random | None = None) -> None:
-        self._chance = chance or random.Random()
-        self._wait = self.FIRST
-
-    def next(self) -> float:
-        """Seconds to wait before the next attempt: between half of the current step and all of it."""
-        wait, self._wait = self._wait, min(self._wait * 2, self.LONGEST)
-        return wait * (0.5 + self._chance.random() / 2)
-
-    def lasted(self, seconds: float) -> None:
-        """A connection ended that had been up for so long."""
-        if seconds >= self.SUSTAINED:
-            self._wait = self.FIRST
 
 
 class LogSource(Source):

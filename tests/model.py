@@ -37,6 +37,7 @@ class Sink:
     name: str
     pipe: Pipe | None
     writable: bool = False
+    failed: bool = False
     moved: int = 0
 
 
@@ -53,6 +54,7 @@ class Node:
     ended: bool = False
     done: bool = False
     leaving: bool = False
+    hold: bool = False  # a failed sink will be replaced: what is meant for it is kept
     owed: int = 0
     passed: int = 0
     dropped: int = 0
@@ -124,7 +126,7 @@ class Model:
             if not moved or self._read >= self.budget:
                 break
         empty = not any(node.keeps for node in self.nodes)
-        still_open = any(node.sink and not node.done for node in self.nodes)
+        still_open = any(n.sink and not n.sink.failed and not n.done for n in self.nodes)
         self._remove_leaving()
         if empty and self.tell_idle and (self.source_ended or not self.source):
             self.tell_idle = False
@@ -370,13 +372,15 @@ class Model:
         return moved
 
     def _give_to_sink(self, node: Node, sink: Sink, size: int) -> int:
-        if not sink.writable:
+        if sink.failed or not sink.writable:
             return 0
         if not sink.pipe:
             moved = len(self._take(node, size)) if not node.stash else self._move(node, Pipe(1 << 20), size)
         elif sink.pipe.orphaned:
             self.calls += 1
-            node.sink, node.since = None, 0
+            sink.failed = True
+            if not node.hold:
+                node.sink, node.since = None, 0
             self._tell("SINK_FAILED", sink.name, EPIPE)
             return -1
         else:

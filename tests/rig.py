@@ -25,7 +25,7 @@ NAMES = {
     getattr(core, name): name
     for name in (
         *("SOURCE_ENDED", "SOURCE_FAILED", "SINK_DRAINED", "SINK_FAILED", "PEER_ENDED", "WANTS_COPY"),
-        *("SOURCE_COPIES", "SLOW", "CAUGHT_UP", "IDLE", "DONE", "REMOVED", "BROKEN"),
+        *("SOURCE_COPIES", "SOURCE_DRY", "SLOW", "CAUGHT_UP", "IDLE", "DONE", "REMOVED", "BROKEN"),
     )
 }
 EVENTS = 512
@@ -49,6 +49,7 @@ class Spec:
     after: int = 0  # nanoseconds; 0: never dropping
     align: int = 1
     null: bool = False  # its sink is /dev/null
+    hold: bool = False  # a sink that fails is replaced
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,6 +76,7 @@ class Outlet:
     gate: Step
     got: bytearray = dataclasses.field(default_factory=bytearray)
     newcomer: bool = False
+    second: bool = False  # it stands where another failed
     missed: int = 0  # by a newcomer: bytes of the stream that had reached the tail before it joined
     alive: bool = True
 
@@ -186,6 +188,7 @@ class Rig:
         end.writable = int(spec.null)
         sink = Sink(name, Pipe(spec.sink_slots) if ends else None, spec.null)
         step.c.sink, step.model.sink = end, sink
+        step.c.hold, step.model.hold = int(spec.hold), spec.hold
         self.outlets.append(Outlet(end, ends, sink, step, gate))
 
     # -- what may happen
@@ -233,6 +236,15 @@ class Rig:
             self.fds.close(outlet.ends.r)
             assert outlet.model.pipe
             outlet.model.pipe.orphaned = True
+
+    def again(self, outlet: Outlet) -> None:
+        """Where a sink failed and its place is held, another stands from now on, with a receiver of its own."""
+        if not outlet.step.model.hold or not outlet.model.failed:
+            return
+        at = self.outlets.index(outlet)
+        self._outlet(outlet.step, outlet.gate, outlet.gate.spec)
+        self.outlets[at] = self.outlets.pop()
+        self.outlets[at].second = True
 
     def join(self, spec: Spec) -> Outlet:
         """A newcomer in front of the tail."""

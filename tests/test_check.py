@@ -96,7 +96,7 @@ def test_small_pipes() -> None:
 
 
 def test_low_ports_take_a_capability() -> None:
-    """Below the first unprivileged port listening takes CAP_NET_BIND_SERVICE; port 0 and connecting do not."""
+    """Below the first unprivileged port listening takes CAP_NET_BIND_SERVICE; port 0 and sinks do not."""
     body = "source: 'tcp://:80', sink: {listen: 'tcp://:1024'}"
     said = only(body)
     assert said.startswith("r: tcp://:80: ")

@@ -168,7 +168,7 @@ def test_the_plan_counts_a_whole_server(tmp_path: Path) -> None:
         with socket.create_connection((host, int(port))) as client:
             client.send(b"relay")
             opened = Path(f"/proc/{server.pid}/fd")
-            eventually(lambda: len(list(opened.iterdir())) == total["descriptors"])
+            eventually(lambda: len(list(opened.iterdir())) == total["descriptors"], "as many as planned")
     finally:
         server.terminate()
         server.communicate()

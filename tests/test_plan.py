@@ -13,6 +13,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from relay.kernel.probe import Machine, machine
 from relay.pipeline import Pipeline
 from relay.plan import Plan, RoutePlan, hops, make_plan
 from relay.record import SessionRecord
+from relay.spill import Spills
 from relay.stages.stage import Turn
 from relay.ways import Ways
 
@@ -180,6 +182,7 @@ class Bench:
         self.before = open_now()
         self.engine = Engine("bench")
         self.records: list[SessionRecord] = []
+        self.spills = Spills()
         self.broadcasts: dict[int, Broadcast] = {
             id(sink): Broadcast(self.engine, str(sink.address)) for _, sink in route.sinks() if sink.listen
         }
@@ -188,7 +191,7 @@ class Bench:
         self.pipeline = Pipeline(
             self.engine, "r", route.stages, route.sink, ways,
             persistent=route.turns() == "one" and route.source.verb == "listen",
-            on_over=self.records.append,
+            on_over=self.records.append, spill=partial(self.spills.sink, ways),
         )  # fmt: skip
         self.pipeline.open(self.broadcasts)
         if client is not None:
@@ -218,6 +221,7 @@ class Bench:
         for _ in range(3):
             self.engine.turn(0)
         self.engine.close()
+        self.spills.close()
 
 
 @pytest.fixture
@@ -295,10 +299,36 @@ def test_the_figures_of_a_subscriber_are_real(places: dict[str, str], fds: Descr
         for _ in range(3):
             near, far = socket.socketpair()
             fds.keep(far.detach())
-            broadcast.on_join(near, "p")
+            broadcast.joined(near, "p")
         peers = needs.Need(3)
         assert plan.subscriber is not None
         assert opened_since(before) == plan.subscriber.times(3) + peers
+    finally:
+        bench.close()
+
+
+@pytest.mark.parametrize("where", ["", "directory: '%(dir)s/spill', "])
+def test_a_spills_figures_are_real(where: str, places: dict[str, str], fds: Descriptors) -> None:
+    """Pipes and pages of a log with its reader are those planned; descriptors grow with its segments."""
+    slow = "on_slow: {policy: spill, " + where + "max: 16MiB}"
+    body = (
+        "source: 'tcp://:0', sink: {connect: %(tcp)s, " + slow + "}, "
+        "stages: [tee: {to: %(unix)s, stages: [meter, checksum], " + slow + "}]"
+    )
+    config = loads(f"routes: {{r: {{{body % places}}}}}")
+    plan = make_plan(config, machine()).routes[0]
+    assert [hop.kind for hop in hops(plan) if hop.role == "log"] == ["disk" if where else "memory"] * 2
+    bench = Bench(config.routes["r"], Ways(machine()), fds.unix_pair()[0])
+    try:
+        most = plan.stream + (plan.standing if where else needs.NOTHING)
+
+        def delivering() -> bool:
+            real = opened_since(bench.before)
+            return (real.pipes, real.pages) == (most.pipes, most.pages)
+
+        bench.turn_until(delivering)
+        assert most.descriptors - 6 <= opened_since(bench.before).descriptors <= most.descriptors
+        assert most.at_most
     finally:
         bench.close()
 

@@ -47,6 +47,7 @@ SPECS = st.builds(
     after=st.sampled_from([0, 0, 1, 1000]),
     align=st.sampled_from([1, 4, 188, 3000]),
     null=st.sampled_from([False, False, False, True]),
+    hold=st.sampled_from([False, False, True]),
 )
 ACTIONS = st.one_of(
     st.tuples(st.just("feed"), st.integers(1, 60000), st.sampled_from(PIECES)),
@@ -55,6 +56,7 @@ ACTIONS = st.one_of(
     st.tuples(st.just("read"), st.integers(0, 9), st.sampled_from([1, 50, 4096, 5000, 200000])),
     st.tuples(st.just("later"), st.sampled_from([1000, 10**7, 10**9]), st.just(0)),
     st.tuples(st.just("kill"), st.integers(0, 9), st.just(0)),
+    st.tuples(st.just("again"), st.integers(0, 9), st.just(0)),
     st.tuples(st.just("join"), SPECS, st.just(0)),
     st.tuples(st.just("leave"), st.integers(0, 9), st.just(0)),
     st.tuples(st.just("end"), st.just(0), st.just(0)),
@@ -68,7 +70,7 @@ def sane(spec: Spec, *, newcomer: bool = False) -> Spec:
     if spec.tee_copies and spec.kind == "plain":
         changed["tee_copies"] = False
     if newcomer:
-        changed |= {"kind": "gate", "prefix": 0, "skip": 0, "left": -1, "rate": 0}
+        changed |= {"kind": "gate", "hold": False, "prefix": 0, "skip": 0, "left": -1, "rate": 0}
     elif spec.kind != "gate":
         changed["after"] = 0
     if spec.kind == "gate" or newcomer:
@@ -89,6 +91,8 @@ def act(rig: Rig, name: str, first: Any, second: int) -> None:
         rig.later(first)
     elif name == "kill" and which:
         rig.kill(which)
+    elif name == "again" and which:
+        rig.again(which)
     elif name == "join" and len(rig.outlets) < 6:
         rig.join(sane(first, newcomer=True))
     elif name == "leave" and which:
@@ -101,6 +105,8 @@ def finish(rig: Rig) -> None:
     """The source ends, every receiver reads on: nothing may stay behind."""
     rig.end()
     for _ in range(20000):
+        for outlet in rig.outlets:
+            rig.again(outlet)
         rig.sweep()
         got = [rig.read(outlet, 1 << 20) for outlet in rig.outlets]
         rig.later(10**9)
@@ -153,7 +159,9 @@ def check(rig: Rig, outlet: Outlet) -> None:
         stream = pieces(stream, gate.model)
     if not outlet.alive and outlet.gate is not outlet.step:
         return  # with a pipe of its own behind it nobody knows how far it came
-    if outlet.ends is None:
+    if outlet.second:
+        assert stream.endswith(outlet.got) if outlet.alive else outlet.got in stream
+    elif outlet.ends is None:
         assert outlet.c.moved == len(stream)
     elif outlet.alive:
         assert bytes(outlet.got) == stream

@@ -26,7 +26,6 @@ class Pending(NamedTuple):
 PENDING = (
     Pending(Config, "admin", "leave it out; relay logs what it does"),
     Pending(Route, "duplex", "a route moves bytes one way: from its source to its sinks"),
-    Pending(Route, "wait_for_sinks", "bytes wait in the pipe of a sink that is not connected yet"),
     Pending(SourceSettings, "limits", "a source lets everybody in"),
     Pending(EndpointSettings, "dead_after", "a dead peer is found by keepalive, when nothing is under way"),
     Pending(SinkSettings, "burst", "a newcomer sees what passes from then on"),

@@ -136,7 +136,7 @@ class Source(End):
                 os.close(fd)
 
 
-State = Literal["opening", "open", "finishing", "finished", "failed"]
+State = Literal["opening", "open", "finishing", "cutting", "finished", "failed"]
 
 
 class Sink(End):
@@ -210,6 +210,10 @@ class Sink(End):
         self.ended_at = time.monotonic()
         self.close()
         self.on_fail(self)
+
+    def cut(self, reason: str) -> None:
+        """The stream broke off: what was handed over may still arrive, then the receiver can tell that it is no whole."""
+        self.abort(reason)
 
     def abort(self, reason: str) -> None:
         """Ends it before its stream is complete, so that the receiver can tell."""

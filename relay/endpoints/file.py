@@ -162,6 +162,7 @@ class FileSink(Sink):
         self._fd = -1
         self._aborted = False
         self._opened = False
+        self._cut_reason = ""
         self.copies = APPENDING if how.append else ""
         self.sidecar_line = ""
         self.c.kind = core.FERRY
@@ -191,6 +192,16 @@ class FileSink(Sink):
         if self.state in ("opening", "open") and self._ferry is not None:
             self.state = "finishing"
             self._ferry.end()
+
+    def cut(self, reason: str) -> None:
+        """Writes what is left; the file stays `.part`."""
+        if self.state in ("opening", "open") and self._ferry is not None:
+            self.state = "cutting"
+            self._aborted = True
+            self._cut_reason = reason
+            self._ferry.end()
+        else:
+            self.abort(reason)
 
     def close(self) -> None:
         """Lets the thread end; what is written stays as `.part`."""
@@ -320,7 +331,9 @@ class FileSink(Sink):
 
     def _written(self, _result: object, failed: BaseException | None) -> None:
         if failed is None:
-            if not self._aborted:
+            if self._cut_reason:
+                self.fail(self.error("ending", 0, reason=self._cut_reason))
+            elif not self._aborted:
                 self.finished()
             return
         if isinstance(failed, OSError):

@@ -104,6 +104,7 @@ class SocketSink(Sink):
         self._delivered_at = 0.0
         self._wait = 0.001
         self._finish_asked = False
+        self._cut_at = 0.0
 
     def adopt(self, sock: socket.socket) -> None:
         """Takes the connected socket over and is open."""
@@ -170,7 +171,7 @@ class SocketSink(Sink):
             self.reason = "the peer reset the connection after it had everything"
             self.finished()
             return
-        if self.state in ("open", "finishing"):
+        if self.state in ("open", "finishing", "cutting"):
             self.lost = self._outstanding()
         super().broke(code)
 
@@ -198,9 +199,27 @@ class SocketSink(Sink):
         """What the peer's kernel has not acknowledged (tcp); what a unix peer has taken is its own."""
         return self._outstanding() if self.counts_fin and self.c.fd >= 0 else 0
 
+    def cut(self, reason: str) -> None:
+        """Waits up to GRACE seconds for the peer's kernel to have what was sent, then resets the connection."""
+        if self.state != "open":
+            self.abort(reason)
+            return
+        self.state = "cutting"
+        self._cut_at = self.engine.now
+        self._await_cut(reason)
+
+    def _await_cut(self, reason: str) -> None:
+        if self.state != "cutting":
+            return
+        if unacknowledged(self.c.fd) == 0 or self.engine.now - self._cut_at >= GRACE:
+            self.abort(reason)
+            return
+        self._timer = self.engine.later(self._wait, lambda: self._await_cut(reason))
+        self._wait = min(self._wait * 2, 0.05)
+
     def abort(self, reason: str) -> None:
         """Resets the connection: the receiver must not take what it has for the whole."""
-        if self.state in ("open", "finishing"):
+        if self.state in ("open", "finishing", "cutting"):
             self.lost = self._outstanding()
         super().abort(reason)
 
