@@ -146,6 +146,7 @@ class FileSink(Sink):
         self._file = WrittenFile(Path(first), how)
         self._reopen_asked = False
         self._aborted = False
+        self._opened = False
         self._cut_reason = ""
         self.copies = APPENDING if how.append else ""
         self.sidecar_line = ""
@@ -208,6 +209,7 @@ class FileSink(Sink):
     def _write(self) -> None:
         assert self._ferry is not None
         fd = self._file.open()
+        self._opened = True
         try:
             self.engine.post(self.opened)
             if self._how.plain or not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -264,7 +266,7 @@ class FileSink(Sink):
                 self.finished()
             return
         if isinstance(failed, OSError):
-            operation = "opening" if self.state == "opening" else "writing"
+            operation = "writing" if self._opened else "opening"
             text = failed.strerror if failed.errno in (errno.EBUSY, errno.EEXIST) else ""
             self.fail(self.error(operation, failed.errno or 0, reason=text or ""))
         else:
