@@ -95,6 +95,7 @@ class SocketSink(Sink):
         self.close_with_peer = close_with_peer
         self._patient_until = engine.now + patience
         self._timer: Timer | None = None
+        self.grace = GRACE
         self._delivered_at = 0.0
         self._wait = 0.001
         self._finish_asked = False
@@ -140,7 +141,7 @@ class SocketSink(Sink):
         now = self.engine.now
         if not self._delivered_at and unacknowledged(self.c.fd) == 0:
             self._delivered_at = now
-        if self._delivered_at and (self.c.peer_ended or now - self._delivered_at >= GRACE):
+        if self._delivered_at and (self.c.peer_ended or now - self._delivered_at >= self.grace):
             self.finished()
             return
         self._timer = self.engine.later(self._wait, self._await_delivery)
