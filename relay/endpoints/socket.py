@@ -85,6 +85,7 @@ class SocketSink(Sink):
     """A connected stream socket as a one-way sink; subclasses connect it. Owns the socket once connected."""
 
     counts_fin = True  # an unacknowledged FIN is one more in SIOCOUTQ
+    awaits_reading = True  # whether SIOCOUTQ must fall to 0 before the stream counts as delivered
 
     def __init__(
         self, engine: Engine, address: str, *, close_with_peer: bool = False, patience: float = 0.0
@@ -139,7 +140,7 @@ class SocketSink(Sink):
         if self.state != "finishing":
             return
         now = self.engine.now
-        if not self._delivered_at and unacknowledged(self.c.fd) == 0:
+        if not self._delivered_at and (not self.awaits_reading or unacknowledged(self.c.fd) == 0):
             self._delivered_at = now
         if self._delivered_at and (self.c.peer_ended or now - self._delivered_at >= self.grace):
             self.finished()
