@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from relay.backoff import Backoff
 from relay.endpoints.base import Sink
 from relay.endpoints.settings import OnSlow, SinkSettings
 from relay.engine import Engine
@@ -48,9 +49,13 @@ class Node:
         self.c.token = self._engine.register(lambda what, error, _mask: target(what, error))
 
     def give_stash(self) -> None:
-        """Memory to copy through, and for the piece that is under way when a gap begins."""
-        if self._stash is None:
-            self._stash = core.buffer(STASH + int(self.c.align))
+        """Memory to copy through, and behind it room for the piece that is under way when a gap begins.
+
+        After `align` was raised it is called again, before the node has moved anything.
+        """
+        size = STASH + int(self.c.align)
+        if self._stash is None or len(self._stash) < size:
+            self._stash = core.buffer(size)
             self.c.stash, self.c.stash_size = self._stash, STASH
 
     def copies(self, why: str) -> None:
@@ -70,7 +75,8 @@ class Node:
 class Outlet:
     """Where a sink stands: `node` moves bytes into it, the policy `slow` stands at `gate`.
 
-    `hidden` outlets are a stage's own (a checksum). `per_turn`: every stream gets a sink of its own.
+    `branch` holds stages behind a spill's log. `hidden` outlets are a stage's own (a checksum). `per_turn`: every
+    stream gets a sink of its own. `backoff` is there for one that is connected again whenever it is away.
     """
 
     name: str
@@ -79,12 +85,17 @@ class Outlet:
     settings: SinkSettings | None
     slow: OnSlow
     stage: Stage | None = None
+    branch: tuple[StageSettings, ...] = ()
     digest: Checksum | None = None
     per_turn: bool = True
     sink: Sink | None = None
     moved_before: int = 0
     dropped_before: int = 0
     blocked_before: int = 0
+    moved_away: int = 0
+    lost_before: int = 0
+    away: int = 0
+    backoff: Backoff | None = None
     settled: bool = False
 
     @property
@@ -153,7 +164,7 @@ class Chain:
         """A chain from its first stage to its sink; `gate` is where its policy stands, None for its own tail."""
         made = [settings.make() for settings in stages]
         digest = None
-        if sink.sidecar:
+        if sink.sidecar and slow.policy != "spill":
             digest = Checksum(sink.sidecar, f"sidecar of {sink.address}")
             made.append(digest)
         first: Node | None = None
@@ -189,6 +200,10 @@ class Chain:
         if branch is None:
             nobody = OnSlow().effective(listening=False)
             self.outlets.append(Outlet(stage.name, node, node, None, nobody, stage=stage))
+        elif branch.on_slow.policy == "spill" and branch.to.verb != "listen":
+            leaf = self._add()
+            self._into(node, leaf)
+            self._outlet(leaf, node, branch.to, branch.on_slow, None, name=stage.name, branch=branch.stages)
         elif branch.stages or branch.to.sidecar or branch.to.verb == "listen":
             self._into(node, self._build(branch.stages, branch.to, branch.on_slow, node))
         elif branch.on_slow.policy != "block":
@@ -217,9 +232,12 @@ class Chain:
         slow: OnSlow,
         digest: Checksum | None,
         name: str = "",
+        branch: tuple[StageSettings, ...] = (),
     ) -> None:
         per_turn = not self._persistent or bool(sink.placeholders & {"id", "time", "peer"}) or bool(digest)
-        outlet = Outlet(name or str(sink.address), node, gate, sink, slow, digest=digest, per_turn=per_turn)
+        outlet = Outlet(
+            name or str(sink.address), node, gate, sink, slow, digest=digest, per_turn=per_turn, branch=branch
+        )
         if sink.verb != "listen":
             guard(gate, slow)
         self.outlets.append(outlet)

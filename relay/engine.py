@@ -109,9 +109,8 @@ class Engine:
     def post(self, action: Callable[[], None]) -> None:
         """Runs `action` on the engine's thread soon. May be called from any thread, and from a signal handler."""
         self._posted.append(action)
-        with contextlib.suppress(
-            OSError
-        ):  # a full counter wakes it as well; a closed engine has no use for it
+        # a full counter wakes it as well; a closed engine (ValueError: -1) has no use for it
+        with contextlib.suppress(OSError, ValueError):
             os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:

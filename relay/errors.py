@@ -53,6 +53,10 @@ class ConfigErrors(RelayError):
         self.errors = tuple(errors)
 
 
+class UsageError(RelayError):
+    """The command line asks for something that no command does: exit code 2."""
+
+
 class EndpointError(RelayError):
     """A source or a sink failed: `operation` on `address` answered `errno` (0 when no call failed)."""
 

@@ -33,6 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from relay.errors import KernelError, SinkError
+from relay.kernel import core
 
 SEGMENT = 16 << 20  # bytes after which the next segment begins
 RESERVE = 16 << 20  # bytes left free on the filesystem: a log must not be what fills a disk
@@ -96,6 +97,7 @@ class Log:
         self._cursors: list[Cursor] = []
         self._map: mmap.mmap | None = None
         self._closed = False
+        self._word: core.Struct = core.ffi.new("int64_t *")
         self.on_append: Callable[[], None] = lambda: None
         if directory is not None:
             self._open_directory(directory)
@@ -125,6 +127,9 @@ class Log:
         magic, _acknowledged, _end = _CURSOR.unpack_from(self._map)
         if magic != _MAGIC:
             _CURSOR.pack_into(self._map, 0, _MAGIC, self._segments[0].start if self._segments else 0, 0)
+        # the buffer is released before the map is closed
+        self._page = core.ffi.from_buffer("char[]", self._map, require_writable=True)
+        self._word = core.ffi.cast("int64_t *", self._page + 8)
         for before, after in zip(self._segments, self._segments[1:], strict=False):
             if before.end != after.start:
                 raise SinkError(
@@ -161,7 +166,7 @@ class Log:
         """Up to where its reader had everything, when it was last noted; the start for a log in memory."""
         if self._map is None:
             return self.start
-        return int(_CURSOR.unpack_from(self._map)[1])
+        return int(self._word[0])
 
     @property
     def ended_at(self) -> int | None:
@@ -262,10 +267,10 @@ class Log:
                 fd = os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC)
             return fd, position - segment.start, segment.end - position
 
-    def note_acknowledged(self, position: int) -> None:
-        """Notes how far the reader's peer has everything; a store to a mapped page on disk, nothing in memory."""
-        if self._map is not None:
-            struct.pack_into("<Q", self._map, 8, position)
+    def acknowledged_word(self) -> core.Struct:
+        """An `int64_t *` for the pump to note the acknowledged position in: on disk a word of the mapped page, which
+        survives SIGKILL. Valid until the log is closed."""
+        return self._word
 
     def _passed(self, _cursor: Cursor) -> None:
         with self._space:
@@ -301,6 +306,8 @@ class Log:
                     segment.fd = -1
             self._space.notify_all()
         if self._map is not None:
+            self._word = core.ffi.new("int64_t *", self._word[0])
+            core.ffi.release(self._page)
             self._map.close()
             self._map = None
         if self.directory is not None and not keep:

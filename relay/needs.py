@@ -3,7 +3,7 @@
 Facts (man 7 pipe; fs/pipe.c): a pipe has two descriptors and is charged, by its capacity in pages, to the
 user who made it.
 
-What this means here: each function names the class whose descriptors it counts; a test opens both and compares.
+What this means here: each function names the class whose descriptors it counts; a test compares.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from relay.endpoints.address import Address
-from relay.endpoints.settings import SinkSettings
+from relay.endpoints.settings import OnSlow, SinkSettings
 from relay.kernel.pipe import DEFAULT_CAPACITY, LARGEST_CAPACITY
 from relay.kernel.probe import Machine
+from relay.log import SEGMENT
 
 PAGE = 4096
 FRESH = 64 * 1024  # bytes of a pipe nobody enlarged
@@ -44,7 +45,7 @@ class Need:
 NOTHING = Need()
 PROCESS = Need(3)  # stdin, stdout, stderr
 ENGINE = Need(3)  # epoll, its wake-up, /dev/null
-PENDING = Need(1)  # a connection that waits for its turn
+WAITING = Need(1)  # a connection that waits for its turn
 
 
 def granted(wanted: int, machine: Machine) -> int:
@@ -106,6 +107,15 @@ def sink(settings: SinkSettings, machine: Machine) -> Need:
             most = ferry(machine)
             return Need(most.descriptors, most.pipes, most.pages, at_most=True)
     return Need(1)
+
+
+def log(slow: OnSlow, machine: Machine) -> Need:
+    """A spill's log with the ferry before it and the reader behind it (spill.SpillSink, log.Log).
+
+    On disk: the segment that is written and the mapped cursor. In memory: every segment that is kept.
+    """
+    kept = 2 if slow.directory is not None else (slow.max or 0) // SEGMENT + 2
+    return ferry(machine) + Need(kept + 1, at_most=True)
 
 
 def _given_pipe(machine: Machine) -> Need:

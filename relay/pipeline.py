@@ -19,6 +19,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from relay.backoff import Backoff
 from relay.chain import Chain, Outlet, start_gap
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.broadcast import Broadcast
@@ -27,7 +28,7 @@ from relay.endpoints.file import FileSink
 from relay.endpoints.make import make_sink
 from relay.endpoints.settings import SinkSettings
 from relay.endpoints.template import fill_path
-from relay.engine import Engine
+from relay.engine import Engine, Timer
 from relay.errors import KernelError, RelayError
 from relay.kernel import core
 from relay.kernel.arena import MappedFile
@@ -41,11 +42,17 @@ from relay.ways import STRAIGHT, Choice, Ways
 log = logging.getLogger("relay.pipeline")
 
 
+# makes the sink that reads through a log: (engine, turn, outlet, persistent) -> Sink
+Spilling = Callable[[Engine, Turn, Outlet, bool], Sink]
+
+
 class Pipeline:
     """Owns the chain, its sinks and, during a turn, the source. Lives on one engine, on whose thread all runs.
 
     `on_over(record)` is called at the end of each turn; with `persistent=False` there is one turn, after which
-    everything is closed. `on_closed` is called once, last of all. Raises KernelError when no descriptor is left for the pipes.
+    everything is closed; `on_closed` is called once, last of all. `spill` makes the sinks that read through a log.
+    `quiet` leaves the warnings about sinks to the caller. `wait` is for how many seconds a stream is not read while a
+    sink is not open yet. Raises KernelError when no descriptor is left for the pipes.
     """
 
     def __init__(
@@ -60,9 +67,16 @@ class Pipeline:
         on_over: Callable[[SessionRecord], None],
         on_closed: Callable[[], None] = lambda: None,
         patience: float = 0.0,
+        spill: Spilling | None = None,
+        quiet: bool = False,
+        wait: float = 0.0,
     ) -> None:
         self.engine = engine
         self.route = route
+        self._spill = spill
+        self._quiet = quiet
+        self._wait = wait
+        self._waiting: Timer | None = None
         self.persistent = persistent
         self.ways = ways
         self._on_over = on_over
@@ -100,6 +114,9 @@ class Pipeline:
                 self.subscribers.append(Subscribers(self.engine, self, broadcast, outlet))
                 self._stand(outlet, broadcast)
             elif not outlet.per_turn:
+                if settings is not None and settings.verb == "connect" and outlet.slow.policy != "spill":
+                    outlet.backoff = Backoff()
+                    outlet.node.c.hold = 1
                 self._stand(outlet, self._made(outlet))
 
     def begin(self, source: Source, turn: Turn) -> None:
@@ -111,6 +128,7 @@ class Pipeline:
         for outlet in self.chain.outlets:
             outlet.settled = False
             outlet.moved_before = outlet.sink.moved if outlet.sink and not outlet.per_turn else 0
+            outlet.moved_away = outlet.lost_before = outlet.away = 0
             outlet.dropped_before += outlet.dropped
             outlet.blocked_before += outlet.blocked
         try:
@@ -126,6 +144,9 @@ class Pipeline:
         source.c.reads = self.c
         self.c.source = source.c
         self.c.source_ended = 0
+        if self._wait and any(self._opening(outlet) for outlet in self.chain.outlets):
+            self.c.paused = 1
+            self._waiting = self.engine.later(self._wait, self._waited)
         self.engine.ready(self.c)
 
     def _not_begun(self, error: RelayError) -> None:
@@ -140,6 +161,21 @@ class Pipeline:
         if not self.persistent or self._ending:
             self.close()
         self._on_over(record)
+
+    @staticmethod
+    def _opening(outlet: Outlet) -> bool:
+        return outlet.sink is not None and outlet.sink.state == "opening"
+
+    def _waited(self) -> None:
+        """Every sink is there, or it has been waited for them long enough."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+            late = [outlet.name for outlet in self.chain.outlets if self._opening(outlet)]
+            if late:
+                log.warning("%s: goes on without %s after %.1f s", self.route, ", ".join(late), self._wait)
+            self.c.paused = 0
+            self.engine.ready(self.c)
 
     def finish(self) -> None:
         """No more streams: what is under way flows out, then every sink is finished. For persistent ones."""
@@ -200,13 +236,20 @@ class Pipeline:
             sink = outlet.stage.sink(self.engine)
             assert sink is not None
             return sink
+        if outlet.slow.policy == "spill":
+            assert self._spill is not None  # whoever has such a route brings one
+            turn = self.turn or Turn(route=self.route, id="0", time="", peer="")
+            return self._spill(self.engine, turn, outlet, self.persistent)
         path = settings.address.path
         if settings.placeholders:
             assert self.turn is not None
             path = fill_path(path, self.turn.values())
         in_place = self.persistent and not settings.placeholders
-        copy = self.ways.forced == "copy"
-        return make_sink(self.engine, settings, path, in_place=in_place, copy=copy, patience=self._patience)
+        way = self.ways.to_sink(settings.address.scheme)
+        copies = way.reason if way.method == "copy" else ""
+        return make_sink(
+            self.engine, settings, path, in_place=in_place, copies=copies, patience=self._patience
+        )
 
     def _stand(self, outlet: Outlet, sink: Sink) -> None:
         """`sink` stands at `outlet` from now on."""
@@ -233,12 +276,19 @@ class Pipeline:
     def _opened(self, outlet: Outlet, sink: Sink) -> None:
         log.debug("%s: sink %s is open", self.route, outlet.name)
         del sink
+        if outlet.backoff is not None:
+            outlet.gate.c.dropping = 0
+        if self._waiting is not None and not any(self._opening(other) for other in self.chain.outlets):
+            self._waited()
         self.engine.ready(self.c)
 
     def _choose_source(self, source: Source) -> None:
         scheme = source.scheme
         only = self.chain.outlets[0] if len(self.chain.nodes) == 1 else None
-        alone = only is not None and only.settings is not None and only.settings.address.scheme in STRAIGHT
+        settings = only.settings if only is not None else None
+        alone = (
+            settings is not None and settings.address.scheme in STRAIGHT and settings.verb != "listen"
+        )  # a broadcast's sink is whoever joins
         choice = self.ways.from_source(scheme, copies=source.copies, alone=alone)
         if choice.method == "vmsplice" and source.c.left > 0:
             size = int(source.c.offset) + int(source.c.left)
@@ -263,6 +313,9 @@ class Pipeline:
             assert self.source is not None
             name = os_error_name(error)
             self._source_choice = Choice("copy", f"splice from {self.source.address} answered {name}")
+        elif what == core.SOURCE_DRY:
+            if self.source is not None and self.source.refill():
+                self.engine.ready(self.c)
         elif what == core.IDLE:
             self._idle()
         elif what == core.DONE:
@@ -272,25 +325,21 @@ class Pipeline:
         source = self.source
         assert source is not None
         self._source_over = True
-        changed = source.changed()
-        if error:
-            self._source_error = str(source.error("reading from", error))
-        elif source.c.left > 0 and not changed:
-            self._source_error = str(
-                source.error("reading from", 0, reason=f"it ended {source.c.left} bytes early")
-            )
-        elif changed:
-            self._source_error = str(
-                source.error(
-                    "reading from", 0, reason=changed, advice="send it again when nobody writes to it"
-                )
-            )
-        if self._source_error:
-            self._reason = self._source_error
-            log.warning("%s: %s", self.route, self._source_error)
+        if changed := source.changed():
+            self._source_failed(changed, "send it again when nobody writes to it")
+        elif error:
+            self._source_failed("", "", error)
+        elif source.c.left > 0:
+            self._source_failed(f"it ended {source.c.left} bytes early")
         if self.c.keep:
             self.c.tell_idle = 1
             self.engine.ready(self.c)
+
+    def _source_failed(self, reason: str, advice: str = "", code: int = 0) -> None:
+        assert self.source is not None
+        error = self.source.error("reading from", code, reason=reason, advice=advice)
+        self._source_error = self._reason = str(error)
+        log.warning("%s: %s", self.route, error)
 
     def _idle(self) -> None:
         """Between turns: nothing is under way, so what belongs to the stream alone can end."""
@@ -319,8 +368,11 @@ class Pipeline:
 
     def _end_sink(self, outlet: Outlet, sink: Sink) -> None:
         """All this sink will get was handed to it: it is finished, after its checksum if it wants one."""
+        if not self._source_error and self.source is not None and (changed := self.source.changed()):
+            # pages under way are the file's own: the change may show in them
+            self._source_failed(changed, "send it again when nobody writes to it")
         if self._source_error:
-            sink.abort("the source failed before the stream was whole")
+            sink.cut(self._source_error)
             return
         if outlet.digest is not None and isinstance(sink, FileSink):
             if not outlet.digest.digest:
@@ -357,6 +409,13 @@ class Pipeline:
             log.warning("%s: sink %s is slow: dropping for it alone", self.route, outlet.name)
             self.engine.ready(self.c)
         elif policy == "disconnect" and outlet.sink is not None:
+            if (
+                outlet.sink.state == "opening"
+            ):  # down, and in nobody's way: what comes is dropped until it is back
+                outlet.gate.c.dropping = 1
+                start_gap(outlet.gate.c)
+                self.engine.ready(self.c)
+                return
             backlog = show_size(outlet.node.pipe.capacity)
             outlet.sink.abort(f"backlog of {backlog} full for {after:.1f} s")
         else:
@@ -366,22 +425,66 @@ class Pipeline:
 
     def _settled(self, outlet: Outlet, sink: Sink) -> None:
         """A sink finished or failed."""
+        if self._waiting is not None and not any(self._opening(other) for other in self.chain.outlets):
+            self._waited()
+        if outlet.sink is sink and sink.state == "failed" and self._away(outlet, sink):
+            return
         if outlet.sink is not sink or outlet.settled:
             return
         outlet.settled = True
         node = outlet.node.c
         if node.sink == sink.c:
             node.sink = core.ffi.NULL
-        if sink.state == "failed" and not self._aborting:
+        said = self._aborting or self._quiet or self._source_error  # by somebody else already
+        if sink.state == "failed" and not said:
             log.warning("%s: %s", self.route, sink.reason)
         outlet.gate.c.dropping = 0
         if not self._closed:
             self.engine.ready(self.c)
+        visible = [o.sink for o in self.chain.outlets if not o.hidden]
+        if not self.c.keep and all(s is not None and s.state == "failed" for s in visible):
+            for other in self.chain.outlets:
+                if other.hidden and other.sink is not None:
+                    other.sink.abort("every sink failed")  # a checksum alone is no reason to go on reading
         if outlet.hidden:
             for other in self.chain.outlets:
                 if other.digest is outlet.stage and other.sink is not None and self._drained(other):
                     self._end_sink(other, other.sink)
         self._look_whether_over()
+
+    def _away(self, outlet: Outlet, sink: Sink) -> bool:
+        """A standing sink broke: it is down, which is a slow sink, until it is connected again."""
+        if outlet.backoff is None or self._ending or self._aborting or self._closed:
+            return False
+        outlet.backoff.lasted(sink.seconds if sink.opened_at else 0.0)
+        wait = outlet.backoff.next()
+        outlet.away += 1
+        outlet.lost_before += sink.lost
+        outlet.moved_away += sink.moved - outlet.moved_before
+        log.warning(
+            "%s: sink %s is away (%s); it is tried again in %.1f s",
+            self.route,
+            outlet.name,
+            sink.reason,
+            wait,
+            extra={"route": self.route, "sink": outlet.name, "lost": sink.lost, "reconnects": outlet.away},
+        )
+        self.engine.forget_token(sink.c.token)
+        self.engine.later(wait, lambda: self._again(outlet, sink))
+        return True
+
+    def _again(self, outlet: Outlet, sink: Sink) -> None:
+        if self._closed or outlet.sink is not sink:
+            return
+        if self._ending:
+            outlet.settled = True
+            outlet.node.c.sink = core.ffi.NULL
+            self.engine.ready(self.c)
+            self._look_whether_over()
+            return
+        sink.unwire()
+        self._stand(outlet, self._made(outlet))
+        self.engine.ready(self.c)
 
     def _drained(self, outlet: Outlet) -> bool:
         return bool(outlet.node.c.done) or (self._source_over and not outlet.node.c.held)
@@ -393,7 +496,7 @@ class Pipeline:
         if everyone and not self._source_over and not self.c.keep:
             self._source_over = True
             self._ended_by = "sinks"
-        if not everyone or not self._source_over and self.source is not None:
+        if not everyone or (not self._source_over and self.source is not None):
             return
         if any(group.members for group in self.subscribers) and not self.c.keep:
             return
@@ -478,16 +581,18 @@ class Pipeline:
         return SinkRecord(
             sink=outlet.name,
             address=sink.address,
-            bytes=sink.moved - outlet.moved_before,
+            bytes=sink.moved - outlet.moved_before + outlet.moved_away,
             seconds=sink.seconds,
             method=method,
             why_method=outlet.node.why or sink.copies,
             result="failed" if failed else "delivered",
             reason=sink.reason,
-            lost=sink.lost,
+            lost=outlet.lost_before + (sink.lost if failed else 0),
+            reconnects=outlet.away,
             dropped=outlet.dropped,
             blocked_seconds=outlet.blocked / 1e9,
             path=sink.result_path,
+            backlog=sink.backlog,
         )
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """A plan: what this configuration will be on this machine, worked out without opening anything.
 
     Hop          one step of a route, and how bytes leave it: a source into the first pipe, a stage onwards, a
-                 sink's pipe out. A tee's branch and a broadcast's subscribers are hops below it.
+                 sink's pipe out. A tee's branch, what reads a spill's log and a broadcast's subscribers are
+                 hops below it.
     Hold         who can hold the source back, and what lets go of it
     RoutePlan    the tree of a route's hops, its holds, and what it needs
 
@@ -26,7 +27,7 @@ from relay.stages.checksum import Checksum
 from relay.units import show_size
 from relay.ways import APPENDING, STRAIGHT, Choice, Ways
 
-Role = Literal["source", "stage", "sink", "subscriber"]
+Role = Literal["source", "stage", "log", "sink", "subscriber"]
 INHERITED = ("stdio", "fd")
 
 
@@ -94,7 +95,7 @@ class RoutePlan:
     def at_limit(self) -> Need:
         """With as many streams as its limit lets in; with one where there is no limit. Subscribers apart."""
         count = 1 if self.streams is None else self.streams
-        return self.standing + self.stream.times(count) + needs.PENDING.times(self.waiting or 0)
+        return self.standing + self.stream.times(count) + needs.WAITING.times(self.waiting or 0)
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,9 @@ def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
     listening = [sink for _place, sink in route.sinks() if sink.verb == "listen"]
     for sink in listening:
         standing += needs.listener(sink.address)
-    source = walk.source(route, chain)
+    if walk.directories:  # each locked once by whichever route is first; an engine that may wait for the disk
+        standing += needs.ENGINE + Need(len(walk.directories), at_most=True)
+    source, chain = walk.source(route, chain)
     stream = source.need
     for hop in chain:
         stream += hop.total()
@@ -165,16 +168,24 @@ class _Walk:
         self._machine = machine
         self._node = needs.node(machine)
         self.holds: list[Hold] = []
+        self.directories: set[str] = set()
 
-    def source(self, route: Route, chain: tuple[Hop, ...]) -> Hop:
-        """The source and how its bytes get into the first pipe."""
+    def source(self, route: Route, chain: tuple[Hop, ...]) -> tuple[Hop, tuple[Hop, ...]]:
+        """The source, how its bytes get into the first pipe, and the chain as it is if none is needed."""
         address = route.source.address
-        only = chain[0]
-        alone = len(chain) == 1 and only.entry is None and only.kind in STRAIGHT and only.verb != "listen"
-        choice, sure = self._sure(address.scheme, self._ways.from_source(address.scheme, alone=alone))
+        read, chain = self._read(address.scheme, chain)
+        choice, sure = self._sure(address.scheme, read)
         need = needs.source(address, self._machine)
         shown = str(address)
-        return Hop("source", address.scheme, shown, choice, need, shown, route.source.verb, sure=sure)
+        name = "stdin" if address.scheme == "stdio" else shown
+        hop = Hop("source", address.scheme, name, choice, need, shown, route.source.verb, sure=sure)
+        return hop, chain
+
+    def _read(self, scheme: str, chain: tuple[Hop, ...]) -> tuple[Choice, tuple[Hop, ...]]:
+        only = chain[0]
+        alone = len(chain) == 1 and only.entry is None and only.kind in STRAIGHT and only.verb != "listen"
+        choice = self._ways.from_source(scheme, alone=alone)
+        return choice, (replace(only, choice=choice),) if choice.method == "sendfile" else chain
 
     def chain(
         self,
@@ -189,7 +200,7 @@ class _Walk:
         """Its stages and its sink. `gated`: the sink's policy stands at the head of the branch it ends, which
         is in `within` for the branch's stages; `before` is what is around the branch itself."""
         hops = [self._stage(settings, within) for settings in stages]
-        if sink.sidecar:
+        if sink.sidecar and slow.policy != "spill":
             hops.append(self._checksum(Checksum(sink.sidecar, f"sidecar of {sink.address}"), within))
         need = self._node
         entry = None
@@ -197,6 +208,9 @@ class _Walk:
             entry = self._ways.between()
             need += self._node
         around = within if before is None else before
+        if slow.policy == "spill" and sink.verb != "listen":
+            hops.append(self._log((), sink, slow, str(sink.address), need, entry, around))
+            return tuple(hops)
         hops.append(self._sink(sink, slow, str(sink.address), need, entry, around))
         return tuple(hops)
 
@@ -213,7 +227,12 @@ class _Walk:
         # A node that tees by copying has its bytes in memory: they leave it by hand to both sides.
         into = tee if tee.method == "copy" else self._ways.between()
         entry = None
-        if branch.stages or branch.to.sidecar or branch.to.verb == "listen":
+        below: tuple[Hop, ...]
+        if branch.on_slow.policy == "spill" and branch.to.verb != "listen":
+            below = (
+                self._log(branch.stages, branch.to, branch.on_slow, stage.name, self._node, into, within),
+            )
+        elif branch.stages or branch.to.sidecar or branch.to.verb == "listen":
             entry = into
             own = () if branch.to.verb == "listen" else ((stage.name, branch.on_slow),)
             below = self.chain(
@@ -227,6 +246,30 @@ class _Walk:
                 hop = replace(hop, choice=tee)
             below = (hop,)
         return Hop("stage", stage.kind, stage.name, tee, self._node, detail=detail, entry=entry, branch=below)
+
+    def _log(
+        self,
+        stages: tuple[StageSettings, ...],
+        sink: SinkSettings,
+        slow: OnSlow,
+        name: str,
+        need: Need,
+        entry: Choice | None,
+        within: Within,
+    ) -> Hop:
+        """A log and the chain that reads it: whoever is slow there holds the log, not the source."""
+        self._held(name, "log", slow, within)
+        behind = _Walk(self._ways, self._machine)
+        block = OnSlow(policy="block").effective(listening=False)
+        choice, chain = self._read("file", behind.chain(stages, sink, block, gated=False, within=()))
+        if slow.directory is not None:
+            self.directories.add(slow.directory)
+        most = f"up to {show_size(slow.max)}" if slow.max is not None else "as large as its disk lets it"
+        return Hop(
+            "log", "memory" if slow.directory is None else "disk", name, choice,
+            need + needs.log(slow, self._machine), slow.directory or "", detail=most, entry=entry,
+            policy="spill", branch=chain,
+        )  # fmt: skip
 
     def _checksum(self, stage: Checksum, within: Within, settings: StageSettings | None = None) -> Hop:
         why = settings.holds() if settings else "while hashing is slower than the stream"
@@ -263,6 +306,8 @@ class _Walk:
                 policy=slow.policy or "",
                 branch=(below,),
             )
+        if address.scheme == "stdio":
+            name = "stdout"
         self._held(name, "sink", slow, within)
         copies = APPENDING if sink.append else ""
         choice, sure = self._sure(address.scheme, self._ways.to_sink(address.scheme, copies=copies))

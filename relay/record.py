@@ -11,7 +11,8 @@ from relay.units import show_size
 @dataclass
 class SinkRecord:
     """One sink's part. `result` is delivered or failed; `bytes` reached the sink, `lost` of these are known
-    not to have arrived, `dropped` never left by policy. `reason` says why it ended when not by the stream."""
+    not to have arrived, `dropped` never left by policy, `backlog` waits in its log. `reason` says
+    why it ended when not by the stream."""
 
     sink: str
     address: str
@@ -25,6 +26,29 @@ class SinkRecord:
     blocked_seconds: float = 0.0
     path: str = ""
     why_method: str = ""
+    backlog: int = 0
+    reconnects: int = 0
+
+    def as_line(self, method: str, why: str = "", checksum: str = "") -> str:
+        """The result for people, in one line: `method` is how its bytes crossed from the source on."""
+        if not method:
+            return f"{self.address}: {self.result}; {self.reason}"  # the source was never opened
+        rate = show_size(self.bytes / max(self.seconds, 1e-9))
+        name = self.path if self.path and self.result == "delivered" else self.address
+        line = f"{name}: {self.bytes} bytes in {self.seconds:.2f} s ({rate}/s, {method}), {self.result}"
+        if checksum:
+            line += f", {checksum}"
+        if why:
+            line += f"; {method}: {why}"
+        if self.dropped:
+            line += f"; {self.dropped} bytes dropped"
+        if self.lost:
+            line += f"; {self.lost} bytes lost"
+        if self.reason:
+            line += f"; {self.reason}"
+        if self.path.endswith(".part"):
+            line += f"; what was written stays in {self.path}"
+        return line
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: without what is empty."""
@@ -36,7 +60,7 @@ class SinkRecord:
             "method": self.method,
             "result": self.result,
         }
-        for key in ("reason", "lost", "dropped", "path", "why_method"):
+        for key in ("reason", "lost", "dropped", "backlog", "reconnects", "path", "why_method"):
             if value := getattr(self, key):
                 found[key] = value
         if self.blocked_seconds > 0:
@@ -67,6 +91,12 @@ class SessionRecord:
     def failed_sinks(self) -> int:
         """How many sinks did not get their stream whole."""
         return sum(1 for sink in self.sinks if sink.result == "failed")
+
+    def crossing(self, sink: SinkRecord) -> tuple[str, str]:
+        """How bytes crossed from the source to `sink`, in one word, and why where that is worth saying."""
+        if sink.method == "copy":
+            return "copy", sink.why_method
+        return self.method, self.why_method if self.method == "copy" else ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

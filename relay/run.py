@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from relay.config.load import from_data
+from relay.errors import ConfigError, ConfigErrors, UsageError
 from relay.record import SessionRecord
 from relay.serve import RunningRoute, Server
-from relay.units import show_size
 
 
 def route_data(source: str, to: Sequence[str], method: str) -> dict[str, Any]:
@@ -23,7 +23,10 @@ def route_data(source: str, to: Sequence[str], method: str) -> dict[str, Any]:
 
 def run_once(source: str, to: Sequence[str], method: str) -> int:
     """Runs it to its end; prints a line a sink. Returns the exit code; 130 or 143 after a signal."""
-    config = from_data(route_data(source, to, method), "relay run")
+    try:
+        config = from_data(route_data(source, to, method), "relay run")
+    except (ConfigError, ConfigErrors) as error:
+        raise UsageError(str(error)) from error
     taken = any(sink.address.scheme == "stdio" for _place, sink in config.routes["run"].sinks())
     results = sys.stderr if taken else sys.stdout
 
@@ -40,13 +43,4 @@ def run_once(source: str, to: Sequence[str], method: str) -> int:
 def tell(record: SessionRecord, out: IO[str]) -> None:
     """A line a sink: bytes, seconds, rate, method, how it ended."""
     for sink in record.sinks:
-        seconds = max(record.seconds, 1e-9)
-        line = (
-            f"{sink.path or sink.address}: {sink.bytes} bytes in {record.seconds:.2f} s "
-            f"({show_size(sink.bytes / seconds)}/s, {sink.method}), {sink.result}"
-        )
-        if sink.why_method and sink.method == "copy":
-            line += f"; copied: {sink.why_method}"
-        if sink.reason:
-            line += f"; {sink.reason}"
-        print(line, file=out, flush=True)
+        print(sink.as_line(*record.crossing(sink)), file=out, flush=True)

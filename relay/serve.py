@@ -27,14 +27,16 @@ from relay.endpoints.address import Address
 from relay.endpoints.base import Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.make import make_source
-from relay.endpoints.settings import SinkSettings, SourceSettings
+from relay.endpoints.settings import OnSlow, SinkSettings, SourceSettings
 from relay.endpoints.socket import Listener, SocketSource
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError
 from relay.kernel.probe import machine
 from relay.pipeline import Pipeline
 from relay.record import SessionRecord
-from relay.stages.stage import Turn
+from relay.spill import Delivery, Spills
+from relay.stages.base import StageSettings
+from relay.stages.stage import Branch, Turn
 from relay.ways import Ways
 
 log = logging.getLogger("relay.serve")
@@ -65,7 +67,9 @@ class RunningRoute:
         *,
         once: bool = False,
         on_record: Callable[[SessionRecord], None] = logs.session,
+        spills: Spills | None = None,
     ) -> None:
+        self._spills = spills or Spills()
         self.name = name
         self.route = route
         self.home = home
@@ -88,6 +92,7 @@ class RunningRoute:
         self._starting: dict[Source, Engine] = {}  # accepted or opening, without a pipeline so far
         self._aborted = ""
         self._own: Engine | None = None
+        self._resumed: list[Delivery] = []
         self._ending = False
         self._done = False
 
@@ -96,6 +101,7 @@ class RunningRoute:
         for _place, sink in self.route.sinks():
             if sink.verb == "listen":
                 self._broadcasts[id(sink)] = self._bind_broadcast(sink)
+        self._resume()
         if self._persistent:
             self._standing = self._pipeline(self.home)
             self._standing.open(self._broadcasts)
@@ -117,6 +123,17 @@ class RunningRoute:
                 )
         else:
             self._read()
+
+    def _resume(self) -> None:
+        """What an earlier run left in logs on disk goes on before any new source connects."""
+        if self._persistent:
+            return  # the standing sink's own log has it
+
+        def turn() -> Turn:
+            return Turn(self.name, str(next(_ids)), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "log")
+
+        for _place, settings, slow, stages in spilling(self.route):
+            self._resumed += self._spills.resume(self.name, stages, settings, slow, self._ways, turn)
 
     def _bind_broadcast(self, sink: SinkSettings) -> Broadcast:
         broadcast = Broadcast(self.home, str(sink.address))
@@ -148,6 +165,8 @@ class RunningRoute:
             self._ways,
             persistent=self._persistent,
             on_over=over,
+            spill=partial(self._spills.sink, self._ways),
+            wait=self.route.wait_for_sinks or 0.0,
             on_closed=closed,
         )
         self.home.post(lambda: self._made(pipeline))
@@ -325,6 +344,26 @@ def listen(
     )
 
 
+def spilling(
+    route: Route,
+) -> Iterator[tuple[str, SinkSettings, OnSlow, tuple[StageSettings, ...]]]:
+    """Every sink of the route that reads through a log, with its policy and the stages behind the log."""
+
+    def walk(stages: tuple[StageSettings, ...]) -> Iterator[Branch]:
+        for settings in stages:
+            branch = settings.make().branch
+            if branch is not None:
+                yield branch
+                if branch.on_slow.policy != "spill":
+                    yield from walk(branch.stages)
+
+    for branch in walk(route.stages):
+        if branch.on_slow.policy == "spill":
+            yield str(branch.to.address), branch.to, branch.on_slow, branch.stages
+    if route.sink.slow.policy == "spill":
+        yield str(route.sink.address), route.sink, route.sink.slow, ()
+
+
 def exit_code(routes: list[RunningRoute]) -> int:
     """Send's codes: 4 a source failed, 5 every sink failed, 1 some did, 0 all was delivered."""
     records = [record for route in routes for record in route.records]
@@ -352,6 +391,7 @@ class Server:
         self._once = once
         self._on_record = on_record
         self._on_ready = on_ready
+        self._spills = Spills()
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._engines: list[Engine] = []
         self.routes: list[RunningRoute] = []
@@ -378,6 +418,7 @@ class Server:
             for engine in self._engines:
                 engine.stop()
                 engine.close()
+            self._spills.close()
 
     def _catch_signals(self) -> dict[int, Any]:
         """SIGPIPE is ignored: splice has no MSG_NOSIGNAL. The others are news for the main thread."""
@@ -406,6 +447,7 @@ class Server:
                 lambda done: self._news.put(f"done {done.name}"),
                 once=self._once,
                 on_record=self._on_record,
+                spills=self._spills,
             )
             self.routes.append(running)
             try:
@@ -417,6 +459,11 @@ class Server:
                 for engine in self._engines:
                     engine.turn(0)
                 return False
+        for path in self._spills.unclaimed():
+            log.warning(
+                "the log %s belongs to no route; it is kept: deliver it by naming its route again, or remove it",
+                path,
+            )
         return True
 
     def _serve(self) -> int:

@@ -11,10 +11,13 @@ page of the log after every send, so that this holds after SIGKILL as well.
 from __future__ import annotations
 
 import logging
-import random
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from relay.backoff import Backoff
+from relay.chain import Outlet
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.ferry import Ferry
 from relay.endpoints.settings import OnSlow, SinkSettings
@@ -33,29 +36,8 @@ from relay.ways import Ways
 
 log = logging.getLogger("relay.spill")
 
+TORN = "the stream was cut off before its end"
 LOOK = 0.1  # seconds between two looks at what the peer acknowledged, while something is under way
-
-
-class Backoff:
-    """Growing, jittered waits between attempts; only sustained success makes them short again."""
-
-    FIRST = 0.1
-    LONGEST = 15.0
-    SUSTAINED = 10.0
-
-    def __init__(self, chance: random.Random | None = None) -> None:
-        self._chance = chance or random.Random()
-        self._wait = self.FIRST
-
-    def next(self) -> float:
-        """Seconds to wait before the next attempt: between half of the current step and all of it."""
-        wait, self._wait = self._wait, min(self._wait * 2, self.LONGEST)
-        return wait * (0.5 + self._chance.random() / 2)
-
-    def lasted(self, seconds: float) -> None:
-        """A connection ended that had been up for so long."""
-        if seconds >= self.SUSTAINED:
-            self._wait = self.FIRST
 
 
 class LogSource(Source):
@@ -68,6 +50,8 @@ class LogSource(Source):
         self._start = position
         self.c.kind = core.INSTANT
         self.c.waits = 1
+        self.began_at = position
+        self.torn = ""
         self._base = 0  # position of the open segment's first byte
         self._whole = False
 
@@ -87,8 +71,6 @@ class LogSource(Source):
         self.c.fd, self.c.offset, self.c.left, self.c.readable = fd, offset, available, 1
         self._base = position - offset
         if old >= 0:
-            import os
-
             os.close(old)
 
     def refill(self) -> bool:
@@ -102,6 +84,10 @@ class LogSource(Source):
         self.c.readable = 1
         return bool(self.c.left) or self._whole
 
+    def changed(self) -> str:
+        """A stream that was cut off before its end must not be taken for whole."""
+        return self.torn
+
     def whole(self) -> None:
         """Nothing more will be appended: the end of the log is the end of the stream."""
         self._whole = True
@@ -110,7 +96,8 @@ class LogSource(Source):
 class Delivery:
     """Carries a log to its sink, over as many connections as it takes. Lives on `engine`.
 
-    `on_done` is called once, on that engine, when the stream has ended and all of it was delivered.
+    `on_done` is called once, on that engine, when the stream has ended and all of it was delivered. `patience`
+    is for how many seconds in vain it tries again (None: for ever); then `on_fail` is called instead.
     """
 
     def __init__(
@@ -123,15 +110,19 @@ class Delivery:
         ways: Ways,
         turn: Turn,
         on_done: Callable[[], None],
+        patience: float | None = None,
     ) -> None:
         self.engine = engine
+        self._patience = patience
+        self._in_vain_since = 0.0
         self.route = route
         self._log = kept
         self._stages = stages
         self._sink = sink.model_copy(update={"on_slow": OnSlow(policy="block")})
         self._ways = ways
         self._turn = turn
-        self._on_done = on_done
+        self.on_done = on_done
+        self.on_fail: Callable[[str], None] = lambda _reason: None
         self._cursor: Cursor = kept.cursor()
         self._noted = kept.acknowledged_word()
         self._noted[0] = self._cursor.position
@@ -163,11 +154,19 @@ class Delivery:
             return
         self.reconnects += 1
         source = self._source = LogSource(self.engine, self._log, self._cursor.position)
+        if self._torn:
+            source.torn = TORN
         if self._whole:
             source.whole()
         try:
             pipeline = self._pipeline = Pipeline(
-                self.engine, self.route, self._stages, self._sink, self._ways, persistent=False, on_over=self._over,
+                self.engine,
+                self.route,
+                self._stages,
+                self._sink,
+                self._ways,
+                persistent=False,
+                on_over=self._over,
                 quiet=True,
             )
         except RelayError as error:
@@ -215,7 +214,7 @@ class Delivery:
         self._whole, self._torn = True, torn
         if self._source is not None:
             if torn:
-                self._source.torn = "the stream was cut off before its end"
+                self._source.torn = TORN
             self._source.whole()
             self.more()
 
@@ -223,31 +222,34 @@ class Delivery:
         pipeline, self._pipeline = self._pipeline, None
         assert pipeline is not None
         sink = record.sinks[-1]
-        base = self._cursor_base(sink.bytes - sink.lost)
-        self._advance(base)
+        assert self._source is not None
+        if not self._in_vain_since or sink.bytes > sink.lost:
+            self._in_vain_since = self.engine.now
+        self._advance(self._source.began_at + sink.bytes - sink.lost)
         if self._stopped:
             return
         delivered = sink.result == "delivered" or (self._torn and self.left == 0)
         if delivered and self._whole and self.left == 0:
             self._stopped = True
             self._cursor.close()
-            self._on_done()
+            self.on_done()
             return
         self.twice += sink.lost
+        given_up = self._patience is not None and self.engine.now - self._in_vain_since >= self._patience
+        if given_up or self._sink.address.scheme not in ("tcp", "unix", "fifo"):
+            self._stopped = True
+            self._cursor.close()
+            self.on_fail(sink.reason)
+            return
         log.warning(
             "%s: sink %s is away (%s); %s wait in the log",
-            self.route, sink.sink, sink.reason or "it ended", show_size(self.left),
+            self.route,
+            sink.sink,
+            sink.reason or "it ended",
+            show_size(self.left),
             extra={"route": self.route, "sink": sink.sink, "backlog": self.left},
         )
         self._again(sink.seconds)
-
-    def _cursor_base(self, delivered: int) -> int:
-        return self._began_at + delivered
-
-    @property
-    def _began_at(self) -> int:
-        assert self._source is not None
-        return self._source.began_at
 
     def _again(self, lasted: float) -> None:
         self._backoff.lasted(lasted)
@@ -270,16 +272,18 @@ class Delivery:
 class SpillSink(Sink):
     """Where a spill's outlet stands: appends to the log; owns the ferry, and the log until its end is delivered."""
 
-    def __init__(self, engine: Engine, address: str, kept: Log, deliver: Delivery, *, torn_ok: bool = False) -> None:
+    def __init__(self, engine: Engine, address: str, kept: Log, deliver: Delivery) -> None:
         super().__init__(engine, address)
-        del torn_ok
         self.log = kept
         self.delivery = deliver
         self._ferry: Ferry | None = None
         self._stop = False
+        self._appending = False
+        self._delivering = True
         self._begin = kept.end
         self.c.kind = core.FERRY
-        deliver._on_done = lambda: engine.post(self._delivered)
+        deliver.on_done = lambda: engine.post(self._delivered)
+        deliver.on_fail = lambda reason: engine.post(lambda: self._undeliverable(reason))
 
     @property
     def moved(self) -> int:
@@ -295,6 +299,7 @@ class SpillSink(Sink):
         """Starts to append and to deliver."""
         self._ferry = Ferry(self.engine, self.c, LARGEST_CAPACITY, self._append, self._appended)
         self.log.on_append = lambda: self.delivery.engine.post(self.delivery.more)
+        self._appending = True
         self._ferry.start()
         self.delivery.engine.post(self.delivery.start)
         self.opened()
@@ -315,6 +320,8 @@ class SpillSink(Sink):
             self._ferry.give_back()
 
     def _appended(self, _result: object, failed: BaseException | None) -> None:
+        self._appending = False
+        self._let_go()
         if failed is not None:
             code = getattr(failed, "errno", 0) or 0
             self.fail(self.error("appending to the log of", code, reason="" if code else str(failed)))
@@ -328,9 +335,18 @@ class SpillSink(Sink):
             self.state = "finishing"
             self._ferry.end()
 
+    def _undeliverable(self, reason: str) -> None:
+        self.lost = self.delivery.left
+        self.fail(self.error("writing to", 0, reason=reason))
+
     def _delivered(self) -> None:
-        self.log.close()
         self.finished()
+        self.log.close()
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait in the log."""
+        return self.delivery.left
 
     def abort(self, reason: str) -> None:
         """Ends it; what is in a log on disk stays there for the next start."""
@@ -362,7 +378,16 @@ class SpillSink(Sink):
 
     def _stop_delivery(self) -> None:
         self.delivery.stop("relay ends")
-        self.engine.post(lambda: self.log.close(keep=True))
+        self.engine.post(self._delivery_stopped)
+
+    def _delivery_stopped(self) -> None:
+        self._delivering = False
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Neither thread touches the log any more: what is on disk stays there."""
+        if self._stop and not self._appending and not self._delivering:
+            self.log.close(keep=True)
 
 
 class Spills:
@@ -374,7 +399,7 @@ class Spills:
 
     def __init__(self) -> None:
         self._directories: dict[str, SpillDirectory] = {}
-        self._engines: list[Engine] = []
+        self._readers: dict[str, Engine] = {}
         self._claimed: set[tuple[str, str]] = set()
 
     def _directory(self, path: str) -> SpillDirectory:
@@ -385,33 +410,38 @@ class Spills:
 
     def sink(
         self,
+        ways: Ways,
         engine: Engine,
         turn: Turn,
-        stages: tuple[StageSettings, ...],
-        sink: SinkSettings,
-        slow: OnSlow,
-        ways: Ways,
-        *,
+        outlet: Outlet,
         persistent: bool,
+        patience: float | None = None,
     ) -> SpillSink:
-        """A sink for this stream that reads through a log. Raises SinkError when the directory cannot be used."""
+        """A sink for this stream that reads through a log; for `patience` see Delivery. Raises SinkError when the directory cannot be used."""
+        sink, slow = outlet.settings, outlet.slow
+        assert sink is not None
         if slow.directory is None:
             kept = Log(largest=slow.max or 0)
             reader = engine
         else:
-            name = prefix(turn.route, sink) if persistent else f"{prefix(turn.route, sink)}.{turn.time}-{turn.id}"
+            name = (
+                prefix(turn.route, sink)
+                if persistent
+                else f"{prefix(turn.route, sink)}.{turn.time}-{turn.id}"
+            )
             directory = self._directory(slow.directory)
             self._claimed.add((str(directory.path.absolute()), name))
             kept = directory.log(name, largest=slow.max or 0)
             reader = self._reader(turn.route)
-        delivery = Delivery(reader, turn.route, kept, stages, sink, ways, turn, lambda: None)
+        delivery = Delivery(reader, turn.route, kept, outlet.branch, sink, ways, turn, lambda: None, patience)
         return SpillSink(engine, str(sink.address), kept, delivery)
 
     def _reader(self, route: str) -> Engine:
-        engine = Engine(f"{route}-log")
-        engine.start()
-        self._engines.append(engine)
-        return engine
+        """The engine that reads the route's logs: reading a disk may wait, and then the chains should not."""
+        if route not in self._readers:
+            self._readers[route] = Engine(f"{route}-log")
+            self._readers[route].start()
+        return self._readers[route]
 
     def resume(
         self,
@@ -434,14 +464,17 @@ class Spills:
             self._claimed.add(key)
             kept = directory.log(name)
             engine = self._reader(route)
-            delivery = Delivery(engine, route, kept, stages, sink, ways, turn(), lambda kept=kept: kept.close())
+            delivery = Delivery(engine, route, kept, stages, sink, ways, turn(), kept.close)
             log.info(
-                "%s: %s of an earlier run go on to %s", route, show_size(delivery.left), sink.address,
+                "%s: %s of an earlier run go on to %s",
+                route,
+                show_size(delivery.left),
+                sink.address,
                 extra={"event": "resume", "route": route, "backlog": delivery.left},
             )
             ended = kept.ended_at
             engine.post(delivery.start)
-            engine.post(lambda delivery=delivery, ended=ended: delivery.whole(torn=ended is None))
+            engine.post(partial(delivery.whole, torn=ended is None))
             begun.append(delivery)
         return begun
 
@@ -456,7 +489,7 @@ class Spills:
 
     def close(self) -> None:
         """Ends the reading engines and gives the directories up."""
-        for engine in self._engines:
+        for engine in self._readers.values():
             engine.stop()
         for directory in self._directories.values():
             directory.close()

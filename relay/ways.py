@@ -57,6 +57,12 @@ class Ways:
             refused = self.machine.refused("sendfile")
             if not refused:
                 return Choice("sendfile", "a file straight to one socket needs no pipe")
+            if self.forced == "sendfile":
+                return Choice("splice", refused)
+        if self.forced == "sendfile":
+            return Choice("splice", "sendfile takes a file straight to one socket, with nothing between")
+        if self.forced == "vmsplice":
+            return Choice("splice", "vmsplice lends memory, or a file mapped into it")
         if scheme == "file":
             return Choice("splice", "page-cache pages go into the pipe by reference")
         return Choice("splice", "pages move into the pipe by reference")

@@ -245,17 +245,17 @@ def test_a_sink_that_resets_fails_alone(tmp_path: Path, sink: str) -> None:
         SOURCES["tcp4"](tmp_path) as giver,
         SINKS[sink](tmp_path) as broken,
         SINKS["tcp4"](beside) as sibling,
+        Relay(route_of(giver, [broken, sibling])) as relay,
     ):
-        with Relay(route_of(giver, [broken, sibling])) as relay:
-            broken.start(relay)
-            sibling.take()
-            giver.start(relay)
-            giver.give(data[:1000])
-            broken.reset()
-            giver.give(data[1000:])
-            giver.end()
-            assert_same(sibling.taken(), data)
-            record = relay.wait()
+        broken.start(relay)
+        sibling.take()
+        giver.start(relay)
+        giver.give(data[:1000])
+        broken.reset()
+        giver.give(data[1000:])
+        giver.end()
+        assert_same(sibling.taken(), data)
+        record = relay.wait()
     assert record is not None
     assert record.result == "partial"
     assert [end.result for end in record.sinks] == ["failed", "delivered"]
@@ -271,19 +271,19 @@ def test_a_reader_that_goes_away_fails_alone(tmp_path: Path, sink: str) -> None:
         SOURCES["tcp4"](tmp_path) as giver,
         SINKS[sink](tmp_path) as broken,
         SINKS["tcp4"](tmp_path) as sibling,
+        Relay(route_of(giver, [broken, sibling])) as relay,
     ):
-        with Relay(route_of(giver, [broken, sibling])) as relay:
-            sibling.take()
-            giver.start(relay)
-            if sink == "fifo":
-                os.close(os.open(tmp_path / "out.fifo", os.O_RDONLY))
-            else:
-                os.close(broken._read)
-                broken._read = -1
-            giver.give(data)
-            giver.end()
-            assert_same(sibling.taken(), data)
-            record = relay.wait()
+        sibling.take()
+        giver.start(relay)
+        if sink == "fifo":
+            os.close(os.open(tmp_path / "out.fifo", os.O_RDONLY))
+        else:
+            os.close(broken._read)
+            broken._read = -1
+        giver.give(data)
+        giver.end()
+        assert_same(sibling.taken(), data)
+        record = relay.wait()
     assert record is not None
     assert record.sinks[0].result == "failed"
     assert any(name in record.sinks[0].reason for name in ("EPIPE", "EIO")), record.sinks[0].reason
@@ -458,13 +458,12 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     """A file that shrinks under relay is a failed source, and says what happened."""
     path = tmp_path / "in"
     path.write_bytes(payload(16, 32 << 20))
-    with SINKS["tcp4"](tmp_path) as taker:
-        with Relay({"source": str(path), "sink": taker.sink}) as relay:
-            taker.connection()
-            os.truncate(path, 1000)
-            taker.take()
-            record = relay.wait()
-            taker.taken()
+    with SINKS["tcp4"](tmp_path) as taker, Relay({"source": str(path), "sink": taker.sink}) as relay:
+        taker.connection()
+        os.truncate(path, 1000)
+        taker.take()
+        record = relay.wait()
+        taker.taken()
     assert record is not None
     assert record.source_failed
     assert "shrank" in record.reason

@@ -151,8 +151,12 @@ def test_an_inherited_descriptor(tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(b"content")
     with (tmp_path / "in").open("rb") as source, (tmp_path / "out").open("wb") as sink:
         done = run_relay(
-            "run", f"fd://{source.fileno()}", "--to", f"fd://{sink.fileno()}",
-            cwd=tmp_path, pass_fds=(source.fileno(), sink.fileno()),
+            "run",
+            f"fd://{source.fileno()}",
+            "--to",
+            f"fd://{sink.fileno()}",
+            cwd=tmp_path,
+            pass_fds=(source.fileno(), sink.fileno()),
         )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").read_bytes() == b"content"
@@ -254,7 +258,9 @@ def test_a_source_that_resets(tmp_path: Path) -> None:
     assert (tmp_path / "out.part").read_bytes() == b"some"
 
 
-@pytest.mark.parametrize(("words", "code"), [(["tpc://h:1"], 3), (["in", "--to", "tcp://h:70000"], 3), ([], 2)])
+@pytest.mark.parametrize(
+    ("words", "code"), [(["tpc://h:1"], 3), (["in", "--to", "tcp://h:70000"], 3), ([], 2)]
+)
 def test_words_that_make_no_route(tmp_path: Path, words: list[str], code: int) -> None:
     """A wrong address is refused with its words; a missing one is a usage error."""
     done = run_relay("run", *words, cwd=tmp_path)
@@ -311,7 +317,9 @@ def test_no_payload_is_read_or_written(tmp_path: Path) -> None:
     carried = 0
     begun = False
     for line in lines:
-        found = re.search(r"\b(\w+)\((\d+).*?= (\d+)", line) or re.search(r"<... (\w+) resumed>.*?(= )(\d+)", line)
+        found = re.search(r"\b(\w+)\((\d+).*?= (\d+)", line) or re.search(
+            r"<... (\w+) resumed>.*?(= )(\d+)", line
+        )
         if found is None:
             continue
         name, count = found[1], int(found[3])
@@ -320,7 +328,9 @@ def test_no_payload_is_read_or_written(tmp_path: Path) -> None:
             begun = True
         elif begun:
             carried += count
-    assert 0 <= moved["tee"] - 3 * size < 4096, "the probe at the start tees a few bytes, the stream all the rest"
+    assert 0 <= moved["tee"] - 3 * size < 4096, (
+        "the probe at the start tees a few bytes, the stream all the rest"
+    )
     assert moved["splice"] >= 4 * size
     assert carried < 1 << 20, f"{carried} bytes went through memory"
 
@@ -369,7 +379,9 @@ def test_socat_and_nc_receive(tmp_path: Path) -> None:
 def test_socat_and_nc_send(tmp_path: Path) -> None:
     """What socat and nc send arrives whole."""
     expected = payload_file(tmp_path / "in", 4, 4 << 20)
-    for number, argv in enumerate((["socat", "-u", f"OPEN:{tmp_path}/in", "TCP:127.0.0.1:{}"], ["nc", "-N", "127.0.0.1", "{}"])):
+    for number, argv in enumerate(
+        (["socat", "-u", f"OPEN:{tmp_path}/in", "TCP:127.0.0.1:{}"], ["nc", "-N", "127.0.0.1", "{}"])
+    ):
         with relay("run", "tcp://127.0.0.1:0", "--to", f"out{number}", cwd=tmp_path) as process:
             port = str(listening_on(process))
             with (tmp_path / "in").open("rb") as stdin:
@@ -403,9 +415,7 @@ def test_dd_reads_and_writes_in_odd_pieces(tmp_path: Path) -> None:
     """dd with pieces of 777 bytes at both ends changes nothing."""
     expected = payload_file(tmp_path / "in", 6, 1 << 20)
     dd = program("dd")
-    script = (
-        f"{dd} if=in bs=777 status=none | {' '.join(RELAY)} run - 2>/dev/null | {dd} of=out bs=777 status=none"
-    )
+    script = f"{dd} if=in bs=777 status=none | {' '.join(RELAY)} run - 2>/dev/null | {dd} of=out bs=777 status=none"
     done = run(["bash", "-c", f"set -o pipefail; {script}"], cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     assert run(["sha256sum", tmp_path / "out"]).stdout.split()[0].decode() == expected
@@ -417,7 +427,9 @@ def test_a_method_can_be_asked_for(tmp_path: Path, method: str) -> None:
     """--method forces a way; the line of each sink says which it was."""
     (tmp_path / "in").write_bytes(payload(7, SIZE))
     with (tmp_path / "in").open("rb") as stdin:
-        done = run_relay("run", "-", "--to", "one", "--to", "two", "--method", method, cwd=tmp_path, stdin=stdin)
+        done = run_relay(
+            "run", "-", "--to", "one", "--to", "two", "--method", method, cwd=tmp_path, stdin=stdin
+        )
     assert done.returncode == 0
     for line in done.stdout.decode().splitlines():
         assert (", copy)" in line) == (method == "copy"), line

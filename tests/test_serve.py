@@ -105,7 +105,12 @@ def test_the_record_of_a_session(tmp_path: Path) -> None:
     assert record["ended_by"] == "source"
     assert record["result"] == "delivered"
     file, live = record["sinks"]
-    assert (file["bytes"], file["method"], file["result"], file["path"]) == (1000, "splice", "delivered", "in/1.bin")
+    assert (file["bytes"], file["method"], file["result"], file["path"]) == (
+        1000,
+        "splice",
+        "delivered",
+        "in/1.bin",
+    )
     assert live["address"].startswith("tcp://127.0.0.1:")
 
 
@@ -271,7 +276,11 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "where", "said"),
     [
-        ("routes:\n  r:\n    source: {listen: 'tcp://127.0.0.1:0'}\n    sink: 'tpc://h:1'\n", ":4:11: ", "did you mean"),
+        (
+            "routes:\n  r:\n    source: {listen: 'tcp://127.0.0.1:0'}\n    sink: 'tpc://h:1'\n",
+            ":4:11: ",
+            "did you mean",
+        ),
         ("", ":1:1: ", "empty"),
         ("- a\n- b\n", ":1:1: ", "mapping"),
         ("routes: {r: {source: 'tcp://h:99999', sink: 'null:'}}", ":1:22: ", "99999"),
@@ -340,7 +349,9 @@ def refused(port: int) -> bool:
 @pytest.mark.parametrize("live", [False, True])
 def test_a_drain_cut_short(tmp_path: Path, how: str, live: bool) -> None:
     """A second signal, or the deadline, ends a stream under way: exit 1, the source reset, `.part` named."""
-    config = (LIVE if live else EACH.format(file="in/{id}.bin")) + ("drain: 200ms\n" if how == "deadline" else "")
+    config = (LIVE if live else EACH.format(file="in/{id}.bin")) + (
+        "drain: 200ms\n" if how == "deadline" else ""
+    )
     with serving(config, tmp_path) as served:
         port = served.port(int(live))
         with socket.create_connection(("127.0.0.1", port)) as sock:
@@ -383,9 +394,7 @@ def test_a_reset_source_leaves_the_part(tmp_path: Path) -> None:
     assert (tmp_path / "in" / "2.bin").read_bytes() == b"whole"
 
 
-@pytest.mark.parametrize(
-    ("sink", "code"), [("out", 0), ("missing/dir/out", 5), ("tcp://127.0.0.1:1", 5)]
-)
+@pytest.mark.parametrize(("sink", "code"), [("out", 0), ("missing/dir/out", 5), ("tcp://127.0.0.1:1", 5)])
 def test_finite_routes_end_by_themselves(tmp_path: Path, sink: str, code: int) -> None:
     """A route whose source is a file ends when it is done, with the codes of send."""
     (tmp_path / "in").write_bytes(b"content")
@@ -424,7 +433,7 @@ def test_a_plain_path_is_replaced_at_the_end_only(tmp_path: Path) -> None:
     """The old content stands until the new one is whole; a symlink keeps its target's place."""
     (tmp_path / "real").write_text("old")
     (tmp_path / "out").symlink_to("real")
-    config = EACH.format(file="out").replace("0\"}", "0\", connections: each}")
+    config = EACH.format(file="out").replace('0"}', '0", connections: each}')
     with serving(config, tmp_path) as served:
         with socket.create_connection(("127.0.0.1", served.port())) as sock:
             sock.sendall(b"new")
@@ -475,7 +484,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_fails_that_sink_alone(tmp_path: Path, small_disk: Path) -> None:
     """ENOSPC fails the file that met it and names its `.part`; the other file is whole."""
     data = payload(3, 4 << 20)
-    config = EACH.format(file="whole-{id}").replace("    sink", "    stages: [{tee: {to: 'small/{id}'}}]\n    sink")
+    config = EACH.format(file="whole-{id}").replace(
+        "    sink", "    stages: [{tee: {to: 'small/{id}'}}]\n    sink"
+    )
     config = config.replace("{{", "{").replace("}}}}", "}}")
     with serving(config, tmp_path) as served:
         with socket.create_connection(("127.0.0.1", served.port())) as sock:

@@ -86,10 +86,16 @@ def test_a_meter_counts_and_logs(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     logging.getLogger("relay").propagate = True
     with caplog.at_level(logging.INFO, "relay.meter"), SOURCES["fd-pipe"](tmp_path) as giver:
         with Relay(
-            {"source": giver.source, "stages": [{"meter": {"every": "20ms", "name": "m"}}], "sink": str(tmp_path / "out")}
+            {
+                "source": giver.source,
+                "stages": [{"meter": {"every": "20ms", "name": "m"}}],
+                "sink": str(tmp_path / "out"),
+            }
         ) as relay:
             giver.give(b"x" * 12345)
-            said = lambda: [r for r in caplog.records if r.name == "relay.meter" and getattr(r, "bytes", 0) == 12345]  # noqa: E731 - asked twice
+            said = lambda: [
+                r for r in caplog.records if r.name == "relay.meter" and getattr(r, "bytes", 0) == 12345
+            ]  # noqa: E731 - asked twice
             eventually(said, "the meter speaks")
             giver.end()
             record = relay.wait()
@@ -125,7 +131,9 @@ def test_a_limit_skips_and_stops(tmp_path: Path, settings: dict[str, int], expec
 def test_a_limit_ends_an_endless_source(tmp_path: Path) -> None:
     """When nothing else wants bytes the source is not read to an end that never comes."""
     with SOURCES["tcp4"](tmp_path) as giver:
-        with Relay({"source": giver.source, "stages": [{"limit": {"stop": 1000}}], "sink": str(tmp_path / "out")}) as relay:
+        with Relay(
+            {"source": giver.source, "stages": [{"limit": {"stop": 1000}}], "sink": str(tmp_path / "out")}
+        ) as relay:
             giver.start(relay)
             giver.give(b"x" * 5000)
             record = relay.wait()
@@ -223,9 +231,7 @@ def test_a_checksum_of_the_stream(tmp_path: Path, algorithm: str, size: int) -> 
     """The record has the digest of what passed; the stream is unchanged."""
     data = payload(8, size)
     record = through(tmp_path, data, [{"checksum": algorithm}])
-    assert record.stages == [
-        {"stage": "checksum", "algorithm": algorithm, "digest": KNOWN[algorithm](data)}
-    ]
+    assert record.stages == [{"stage": "checksum", "algorithm": algorithm, "digest": KNOWN[algorithm](data)}]
     assert_same(out(tmp_path), data)
 
 
@@ -249,11 +255,17 @@ def test_a_checksum_sees_the_stream_at_its_place(tmp_path: Path) -> None:
     ("algorithm", "tool"), [("sha256", "sha256sum"), ("blake3", "b3sum"), ("xxh3", "xxhsum"), ("crc32c", "")]
 )
 @pytest.mark.parametrize("branch", [False, True])
-def test_a_sidecar_that_the_standard_tool_verifies(tmp_path: Path, algorithm: str, tool: str, branch: bool) -> None:
+def test_a_sidecar_that_the_standard_tool_verifies(
+    tmp_path: Path, algorithm: str, tool: str, branch: bool
+) -> None:
     """The checksum beside the file is accepted by the tool of that name, and refused once the file changed."""
     data = payload(10, 700_000)
     sink = {"file": str(tmp_path / "out"), "sidecar": algorithm}
-    record = through(tmp_path, data, [{"tee": {"to": sink}}], "null:") if branch else through(tmp_path, data, [], sink)
+    record = (
+        through(tmp_path, data, [{"tee": {"to": sink}}], "null:")
+        if branch
+        else through(tmp_path, data, [], sink)
+    )
     assert record.result == "delivered"
     assert_same(out(tmp_path), data)
     sidecar = tmp_path / f"out.{algorithm}"
@@ -378,13 +390,19 @@ def test_adding_a_stage_touches_no_other_file(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("routes: {r: {source: in, stages: [{stamp: {word: 'my '}}], sink: out}}")
     own = environment(PYTHONPATH=str(tmp_path))
     argv = [sys.executable, "-m", "relay"]
-    done = subprocess.run([*argv, "serve", "c.yaml"], cwd=tmp_path, env=own, capture_output=True, timeout=20, check=False)
+    done = subprocess.run(
+        [*argv, "serve", "c.yaml"], cwd=tmp_path, env=own, capture_output=True, timeout=20, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert out(tmp_path) == b"my body"
     (tmp_path / "c.yaml").write_text("routes: {r: {source: in, stages: [stampp], sink: out}}")
-    done = subprocess.run([*argv, "serve", "c.yaml"], cwd=tmp_path, env=own, capture_output=True, timeout=20, check=False)
+    done = subprocess.run(
+        [*argv, "serve", "c.yaml"], cwd=tmp_path, env=own, capture_output=True, timeout=20, check=False
+    )
     assert done.returncode == 3
     assert b"did you mean 'stamp'" in done.stderr
-    done = subprocess.run([*argv, "schema"], cwd=tmp_path, env=own, capture_output=True, timeout=20, check=False)
+    done = subprocess.run(
+        [*argv, "schema"], cwd=tmp_path, env=own, capture_output=True, timeout=20, check=False
+    )
     assert "stamp" in json.dumps(json.loads(done.stdout))
     assert os.listdir(tmp_path / "relay" / "stages").count("stamp.py") == 1  # noqa: PTH208 - only the name

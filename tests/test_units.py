@@ -1,7 +1,5 @@
 """Sizes, rates and durations as people write them."""
 
-# ruff: noqa: E501 - tables of examples, many to a line
-
 from __future__ import annotations
 
 import re

@@ -41,12 +41,22 @@ for module in (serve, run, send, check, plan, schema):
 
 def main() -> NoReturn:
     """The console entry: exit codes as documented, errors on stderr in one line each, no traceback."""
-    from relay.errors import ConfigError, ConfigErrors, EndpointError, RelayError, SourceError
+    from relay.errors import (
+        ConfigError,
+        ConfigErrors,
+        EndpointError,
+        RelayError,
+        SourceError,
+        UsageError,
+    )
 
     # starting makes many objects that stay: looking for garbage among them is a tenth of the start-up
     gc.set_threshold(50_000, 20, 50)
     try:
         app(prog_name="relay", standalone_mode=True)
+    except UsageError as error:
+        print(f"relay: {error}", file=sys.stderr)
+        sys.exit(2)
     except (ConfigError, ConfigErrors) as error:
         print(error, file=sys.stderr)
         sys.exit(3)

@@ -1,8 +1,34 @@
-"""`relay plan`."""
+"""`relay plan`: what a configuration will be on this machine."""
 
 from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
 import typer
+
+
+class Format(StrEnum):
+    """How the plan looks."""
+
+    text = "text"
+    json = "json"
+    mermaid = "mermaid"
+
+
+def plan(
+    config: Annotated[
+        str | None,
+        typer.Argument(help="The configuration, - for stdin; without it the built-in default."),
+    ] = None,
+    form: Annotated[Format, typer.Option("--format", help="How the plan looks.")] = Format.text,
+) -> None:
+    """Draws each route: the method of every hop and why, who can hold whom, what it needs."""
+    from relay.preflight import show_plan
+
+    typer.echo(show_plan(config, form.value), nl=False)
 
 
 def add_to(app: typer.Typer) -> None:
     """Registers the command."""
+    app.command()(plan)

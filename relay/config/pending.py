@@ -26,16 +26,12 @@ class Pending(NamedTuple):
 PENDING = (
     Pending(Config, "admin", "leave it out; relay logs what it does"),
     Pending(Route, "duplex", "a route moves bytes one way: from its source to its sinks"),
-    Pending(Route, "wait_for_sinks", "bytes wait in the pipe of a sink that is not connected yet"),
     Pending(SourceSettings, "limits", "a source lets everybody in"),
     Pending(EndpointSettings, "dead_after", "a dead peer is found by keepalive, when nothing is under way"),
     Pending(SinkSettings, "burst", "a newcomer sees what passes from then on"),
     Pending(SinkSettings, "rotate", "use {time} and {id} in the path for a file a stream"),
     Pending(SinkSettings, "fsync", "use never or close", lambda value: isinstance(value, float)),
     Pending(SinkSettings, "direct", "files are written through the page cache"),
-    Pending(
-        OnSlow, "policy", "use block, drop or disconnect in place of spill", lambda value: value == "spill"
-    ),
     Pending(OnSlow, "buffer", "a sink's backlog is its pipe"),
 )
 

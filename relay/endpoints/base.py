@@ -119,6 +119,10 @@ class Source(End):
         """How its bytes enter the chain."""
         return self.method
 
+    def refill(self) -> bool:
+        """For a source that waits for more (a log's): looks for it; True when there is some, or its end."""
+        return False
+
     def changed(self) -> str:
         """What changed under the reader while it was read; empty where nothing did."""
         return ""
@@ -132,7 +136,7 @@ class Source(End):
                 os.close(fd)
 
 
-State = Literal["opening", "open", "finishing", "finished", "failed"]
+State = Literal["opening", "open", "finishing", "cutting", "finished", "failed"]
 
 
 class Sink(End):
@@ -207,6 +211,10 @@ class Sink(End):
         self.close()
         self.on_fail(self)
 
+    def cut(self, reason: str) -> None:
+        """The stream broke off: what was handed over may still arrive, then the receiver can tell that it is no whole."""
+        self.abort(reason)
+
     def abort(self, reason: str) -> None:
         """Ends it before its stream is complete, so that the receiver can tell."""
         self.fail(self.error("ending", 0, reason=reason))
@@ -220,9 +228,18 @@ class Sink(End):
                 os.close(fd)
 
     @property
+    def backlog(self) -> int:
+        """Bytes that wait in this sink's log; only a spill has one."""
+        return 0
+
+    def under_way(self) -> int:
+        """Bytes handed over that the receiver's kernel has not acknowledged, where that can be told."""
+        return 0
+
+    @property
     def seconds(self) -> float:
-        """From when it was made until it ended, or now."""
-        return (self.ended_at or time.monotonic()) - self.started_at
+        """From when it was open until it ended, or now; waiting for a receiver to come does not count."""
+        return (self.ended_at or time.monotonic()) - (self.opened_at or self.started_at)
 
     @property
     def result_path(self) -> str:

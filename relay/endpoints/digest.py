@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from relay.endpoints.base import Sink
 from relay.endpoints.ferry import Ferry
+from relay.endpoints.file import Identity, identity
 from relay.engine import Engine
 from relay.kernel import core
 
@@ -72,6 +73,37 @@ def sidecar_line(algorithm: str, digest: str) -> str:
     if algorithm == "xxh3":
         return f"XXH3 ({{name}}) = {digest}\n"
     return f"{digest}  {{name}}\n"
+
+
+def digest_of_file(
+    path: str,
+    algorithm: str,
+    *,
+    offset: int = 0,
+    length: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[str, Identity]:
+    """The digest of `length` bytes of a file (None: to its end) and which state of which file that was.
+
+    Blocks; raises OSError. Once `stopped` says so it gives up and the digest is empty.
+    """
+    digest = new_digest(algorithm)
+    memory = memoryview(bytearray(PIECE))
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        state = identity(os.fstat(fd))
+        while length is None or length > 0:
+            if stopped():
+                return "", state
+            count = os.preadv(fd, [memory[: PIECE if length is None else min(PIECE, length)]], offset)
+            if not count:
+                break
+            digest.update(memory[:count])
+            offset += count
+            length = None if length is None else length - count
+        return digest.hexdigest(), state
+    finally:
+        os.close(fd)
 
 
 class DigestSink(Sink):

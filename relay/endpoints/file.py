@@ -29,11 +29,19 @@ from relay.ways import APPENDING
 
 MOST_SUFFIXES = 10000
 
+Identity = tuple[int, int, int, int]
+
+
+def identity(status: os.stat_result) -> Identity:
+    """What tells one state of one file from another: device, inode, size, time of the last write."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
 
 class FileSource(Source):
     """A file that is read from `offset` for at most `length` bytes (None: to its end); owns the descriptor.
 
-    Raises nothing: on_fail gets a SourceError. `size` is what will be read, known from open on.
+    Raises nothing: on_fail gets a SourceError. `size` is what will be read (None: not known) and
+    `identity` which state of which file it is, both known from open on.
     """
 
     def __init__(self, engine: Engine, path: str, *, offset: int = 0, length: int | None = None) -> None:
@@ -42,7 +50,8 @@ class FileSource(Source):
         self.scheme = "file"
         self._offset = offset
         self._length = length
-        self.size = 0
+        self.size: int | None = 0
+        self.identity: Identity = (0, 0, 0, 0)
         self._seen: tuple[int, int] | None = None
 
     def open(self) -> None:
@@ -72,6 +81,17 @@ class FileSource(Source):
                 )
             )
             return
+        if self._offset > status.st_size > 0:
+            os.close(fd)
+            self.on_fail(
+                self.error(
+                    "opening",
+                    0,
+                    reason=f"it has {status.st_size} bytes, offset {self._offset} is beyond its end",
+                    advice="check --offset",
+                )
+            )
+            return
         rest = max(0, status.st_size - self._offset)
         if self._length is not None and self._length > rest:
             os.close(fd)
@@ -86,13 +106,15 @@ class FileSource(Source):
             return
         # a file of /proc says size 0 and has bytes all the same: it is read to its end
         unsized = status.st_size == 0 and self._length is None
-        self.size = rest if self._length is None else self._length
+        size = rest if self._length is None else self._length
+        self.size = None if unsized else size
         self._seen = (status.st_size, status.st_mtime_ns)
+        self.identity = identity(status)
         self.c.kind = core.INSTANT
         self.c.readable = 1
         self.c.fd = fd
         self.c.offset = self._offset
-        self.c.left = -1 if unsized else self.size
+        self.c.left = -1 if unsized else size
         os.posix_fadvise(fd, self._offset, 0, os.POSIX_FADV_SEQUENTIAL)
         self.on_open()
 
@@ -139,6 +161,7 @@ class FileSink(Sink):
         self._part: Path | None = None
         self._fd = -1
         self._aborted = False
+        self._cut_reason = ""
         self.copies = APPENDING if how.append else ""
         self.sidecar_line = ""
         self.c.kind = core.FERRY
@@ -168,6 +191,16 @@ class FileSink(Sink):
         if self.state in ("opening", "open") and self._ferry is not None:
             self.state = "finishing"
             self._ferry.end()
+
+    def cut(self, reason: str) -> None:
+        """Writes what is left; the file stays `.part`."""
+        if self.state in ("opening", "open") and self._ferry is not None:
+            self.state = "cutting"
+            self._aborted = True
+            self._cut_reason = reason
+            self._ferry.end()
+        else:
+            self.abort(reason)
 
     def close(self) -> None:
         """Lets the thread end; what is written stays as `.part`."""
@@ -225,14 +258,15 @@ class FileSink(Sink):
         if how.keep:
             return self._reserve(path, flags)
         self._final = path
-        self._part = path.with_name(path.name + ".part")
-        fd = os.open(self._part, flags | os.O_CREAT, 0o666)
+        part = path.with_name(path.name + ".part")
+        fd = os.open(part, flags | os.O_CREAT, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(fd, 0)
         except BlockingIOError:
             os.close(fd)
-            raise OSError(errno.EBUSY, f"another stream is writing {self._part}") from None
+            raise OSError(errno.EBUSY, f"another stream is writing {part}") from None
+        self._part = part  # only now: a part that could not be opened is not what this stream left behind
         return fd
 
     def _reserve(self, path: Path, flags: int) -> int:
@@ -295,7 +329,9 @@ class FileSink(Sink):
 
     def _written(self, _result: object, failed: BaseException | None) -> None:
         if failed is None:
-            if not self._aborted:
+            if self._cut_reason:
+                self.fail(self.error("ending", 0, reason=self._cut_reason))
+            elif not self._aborted:
                 self.finished()
             return
         if isinstance(failed, OSError):

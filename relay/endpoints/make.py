@@ -36,16 +36,22 @@ def make_source(engine: Engine, address: Address) -> Source:
 
 
 def make_sink(
-    engine: Engine, settings: SinkSettings, path: str, *, in_place: bool, copy: bool, patience: float = 0.0
+    engine: Engine,
+    settings: SinkSettings,
+    path: str,
+    *,
+    in_place: bool,
+    copies: str = "",
+    patience: float = 0.0,
 ) -> Sink:
     """The sink that connects to or writes `settings.address`; `path` is a file's, with placeholders filled.
 
-    `in_place`: a plain path of a stream without end is not written as `.part`. `patience`: for how many
+    `in_place`: a plain path of a stream without end is not written as `.part`. `copies` says why bytes
+    are to be copied to it. `patience`: for how many
     seconds a refused connection is tried again.
     """
     address = settings.address
     close_with_peer = settings.peer_eof == "close"
-    asked = "asked for by method: copy" if copy else ""
     match address.scheme:
         case "tcp":
             return TcpSink(engine, address, close_with_peer=close_with_peer, patience=patience)
@@ -60,16 +66,16 @@ def make_sink(
                     in_place=in_place,
                     keep=bool(settings.placeholders),
                     fsync_at_close=settings.fsync == "close",
-                    copy=copy,
+                    copy=bool(copies),
                     sidecar=settings.sidecar or "",
                 ),
             )
         case "fifo":
             return FifoSink(engine, address.path)
         case "fd":
-            return inherited_sink(engine, address.number, copies=asked)
+            return inherited_sink(engine, address.number, copies=copies)
         case "stdio":
-            return inherited_sink(engine, 1, copies=asked)
+            return inherited_sink(engine, 1, copies=copies)
         case "null":
             return NullSink(engine)
     raise RelayBug(f"no sink for {address}")

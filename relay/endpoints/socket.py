@@ -4,6 +4,7 @@ Facts (man 7 tcp, 7 unix, 2 close; net/ipv4/tcp.c):
 - close() with unread inbound bytes resets the connection and destroys what is under way to the peer.
 - SIOCOUTQ gives the bytes not yet acknowledged, and counts an unacknowledged FIN as one more; after a reset
   it still tells (tcp). On unix sockets it counts memory that the peer has not read yet.
+- A unix peer that closes with bytes unread sets ECONNRESET first and then lets go of them, so SIOCOUTQ is 0.
 - SO_LINGER with a time of 0 makes close() send a reset.
 - A nonblocking connect is over when the socket is writable; SO_ERROR says how.
 
@@ -41,6 +42,11 @@ def unacknowledged(fd: int) -> int:
     """SIOCOUTQ: bytes sent on `fd` that its peer has not acknowledged (tcp) or not read (unix, as memory)."""
     answer = fcntl.ioctl(fd, termios.TIOCOUTQ, b"\0\0\0\0")
     return int(struct.unpack("i", answer)[0])
+
+
+def error_of(fd: int) -> int:
+    """SO_ERROR: the errno that waits on a socket, or 0; taken off it."""
+    return int(socket_of(fd, lambda sock: sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)))
 
 
 def close_with_reset(fd: int) -> None:
@@ -84,7 +90,7 @@ class SocketSource(Source):
 class SocketSink(Sink):
     """A connected stream socket as a one-way sink; subclasses connect it. Owns the socket once connected."""
 
-    counts_fin = True  # an unacknowledged FIN is one more in SIOCOUTQ
+    counts_fin = True  # tcp: SIOCOUTQ tells after a reset too, and an unacknowledged FIN is one more in it
     awaits_reading = True  # whether SIOCOUTQ must fall to 0 before the stream counts as delivered
 
     def __init__(
@@ -100,6 +106,7 @@ class SocketSink(Sink):
         self._delivered_at = 0.0
         self._wait = 0.001
         self._finish_asked = False
+        self._cut_at = 0.0
 
     def adopt(self, sock: socket.socket) -> None:
         """Takes the connected socket over and is open."""
@@ -141,6 +148,9 @@ class SocketSink(Sink):
             return
         now = self.engine.now
         if not self._delivered_at and (not self.awaits_reading or unacknowledged(self.c.fd) == 0):
+            if not self.counts_fin and (code := error_of(self.c.fd)):
+                self.broke(code)  # nothing is outstanding because the peer closed with bytes unread
+                return
             self._delivered_at = now
         if self._delivered_at and (self.c.peer_ended or now - self._delivered_at >= self.grace):
             self.finished()
@@ -159,15 +169,17 @@ class SocketSink(Sink):
 
     def broke(self, code: int) -> None:
         """Counts what the peer had not acknowledged as lost. A reset after everything was is no failure."""
-        if self.state == "finishing":
-            self.lost = self._outstanding()
-            if self.lost == 0:
-                self.reason = "the peer reset the connection after it had everything"
-                self.finished()
-                return
-        elif self.state == "open":
+        if self.state == "finishing" and (self._delivered_at or self._acknowledged()):
+            self.reason = "the peer reset the connection after it had everything"
+            self.finished()
+            return
+        if self.state in ("open", "finishing", "cutting"):
             self.lost = self._outstanding()
         super().broke(code)
+
+    def _acknowledged(self) -> bool:
+        """Whether the dead connection's peer had acknowledged the end of the stream."""
+        return self.counts_fin and unacknowledged(self.c.fd) == 0
 
     def _outstanding(self) -> int:
         if self._delivered_at:
@@ -180,9 +192,36 @@ class SocketSink(Sink):
             waiting -= 1
         return min(waiting, self.moved)
 
+    @property
+    def seconds(self) -> float:
+        """Until everything was acknowledged: waiting for the peer to close moves no bytes."""
+        return self._delivered_at - self.opened_at if self._delivered_at else super().seconds
+
+    def under_way(self) -> int:
+        """What the peer's kernel has not acknowledged (tcp); what a unix peer has taken is its own."""
+        return self._outstanding() if self.counts_fin and self.c.fd >= 0 else 0
+
+    def cut(self, reason: str) -> None:
+        """Waits up to GRACE seconds for the peer's kernel to have what was sent, then resets the connection."""
+        if self.state != "open":
+            self.abort(reason)
+            return
+        self.state = "cutting"
+        self._cut_at = self.engine.now
+        self._await_cut(reason)
+
+    def _await_cut(self, reason: str) -> None:
+        if self.state != "cutting":
+            return
+        if unacknowledged(self.c.fd) == 0 or self.engine.now - self._cut_at >= GRACE:
+            self.abort(reason)
+            return
+        self._timer = self.engine.later(self._wait, lambda: self._await_cut(reason))
+        self._wait = min(self._wait * 2, 0.05)
+
     def abort(self, reason: str) -> None:
         """Resets the connection: the receiver must not take what it has for the whole."""
-        if self.state in ("open", "finishing"):
+        if self.state in ("open", "finishing", "cutting"):
             self.lost = self._outstanding()
         super().abort(reason)
 

@@ -15,12 +15,13 @@ import errno
 import fcntl
 import os
 import select
+import socket
 import stat
 
-from relay.endpoints.base import Sink, Source
+from relay.endpoints.base import Sink
 from relay.endpoints.ferry import Ferry
 from relay.endpoints.file import FileSource
-from relay.endpoints.socket import READ_WRITE, SocketSink
+from relay.endpoints.socket import READ_WRITE, SocketSink, socket_of
 from relay.engine import Engine
 from relay.kernel import core
 from relay.kernel.pipe import LARGEST_CAPACITY, enlarge
@@ -46,10 +47,15 @@ def _reopen(fd: int, flags: int) -> int:
 
 
 class InheritedSource(FileSource):
-    """Reads a descriptor that relay was started with, from where it stands."""
+    """Reads a descriptor that relay was started with, from where it stands.
 
-    def __init__(self, engine: Engine, fd: int) -> None:
-        super().__init__(engine, name_of(fd))
+    A file is read from `offset` bytes further on; anything else has no offset but the bytes themselves, so
+    whoever wants to leave some out discards them in the chain. `length` counts what is left in: of a pipe
+    exactly `offset + length` bytes are read, and what follows stays in it.
+    """
+
+    def __init__(self, engine: Engine, fd: int, *, offset: int = 0, length: int | None = None) -> None:
+        super().__init__(engine, name_of(fd), offset=offset, length=length)
         self.name = name_of(fd)
         self.peer = name_of(fd)
         self._given = fd
@@ -65,11 +71,15 @@ class InheritedSource(FileSource):
             return
         mode = status.st_mode
         self.scheme = "file" if stat.S_ISREG(mode) else "stdio"
+        self.size = None
+        self.c.left = -1 if self._length is None else self._offset + self._length
         if fcntl.fcntl(self._given, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
             self.on_fail(self.error("reading", errno.EBADF, reason="it is open for writing only"))
         elif stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-            self._offset = os.lseek(self._given, 0, os.SEEK_CUR) if stat.S_ISREG(mode) else 0
+            self._offset += os.lseek(self._given, 0, os.SEEK_CUR) if stat.S_ISREG(mode) else 0
             self.take(os.dup(self._given))
+        elif _is_null(status) and self._length:
+            self.on_fail(self.error("reading", 0, reason=f"it has 0 bytes, not {self._length}"))
         elif _is_null(status):
             self.c.kind, self.c.left, self.c.readable = core.INSTANT, 0, 1
             self.on_open()
@@ -109,6 +119,7 @@ class InheritedSocketSink(SocketSink):
 
     def open(self) -> None:
         """Registers a duplicate of the descriptor."""
+        self.counts_fin = socket_of(self._given, lambda sock: sock.family) != socket.AF_UNIX
         self.attach(os.dup(self._given), READ_WRITE)
         self.opened()
 

@@ -6,6 +6,8 @@
  * touch it until it comes back empty. */
 #include "calls.h"
 
+#include <poll.h>
+
 static int64_t take_knock(struct relay_ferry *f)
 {
     uint64_t count;
@@ -48,8 +50,9 @@ void relay_ferry_give_back(struct relay_ferry *f)
 void relay_ferry_end(struct relay_ferry *f)
 {
     uint64_t one = 1;
-    if (f->load[f->at] && __atomic_load_n(&f->turn[f->at], __ATOMIC_ACQUIRE) == RELAY_WITH_ENGINE) {
-        int k = f->at;
+    int k = f->at;
+    /* whose it is comes first: the load of a pipe that the thread has is the thread's to read */
+    if (__atomic_load_n(&f->turn[k], __ATOMIC_ACQUIRE) == RELAY_WITH_ENGINE && f->load[k]) {
         f->at ^= 1;
         __atomic_store_n(&f->turn[k], RELAY_WITH_THREAD, __ATOMIC_RELEASE);
     }
@@ -57,11 +60,22 @@ void relay_ferry_end(struct relay_ferry *f)
     while (write(f->knock, &one, sizeof one) < 0 && errno == EINTR) {}
 }
 
+/* An end is nonblocking when whoever gave it to us made it so (the flag is shared): we wait for it ourselves. */
+static void wait_for_room(struct relay_ferry *f)
+{
+    struct pollfd one = { .fd = f->fd, .events = POLLOUT };
+    while (poll(&one, 1, -1) < 0 && errno == EINTR) {}
+}
+
 static int64_t write_whole(struct relay_ferry *f, int64_t size)
 {
     int64_t done = 0;
     while (done < size) {
         int64_t n = call_write(f->fd, 0, f->buffer + done, size - done);
+        if (n == -EAGAIN) {
+            wait_for_room(f);
+            continue;
+        }
         if (n <= 0)
             return n ? n : -EIO;
         done += n;
@@ -95,8 +109,10 @@ int relay_ferry_run(struct relay_ferry *f)
                 if (n > 0)
                     n = write_whole(f, n);
             }
-            if (n == -EAGAIN)
+            if (n == -EAGAIN) {
+                wait_for_room(f);
                 continue;
+            }
             if (n <= 0) {
                 n = n ? n : -EIO;
                 __atomic_store_n(&f->error, (int)-n, __ATOMIC_RELEASE);

@@ -95,10 +95,11 @@ static int fill_by_hand(struct pass *s, struct relay_node *head)
         head->stash_next = moved;
     } else {
         int64_t written = 0;
+        int refused = 0;
         while (written < moved) {
             int64_t w = call_write(head->pipe_w, 0, to + written, moved - written);
             s->e->calls++;
-            if (w == -EAGAIN)   /* an empty pipe takes its capacity: only a passing fault says no */
+            if (w == -EAGAIN && ++refused < 100)    /* an empty pipe takes its capacity: a passing fault */
                 continue;
             if (w <= 0) {
                 tell(s, head->token, RELAY_BROKEN, w ? w : EIO);
@@ -144,7 +145,11 @@ int fill_from_source(struct pass *s)
         return fill_by_hand(s, head);
     if (source->method == RELAY_SENDFILE) {
         struct relay_end *sink = head->sink;
-        if (!sink || head->held)
+        if (!sink || head->next) {      /* its sink failed, or is no longer the only one */
+            source->method = RELAY_SPLICE;
+            return 1;
+        }
+        if (head->held)
             return 0;
         if (!sink->writable || sink->fd < 0) {
             blocked(s, head);

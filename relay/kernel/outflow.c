@@ -81,7 +81,7 @@ static int64_t give_to_ferry(struct pass *s, struct relay_node *n, int64_t amoun
             sink_failed(s, n, f->error);
             return -1;
         }
-        if (!ferry_has(f, k))
+        if (!ferry_has(f, k))       /* both away: the sink is slow */
             return 0;
         moved = give(n, f->pipe_w[k], 0, amount);
         s->e->calls++;
@@ -95,8 +95,6 @@ static int64_t give_to_ferry(struct pass *s, struct relay_node *n, int64_t amoun
             look_again(s);
             return 0;
         }
-        if (!ferry_has(f, k ^ 1))   /* both away: the sink is slow */
-            return 0;
         ferry_hand_over(f);
     }
     return 0;

@@ -24,7 +24,7 @@ CAP_SYS_RESOURCE = 24  # it or the one before lifts the limits on pipes (fs/pipe
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan needs to know of the machine: which calls work (or the errno that refused them), and limits.
+    """What a plan needs to know of the machine: limits, and which calls work (0, or the errno that refused).
 
     Sizes are in bytes, `pipe_pages` in pages of 4 KiB; 0 means no limit. `files` is the soft limit of open
     files, `files_hard` how far a process may raise it itself; `first_port` is the first that everybody may

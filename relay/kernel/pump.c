@@ -19,6 +19,11 @@ static int turn(struct pass *s, struct relay_node *n)
 
     if (n->since_ns && n->into && !n->into->held && !n->dropping)
         into_emptied(s, n);
+    if (n->rest_have && !n->dropping) {         /* the gap was called off: nobody wants its first piece */
+        n->passed -= n->rest_have;
+        n->dropped += n->rest_have;
+        n->rest_have = n->rest_need = 0;
+    }
     if (n->prefix_left)
         moved |= fill_prefix(s, n);
     if (!n->held) {

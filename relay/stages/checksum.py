@@ -7,9 +7,9 @@ from typing import Any, ClassVar, get_args
 
 from pydantic import Field
 
-from relay.endpoints.settings import Algorithm
 from relay.endpoints.base import Sink
 from relay.endpoints.digest import DigestSink
+from relay.endpoints.settings import Algorithm
 from relay.engine import Engine
 from relay.stages.base import StageSettings
 from relay.stages.stage import Stage

@@ -48,7 +48,8 @@ class Meter(Stage):
         self._timer = self.engine.later(self._every, self._tell)
 
     def _tell(self) -> None:
-        assert self.engine is not None and self._turn is not None
+        assert self.engine is not None
+        assert self._turn is not None
         now, passed = self.engine.now, int(self.node.passed)
         rate = (passed - self._last) / max(now - self._last_at, 1e-9)
         log.info(

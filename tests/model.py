@@ -1,0 +1,456 @@
+"""The pump in plain Python: the executable specification of relay/kernel (pump.h names the same things).
+
+Its pipes are those of slots.py, which is enough to say exactly how far each byte gets. What the C core keeps
+as numbers is kept here as the bytes themselves, and the numbers are derived: nothing can be miscounted.
+
+`Model.sweep(now)` does what relay_sweep does, and says the same events and the same number of system calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from mmap import PAGESIZE
+
+from slots import Pipe
+
+PIECE = 1 << 20  # most bytes asked for in one call
+
+Event = tuple[str, str, int]  # what, the name of the node, sink or pipeline, errno
+
+EPIPE = 32
+
+
+@dataclasses.dataclass(eq=False)
+class Source:
+    """Where bytes enter: a pipe that somebody else writes to."""
+
+    pipe: Pipe
+    copies: bool = False
+    readable: bool = False
+    moved: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class Sink:
+    """Where bytes leave: a pipe that somebody else reads from, or /dev/null (`pipe` is None)."""
+
+    name: str
+    pipe: Pipe | None
+    writable: bool = False
+    failed: bool = False
+    moved: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """One pipe and what is done to the stream there. Fields as in struct relay_node."""
+
+    name: str
+    pipe: Pipe
+    next: Node | None = None
+    into: Node | None = None
+    sink: Sink | None = None
+    full: bool = False
+    ended: bool = False
+    done: bool = False
+    leaving: bool = False
+    hold: bool = False  # a failed sink will be replaced: what is meant for it is kept
+    owed: int = 0
+    passed: int = 0
+    dropped: int = 0
+    rate: int = 0
+    burst: int = 0
+    tokens: float = 0.0
+    stamp: int = 0
+    skip: int = 0
+    left: int = -1
+    prefix: bytes = b""
+    after: int = 0
+    since: int = 0
+    blocked: int = 0
+    slow: bool = False
+    dropping: bool = False
+    align: int = 1
+    rest: bytes = b""  # the piece that was under way when the gap began, as far as it has come
+    rest_need: int = 0
+    tee_copies: bool = False
+    out_copies: bool = False
+    stash_size: int = 0
+    untold: bytes = b""  # of the stash: not yet written to next
+    stash: bytes = b""  # of the stash: still to go out
+    history: list[tuple[str, int]] = dataclasses.field(default_factory=list)  # what became of its bytes
+
+    @property
+    def held(self) -> int:
+        """Bytes in the pipe and the stash."""
+        return self.pipe.held + len(self.stash)
+
+    @property
+    def refuses(self) -> bool:
+        """Whether filling it is pointless for now."""
+        return self.full or bool(self.prefix)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is still in its keeping."""
+        return bool(self.held or self.prefix or self.rest or self.untold)
+
+    def start_gap(self) -> None:
+        """From now on bytes are dropped, once the piece that is under way is whole."""
+        under_way = (self.passed + self.dropped) % self.align
+        self.rest, self.rest_need = b"", self.align - under_way if under_way else 0
+        self.dropping = True
+
+
+class Model:
+    """A pipeline: its nodes in sweep order (a node before all that it fills), its source, its events."""
+
+    def __init__(self, nodes: list[Node], source: Source | None, *, budget: int, scratch: int) -> None:
+        self.nodes = nodes
+        self.source = source
+        self.budget, self.scratch = budget, scratch
+        self.source_ended = self.keep = self.tell_idle = self.done = False
+        self.wake = 0
+        self.now = 0
+        self.calls = 0
+        self._read = 0
+        self._events: list[Event] = []
+
+    def sweep(self, now: int) -> tuple[list[Event], bool]:
+        """Moves all that can move; the events, and whether the budget stopped it."""
+        self.now, self.wake, self._read, self._events = now, 0, 0, []
+        while True:
+            moved = self._fill()
+            for node in self.nodes:
+                moved |= self._turn(node)
+            if not moved or self._read >= self.budget:
+                break
+        empty = not any(node.keeps for node in self.nodes)
+        still_open = any(n.sink and not n.sink.failed and not n.done for n in self.nodes)
+        self._remove_leaving()
+        if empty and self.tell_idle and (self.source_ended or not self.source):
+            self.tell_idle = False
+            self._tell("IDLE", "pipeline")
+        if not still_open and not self.done and not self.keep:
+            self.done = True
+            self._tell("DONE", "pipeline")
+        return self._events, moved
+
+    def insert(self, before: Node, node: Node, leaf: Node) -> None:
+        """A newcomer in front of `before`: it tees into that and moves its own bytes to `leaf`."""
+        for other in self.nodes:
+            if other.next is before:
+                other.next = node
+            if other.into is before:
+                other.into = node
+        node.next, node.into, node.ended = before, leaf, before.ended
+        place = self.nodes.index(before)
+        self.nodes[place:place] = [node, leaf]
+
+    def _tell(self, what: str, name: str, error: int = 0) -> None:
+        self._events.append((what, name, error))
+
+    def _wake_at(self, when: int) -> None:
+        self.wake = min(self.wake or when, when)
+
+    # -- into a node
+
+    def _over(self) -> bool:
+        self.source_ended = True
+        if not self.keep:
+            self.nodes[0].ended = True
+        self._tell("SOURCE_ENDED", "pipeline")
+        return True
+
+    def _fill(self) -> bool:
+        head, source = self.nodes[0], self.source
+        if not source or self.source_ended or head.ended or head.refuses or not source.readable:
+            return False
+        if source.copies:
+            return self._fill_by_hand(head, source)
+        moved = source.pipe.splice_to(head.pipe, PIECE)
+        self.calls += 1
+        if not moved:
+            if source.pipe.ended and not source.pipe.segments and not head.pipe.full:
+                return self._over()
+            if head.held:  # nothing there, or no room here? Asked again when it is drained.
+                head.full = True
+            else:
+                source.readable = False
+        self._read += moved
+        source.moved += moved
+        return bool(moved)
+
+    def _fill_by_hand(self, head: Node, source: Source) -> bool:
+        if head.held:
+            return False
+        direct = head.out_copies and not head.next
+        size = head.stash_size if direct else min(self.scratch, head.pipe.slots * PAGESIZE)
+        data = source.pipe.read(size)
+        self.calls += 1
+        if not data:
+            if source.pipe.ended:
+                return self._over()
+            source.readable = False
+            return False
+        if direct:
+            head.stash = data
+        else:
+            assert head.pipe.write(data) == len(data), "an empty pipe takes its capacity"
+            self.calls += 1
+        self._read += len(data)
+        source.moved += len(data)
+        return True
+
+    def _fill_prefix(self, node: Node) -> bool:
+        moved = node.pipe.lend(node.prefix)
+        self.calls += 1
+        node.prefix = node.prefix[moved:]
+        return bool(moved)
+
+    # -- out of a node
+
+    def _out(self, node: Node, size: int, became: str) -> None:
+        """`size` bytes have left the node."""
+        node.history.append((became, size))
+        if node.next:
+            node.owed -= size
+        node.full = False
+        if node.since and not node.into and not (node.owed if node.next else node.held):
+            self._no_longer_blocked(node)
+
+    def _no_longer_blocked(self, node: Node) -> None:
+        if not node.since:
+            return
+        node.blocked += self.now - node.since
+        node.since = 0
+        if node.slow and not node.dropping:
+            node.slow = False
+            self._tell("CAUGHT_UP", node.name)
+
+    def _blocked(self, node: Node) -> None:
+        if not node.after:
+            return
+        node.since = node.since or self.now
+        if node.slow:
+            return
+        if self.now - node.since >= node.after:
+            node.slow = True
+            self._tell("SLOW", node.name)
+        else:
+            self._wake_at(node.since + node.after)
+
+    def _take(self, node: Node, size: int) -> bytes:
+        """Bytes out of the node, to be let go or kept aside."""
+        if node.stash:
+            data, node.stash = node.stash[:size], node.stash[size:]
+        else:
+            data = node.pipe.read(size)
+            self.calls += 1
+        return data
+
+    def _move(self, node: Node, to: Pipe, size: int) -> int:
+        self.calls += 1
+        if not node.stash:
+            return node.pipe.splice_to(to, size)
+        moved = to.write(node.stash[:size])
+        node.stash = node.stash[moved:]
+        return moved
+
+    def _gate(self, node: Node, size: int) -> int:
+        """How much may pass now: whole quanta of the rate, so that a slow rate is not a dribble."""
+        if node.left >= 0:
+            size = min(size, node.left)
+        if not node.rate or not size:
+            return size
+        if not node.stamp:
+            node.stamp, node.tokens = self.now, float(node.burst)
+        node.tokens += (self.now - node.stamp) * float(node.rate) / 1e9
+        node.tokens = min(node.tokens, float(node.burst))
+        node.stamp = self.now
+        quantum = max(1, min(node.rate // 100, node.burst, size))
+        if node.tokens < quantum:
+            self._wake_at(self.now + int((quantum - node.tokens) * 1e9 / node.rate) + 1)
+            return 0
+        return min(size, int(node.tokens))
+
+    def _tee_by_hand(self, node: Node) -> bool:
+        assert node.next
+        if not node.untold or node.next.refuses:
+            return False
+        moved = node.next.pipe.write(node.untold)
+        self.calls += 1
+        node.next.full |= not moved
+        node.untold = node.untold[moved:]
+        return bool(moved)
+
+    def _tee(self, node: Node) -> bool:
+        assert node.next
+        if node.tee_copies:
+            if node.stash or node.untold:
+                return False
+            node.stash = node.untold = node.pipe.read(node.stash_size)
+            self.calls += 1
+            node.owed, node.full = len(node.stash), False
+            return True
+        if node.next.refuses:
+            return False
+        node.owed = node.pipe.tee_to(node.next.pipe, node.held)
+        self.calls += 1
+        node.next.full |= not node.owed
+        return bool(node.owed)
+
+    def _drop(self, node: Node, size: int) -> bool:
+        """Gaps begin and end between pieces of `align` bytes; the one under way is finished first."""
+        if len(node.rest) < node.rest_need:
+            data = self._take(node, min(size, node.rest_need - len(node.rest)))
+            node.rest += data
+            node.passed += len(data)
+            self._out(node, len(data), "passed")
+            return True
+        to = node.into
+        if to and not to.held and not to.refuses:
+            if node.rest:
+                moved = to.pipe.write(node.rest)
+                self.calls += 1
+                node.rest = node.rest[moved:]
+                node.rest_need = len(node.rest)
+                return True
+            node.rest_need = 0
+            over = (node.passed + node.dropped) % node.align
+            if not over:
+                node.dropping = False
+                self._no_longer_blocked(node)
+                return True
+            size = min(size, node.align - over)
+        if not node.held:
+            return False
+        return self._discard(node, size, "dropped")
+
+    def _discard(self, node: Node, size: int, became: str) -> bool:
+        data = self._take(node, size)
+        if became == "dropped":
+            node.dropped += len(data)
+        self._out(node, len(data), became)
+        return bool(data)
+
+    def _move_out(self, node: Node, size: int) -> bool:
+        if node.skip:
+            before = node.held
+            self._discard(node, min(size, node.skip), "skipped")
+            node.skip -= before - node.held
+            return True
+        if node.dropping:
+            return self._drop(node, size)
+        if not node.left or (not node.into and not node.sink):
+            return self._discard(node, size, "dropped" if node.left else "beyond")
+        size = self._gate(node, size)
+        if not size:
+            return False
+        moved = self._give_to_sink(node, node.sink, size) if node.sink else self._give_to_node(node, size)
+        if moved < 0:
+            return True
+        if not moved:
+            self._blocked(node)
+            return False
+        node.passed += moved
+        if node.rate:
+            node.tokens -= moved
+        if node.left > 0:
+            node.left -= moved
+        self._out(node, moved, "passed")
+        if not node.left and node.into:
+            node.into.ended = True
+        return True
+
+    def _give_to_node(self, node: Node, size: int) -> int:
+        assert node.into
+        if node.into.refuses:
+            return 0
+        moved = self._move(node, node.into.pipe, size)
+        node.into.full |= not moved
+        return moved
+
+    def _give_to_sink(self, node: Node, sink: Sink, size: int) -> int:
+        if sink.failed or not sink.writable:
+            return 0
+        if not sink.pipe:
+            moved = len(self._take(node, size)) if not node.stash else self._move(node, Pipe(1 << 20), size)
+        elif sink.pipe.orphaned:
+            self.calls += 1
+            sink.failed = True
+            if not node.hold:
+                node.sink, node.since = None, 0
+            self._tell("SINK_FAILED", sink.name, EPIPE)
+            return -1
+        else:
+            moved = self._move(node, sink.pipe, size)
+            sink.writable = bool(moved)
+        sink.moved += moved
+        return moved
+
+    # -- a turn, and the whole chain
+
+    def _turn(self, node: Node) -> bool:
+        moved = False
+        if node.since and node.into and not node.into.held and not node.dropping:
+            self._no_longer_blocked(node)
+        if node.rest and not node.dropping:  # the gap was called off: nobody wants its first piece
+            node.passed, node.dropped = node.passed - len(node.rest), node.dropped + len(node.rest)
+            node.rest, node.rest_need = b"", 0
+        if node.prefix:
+            moved |= self._fill_prefix(node)
+        if not node.held:
+            if node.next and node.untold:
+                moved |= self._tee_by_hand(node)
+            if node.ended:
+                node.rest_need = len(node.rest)  # the piece will not be finished any more
+            if node.dropping and len(node.rest) == node.rest_need:
+                moved |= self._drop(node, 0)
+            if node.ended and not node.keeps and not node.done:
+                self._pass_end_on(node)
+                moved = True
+            return moved
+        if node.next:
+            if node.untold:
+                moved |= self._tee_by_hand(node)
+            if not node.owed:
+                moved |= self._tee(node)
+                if node.untold:
+                    moved |= self._tee_by_hand(node)
+        size = node.owed if node.next else node.held
+        if not size:
+            return moved
+        if node.out_copies and not node.stash:
+            if node.untold:
+                return moved
+            node.stash = node.pipe.read(min(size, node.stash_size))
+            self.calls += 1
+            node.full = False
+        if node.stash:
+            size = min(size, len(node.stash))
+        return moved | self._move_out(node, size)
+
+    def _pass_end_on(self, node: Node) -> None:
+        node.done = True
+        for following in (node.next, node.into):
+            if following:
+                following.ended = True
+        if node.sink:
+            self._tell("SINK_DRAINED", node.sink.name)
+
+    def _remove_leaving(self) -> None:
+        for node in list(self.nodes):
+            if not node.leaving or node.keeps or not node.next or (node.into and node.into.held):
+                continue
+            if node.into:
+                self.nodes.remove(node.into)
+            if node.ended:
+                node.next.ended = True
+            for other in self.nodes:
+                if other.next is node:
+                    other.next = node.next
+                if other.into is node:
+                    other.into = node.next
+            self.nodes.remove(node)
+            self._tell("REMOVED", node.name)

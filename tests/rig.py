@@ -1,0 +1,355 @@
+"""The C pump and its model side by side, over real pipes: what is done to one is done to the other.
+
+After every sweep everything both of them know is compared: events, system calls made, the bytes of every
+pipe and stash, every counter, and whether the budget stopped it. Readiness is asked of poll(2) before each
+sweep, so the schedule alone decides what happens; the time is the C core's own, which the model is told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import select
+from mmap import PAGESIZE
+from typing import Any
+
+from descriptors import Descriptors, PipeEnds
+from model import Event, Model, Node, Sink, Source
+from slots import Pipe
+from syscalls import Memory, readable
+
+from relay.kernel import core
+
+NAMES = {
+    getattr(core, name): name
+    for name in (
+        *("SOURCE_ENDED", "SOURCE_FAILED", "SINK_DRAINED", "SINK_FAILED", "PEER_ENDED", "WANTS_COPY"),
+        *("SOURCE_COPIES", "SOURCE_DRY", "SLOW", "CAUGHT_UP", "IDLE", "DONE", "REMOVED", "BROKEN"),
+    )
+}
+EVENTS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One step. `kind`: "plain" moves on, "tee" has a sink of its own, "gate" a branch of one node."""
+
+    kind: str = "tee"
+    slots: int = 16
+    leaf_slots: int = 16
+    sink_slots: int = 16
+    tee_copies: bool = False
+    out_copies: bool = False
+    stash: int = 8192
+    rate: int = 0
+    skip: int = 0
+    left: int = -1
+    prefix: int = 0  # bytes
+    after: int = 0  # nanoseconds; 0: never dropping
+    align: int = 1
+    null: bool = False  # its sink is /dev/null
+    hold: bool = False  # a sink that fails is replaced
+
+
+@dataclasses.dataclass(eq=False)
+class Step:
+    """One node, twice: its struct with its pipe, and its model."""
+
+    c: Any
+    ends: PipeEnds
+    model: Node
+    spec: Spec
+    prefix: bytes = b""
+    memory: Memory | None = None
+    stash: Any = None
+
+
+@dataclasses.dataclass(eq=False)
+class Outlet:
+    """One sink, twice: its struct with the pipe it writes to, and its model; `got` is what was read."""
+
+    c: Any
+    ends: PipeEnds | None
+    model: Sink
+    step: Step
+    gate: Step
+    got: bytearray = dataclasses.field(default_factory=bytearray)
+    newcomer: bool = False
+    second: bool = False  # it stands where another failed
+    missed: int = 0  # by a newcomer: bytes of the stream that had reached the tail before it joined
+    alive: bool = True
+
+
+class Rig:
+    """A chain of `specs`, the last of which is its tail, in C and in Python; `fds` owns the descriptors."""
+
+    def __init__(
+        self, fds: Descriptors, specs: list[Spec], *, seed: int = 1, source_slots: int = 16,
+        copy_source: bool = False, budget: int = 1 << 22, scratch: int = 65536, keep: bool = False,
+    ) -> None:  # fmt: skip
+        self.fds = fds
+        self.bytes = random.Random(seed)
+        self.fed = bytearray()
+        self.names: dict[int, str] = {}
+        self.events: list[Event] = []
+        self._null = fds.open(os.devnull, os.O_RDWR)
+        self._scratch = core.buffer(scratch)
+        self.engine = core.new(
+            "engine", epoll=-1, null_fd=self._null, scratch=self._scratch, scratch_size=scratch, budget=budget
+        )
+        self._out = core.ffi.new("struct relay_event[]", EVENTS)
+        self.pipeline = core.new("pipeline", token=self._token("pipeline"), keep=int(keep))
+        self.inlet = fds.pipe(source_slots * PAGESIZE)
+        self.inlet_open = True
+        method = core.COPY if copy_source else core.SPLICE
+        self.source = core.new_end(self.inlet.r, core.POLLED, method)
+        self.steps: list[Step] = []
+        self.outlets: list[Outlet] = []
+        for number, spec in enumerate(specs):
+            self._add(spec, f"node{number}", tail=number == len(specs) - 1)
+        for step, following in zip(self.steps, self.steps[1:], strict=False):
+            step.c.after = following.c
+        self.model = Model(
+            [step.model for step in self.steps],
+            Source(Pipe(source_slots), copy_source),
+            budget=budget,
+            scratch=scratch,
+        )
+        self.model.keep = keep
+        self.pipeline.head, self.pipeline.nodes = self.steps[0].c, len(self.steps)
+        self.pipeline.source = self.source
+        self.trunk = [step for step in self.steps if not step.model.name.startswith("leaf")]
+
+    def _token(self, name: str) -> int:
+        token = len(self.names) + 1
+        self.names[token] = name
+        return token
+
+    # -- building
+
+    def _step(self, spec: Spec, name: str, slots: int) -> Step:
+        ends = self.fds.pipe(slots * PAGESIZE)
+        c = core.new(
+            "node", token=self._token(name), pipe_r=ends.r, pipe_w=ends.w, capacity=slots * PAGESIZE, left=-1,
+            align=1,
+        )  # fmt: skip
+        return Step(c, ends, Node(name, Pipe(slots)), spec)
+
+    def _dress(self, step: Step, spec: Spec) -> None:
+        """What the spec says of the node itself."""
+        c, model = step.c, step.model
+        for name in ("rate", "skip", "left", "align", "tee_copies", "out_copies"):
+            setattr(c, name, getattr(spec, name))
+            setattr(model, name, getattr(spec, name))
+        c.burst = model.burst = max(1, spec.rate // 8)
+        c.after_ns = model.after = spec.after
+        self._give_stash(step, spec)
+        if spec.prefix:
+            step.prefix = self.bytes.randbytes(spec.prefix)
+            step.memory = Memory(-(-spec.prefix // PAGESIZE))
+            step.memory[: spec.prefix] = step.prefix
+            c.prefix, c.prefix_left = core.ffi.cast("char *", step.memory.address), spec.prefix
+            model.prefix = step.prefix
+
+    @staticmethod
+    def _give_stash(step: Step, spec: Spec) -> None:
+        step.stash = core.buffer(spec.stash + spec.align)
+        step.c.stash, step.c.stash_size, step.model.stash_size = step.stash, spec.stash, spec.stash
+
+    def _add(self, spec: Spec, name: str, *, tail: bool) -> None:
+        step = self._step(spec, name, spec.slots)
+        self._dress(step, spec)
+        before = [s for s in self.steps if not s.model.name.startswith("leaf")]
+        if before:
+            link = "into" if before[-1].spec.kind == "plain" else "next"
+            setattr(before[-1].c, link, step.c)
+            setattr(before[-1].model, link, step.model)
+        self.steps.append(step)
+        if spec.kind == "gate":
+            leaf = self._leaf(step, spec)
+            self.steps.append(leaf)
+            self._outlet(leaf, step, spec)
+        elif tail or spec.kind == "tee":
+            self._outlet(step, step, spec)
+
+    def _leaf(self, gate: Step, spec: Spec) -> Step:
+        leaf = self._step(spec, f"leaf of {gate.model.name}", spec.leaf_slots)
+        leaf.c.out_copies = leaf.model.out_copies = spec.out_copies
+        self._give_stash(leaf, spec)
+        gate.c.into, gate.model.into = leaf.c, leaf.model
+        return leaf
+
+    def _outlet(self, step: Step, gate: Step, spec: Spec) -> None:
+        name = f"sink of {step.model.name}"
+        ends = None if spec.null else self.fds.pipe(spec.sink_slots * PAGESIZE)
+        end = core.new_end(ends.w if ends else self._null, core.POLLED if ends else core.INSTANT)
+        end.token = self._token(name)
+        end.writable = int(spec.null)
+        sink = Sink(name, Pipe(spec.sink_slots) if ends else None, spec.null)
+        step.c.sink, step.model.sink = end, sink
+        step.c.hold, step.model.hold = int(spec.hold), spec.hold
+        self.outlets.append(Outlet(end, ends, sink, step, gate))
+
+    # -- what may happen
+
+    def feed(self, size: int, piece: int = 65536) -> None:
+        """Up to `size` bytes come in, in writes of `piece`."""
+        while size > 0 and self.inlet_open:
+            data = self.bytes.randbytes(min(size, piece))
+            try:
+                count = os.write(self.inlet.w, data)
+            except BlockingIOError:
+                count = 0
+            assert self.model.source
+            assert self.model.source.pipe.write(data) == count
+            self.fed += data[:count]
+            size -= count
+            if count < len(data):
+                return
+
+    def end(self) -> None:
+        """The source comes to its end."""
+        if self.inlet_open:
+            self.inlet_open = False
+            self.fds.close(self.inlet.w)
+            assert self.model.source
+            self.model.source.pipe.ended = True
+
+    def read(self, outlet: Outlet, size: int) -> int:
+        """A receiver reads up to `size` bytes; what it gets is what the model's receiver gets."""
+        if not outlet.alive or outlet.ends is None or size < 1:
+            return 0
+        try:
+            data = os.read(outlet.ends.r, size)
+        except BlockingIOError:
+            data = b""
+        assert outlet.model.pipe
+        assert data == outlet.model.pipe.read(size), f"{outlet.model.name}: other bytes than the model's"
+        outlet.got += data
+        return len(data)
+
+    def kill(self, outlet: Outlet) -> None:
+        """A receiver goes away with whatever it had not read."""
+        if outlet.alive and outlet.ends is not None:
+            outlet.alive = False
+            self.fds.close(outlet.ends.r)
+            assert outlet.model.pipe
+            outlet.model.pipe.orphaned = True
+
+    def again(self, outlet: Outlet) -> None:
+        """Where a sink failed and its place is held, another stands from now on, with a receiver of its own."""
+        if not outlet.step.model.hold or not outlet.model.failed:
+            return
+        at = self.outlets.index(outlet)
+        self._outlet(outlet.step, outlet.gate, outlet.gate.spec)
+        self.outlets[at] = self.outlets.pop()
+        self.outlets[at].second = True
+
+    def join(self, spec: Spec) -> Outlet:
+        """A newcomer in front of the tail."""
+        tail, number = self.trunk[-1], len(self.names)
+        step = self._step(spec, f"node{number}", spec.slots)
+        self._dress(step, spec)
+        leaf = self._leaf(step, spec)
+        self._outlet(leaf, step, spec)
+        outlet = self.outlets[-1]
+        outlet.newcomer = True
+        outlet.missed = sum(size for _, size in tail.model.history) + tail.model.held + len(tail.model.prefix)
+        core.lib.relay_insert(self.pipeline, tail.c, step.c, leaf.c)
+        self.model.insert(tail.model, step.model, leaf.model)
+        self.steps += [step, leaf]
+        return outlet
+
+    def leave(self, outlet: Outlet) -> None:
+        """A newcomer goes, as relay.subscribers does it: cut off, and taken out when its pipes are empty."""
+        if not outlet.newcomer or not outlet.alive or outlet.gate.model not in self.model.nodes:
+            return
+        outlet.alive = False
+        outlet.step.c.sink, outlet.step.model.sink = core.ffi.NULL, None
+        gate, model = outlet.gate.c, outlet.gate.model
+        gate.dropping, gate.after_ns, gate.leaving = 0, 0, 1
+        model.dropping, model.after, model.leaving = False, 0, True
+
+    def later(self, nanoseconds: int) -> None:
+        """Time passes: all that anybody remembers is that much longer ago."""
+        for step in self.steps:
+            c, model = step.c, step.model
+            if c.stamp_ns:
+                c.stamp_ns -= nanoseconds
+                model.stamp -= nanoseconds
+            if c.since_ns:
+                c.since_ns -= nanoseconds
+                model.since -= nanoseconds
+
+    def ask_poll(self) -> None:
+        """Tells both what poll(2) says, as epoll's edges would have."""
+        poll = select.poll()
+        ends = {self.source.fd: None, **{o.ends.w: o for o in self.outlets if o.ends}}
+        poll.register(self.source.fd, select.POLLIN)
+        for fd in ends:
+            if fd != self.source.fd:
+                poll.register(fd, select.POLLOUT)
+        for fd, _ in poll.poll(0):
+            outlet = ends[fd]
+            if outlet is None:
+                self.source.readable = 1
+                assert self.model.source
+                self.model.source.readable = True
+            else:
+                outlet.c.writable, outlet.model.writable = 1, True
+
+    def sweep(self) -> list[Event]:
+        """Readiness, one sweep of each, and the comparison; a node that was told slow begins a gap."""
+        self.ask_poll()
+        calls = self.engine.calls
+        count = core.lib.relay_sweep(self.engine, self.pipeline, self._out, EVENTS)
+        more, wake = bool(self.pipeline.queued), int(self.pipeline.wake_ns)
+        core.lib.relay_forget(self.engine, self.pipeline)
+        got = [(NAMES[e.what], self.names[e.token], e.error) for e in self._out[0:count]]
+        asked = self.model.calls
+        events, expected_more = self.model.sweep(int(self.engine.now_ns))
+        assert got == events
+        assert self.engine.calls - calls == self.model.calls - asked, "system calls"
+        assert (more, wake) == (expected_more, self.model.wake)
+        self.compare()
+        self.events += events
+        for what, name, _ in events:
+            if what == "SLOW":
+                self._start_gap(next(step for step in self.steps if step.model.name == name))
+        return events
+
+    @staticmethod
+    def _start_gap(step: Step) -> None:
+        step.model.start_gap()
+        step.c.rest_have, step.c.rest_need, step.c.dropping = 0, step.model.rest_need, 1
+
+    def compare(self) -> None:
+        """Everything the C core knows is what the model has, and what the kernel says."""
+        assert self.source.moved == self.pipeline.fed
+        assert self.model.source
+        assert self.source.moved == self.model.source.moved
+        chain = []
+        at = self.pipeline.head
+        while at:
+            chain.append(at)
+            at = at.after
+        assert [self.names[c.token] for c in chain] == [model.name for model in self.model.nodes]
+        assert self.pipeline.nodes == len(chain)
+        for step in self.steps:
+            c, model, name = step.c, step.model, step.model.name
+            in_pipe = readable(step.ends.r)
+            assert in_pipe == model.pipe.held, f"{name}: bytes in the pipe"
+            assert c.held == in_pipe + c.stash_len - c.stash_out, f"{name}: held is not what is there"
+            assert c.stash_len - c.stash_out == len(model.stash), f"{name}: stash"
+            for field in ("owed", "passed", "dropped", "skip", "left", "tokens", "rest_need"):
+                assert getattr(c, field) == getattr(model, field), f"{name}: {field}"
+            for field in ("full", "ended", "done", "slow", "dropping"):
+                assert bool(getattr(c, field)) == getattr(model, field), f"{name}: {field}"
+            assert (c.since_ns, c.blocked_ns) == (model.since, model.blocked), f"{name}: blocked"
+            assert c.rest_have == len(model.rest), f"{name}: rest"
+            assert c.prefix_left == len(model.prefix), f"{name}: prefix"
+            if c.next:
+                assert c.stash_len - c.stash_next == len(model.untold), f"{name}: untold"
+        for outlet in self.outlets:
+            assert outlet.c.moved == outlet.model.moved, f"{outlet.model.name}: moved"
