@@ -30,7 +30,7 @@ from relay.endpoints.make import make_sink
 from relay.endpoints.settings import Limits, SinkSettings
 from relay.endpoints.template import fill_path
 from relay.engine import Engine, Timer
-from relay.errors import RelayError
+from relay.errors import KernelError, RelayError
 from relay.kernel import core
 from relay.kernel.arena import MappedFile
 from relay.record import SessionRecord, SinkRecord
@@ -137,16 +137,15 @@ class Pipeline:
             outlet.moved_away = outlet.lost_before = outlet.away = 0
             outlet.dropped_before += outlet.dropped
             outlet.blocked_before += outlet.blocked
-            if (outlet.per_turn and outlet.settings is None) or (
-                outlet.per_turn and not self._listens(outlet)
-            ):
-                self._stand(outlet, self._made(outlet))
         try:
             for stage in self.chain.stages:
                 stage.begin(turn)
         except RelayError as error:
-            self.abort(str(error))
+            self._not_begun(error)
             return
+        for outlet in self.chain.outlets:
+            if outlet.per_turn and not self._listens(outlet):
+                self._stand(outlet, self._made(outlet))
         self._choose_source(source)
         source.c.reads = self.c
         self.c.source = source.c
@@ -189,6 +188,19 @@ class Pipeline:
         self._source_is_over(0, reason)
         self.engine.ready(self.c)
 
+    def _not_begun(self, error: RelayError) -> None:
+        """A stage cannot take this stream: the turn is over before it began; the next one may do better."""
+        log.warning("%s: %s", self.route, error)
+        self._source_error = self._reason = str(error)
+        self._ended_by = "relay"
+        self._source_over = True
+        for outlet in self.chain.outlets:
+            outlet.settled = True
+        record = self._turn_over()
+        if not self.persistent or self._ending:
+            self.close()
+        self._on_over(record)
+
     @staticmethod
     def _opening(outlet: Outlet) -> bool:
         return outlet.sink is not None and outlet.sink.state == "opening"
@@ -210,6 +222,8 @@ class Pipeline:
             return
         self._ending = True
         self.c.keep = 0
+        for group in self.subscribers:
+            group.hurry()
         if self.source is None:
             self._started_ending()
         self.chain.head.c.ended = 1
@@ -305,7 +319,11 @@ class Pipeline:
             if choice.method == "copy":
                 outlet.node.copies(choice.reason)
         outlet.node.c.sink = sink.c
-        sink.open()
+        try:
+            sink.open()
+        except (OSError, KernelError) as error:  # no descriptor left: this sink's failure, nobody else's
+            code = error.errno or 0 if isinstance(error, OSError) else 0
+            sink.fail(sink.error("opening", code, reason="" if code else str(error)))
 
     def _opened(self, outlet: Outlet, sink: Sink) -> None:
         log.debug("%s: sink %s is open", self.route, outlet.name)

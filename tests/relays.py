@@ -197,7 +197,8 @@ def relay(*arguments: str | Path, cwd: Path, prefix: Sequence[str] = (), **popen
     argv = [*prefix, *RELAY, *map(str, arguments)]
     popen.setdefault("env", environment())
     popen.setdefault("stdin", subprocess.DEVNULL)
-    with subprocess.Popen(argv, cwd=cwd, stderr=subprocess.PIPE, **popen) as process:
+    # a log that nobody reads would hold relay up: room for what a test does not look at
+    with subprocess.Popen(argv, cwd=cwd, stderr=subprocess.PIPE, pipesize=1 << 20, **popen) as process:
         try:
             yield Process(process)
         finally:

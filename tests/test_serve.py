@@ -41,6 +41,15 @@ def push(port: int, data: bytes) -> None:
         assert receive_all(sock) == b""
 
 
+def accepted(port: int, data: bytes) -> bool:
+    """Whether relay takes the stream; it refuses with a reset."""
+    try:
+        push(port, data)
+    except ConnectionResetError:
+        return False
+    return True
+
+
 def descriptors(process: Process) -> int:
     """How many descriptors the process has open."""
     return len(os.listdir(f"/proc/{process.pid}/fd"))  # noqa: PTH208 - only their number
@@ -267,7 +276,11 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "where", "said"),
     [
-        ("routes:\n  r:\n    source: {listen: 'tcp://127.0.0.1:0'}\n    sink: 'nul:'\n", ":4:11: ", "nul"),
+        (
+            "routes:\n  r:\n    source: {listen: 'tcp://127.0.0.1:0'}\n    sink: 'tpc://h:1'\n",
+            ":4:11: ",
+            "did you mean",
+        ),
         ("", ":1:1: ", "empty"),
         ("- a\n- b\n", ":1:1: ", "mapping"),
         ("routes: {r: {source: 'tcp://h:99999', sink: 'null:'}}", ":1:22: ", "99999"),
@@ -560,7 +573,9 @@ def test_too_few_descriptors_refuse_newcomers_only(tmp_path: Path) -> None:
     with serving(config, tmp_path, **limit) as served:
         port = served.port()
         first = socket.create_connection(("127.0.0.1", port))
+        before = descriptors(served)
         first.sendall(b"first")
+        eventually(lambda: descriptors(served) > before, "the first one is in")
         socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
         served.said("ulimit")
         for sock in socks:
@@ -569,7 +584,7 @@ def test_too_few_descriptors_refuse_newcomers_only(tmp_path: Path) -> None:
         first.shutdown(socket.SHUT_WR)
         assert receive_all(first) == b""
         first.close()
-        push(port, b"later")
+        eventually(lambda: accepted(port, b"later"), "there is room again")
         eventually(
             lambda: served.until(
                 lambda: {line["bytes"] for line in served.lines if line.get("event") == "session"} >= {5, 10}
@@ -592,19 +607,24 @@ def test_a_viewer_that_stalls(tmp_path: Path, policy: str) -> None:
         live, source = served.addresses(2)
         stalled = connected(live, 4096)
         served.until(lambda: sum("joined" in line["message"] for line in served.lines) == 1)
-        push(int(source.rpartition(":")[2]), data)
+        with socket.create_connection(("127.0.0.1", int(source.rpartition(":")[2]))) as sock:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            served.said("is slow: dropping" if policy == "drop" else "left after")
+            eventually(lambda: (tmp_path / "in").exists(), "the file is begun")
+            served.signal(signal.SIGTERM)
+            got = b""
+            if policy == "disconnect":
+                with pytest.raises(ConnectionResetError):
+                    receive_all(stalled)
+            else:
+                got = receive_all(stalled)
+            stalled.close()
+            assert receive_all(sock) == b""
+        assert served.wait() == 0
         (record,) = served.sessions()
         assert record["result"] == "delivered"
         assert_same((tmp_path / "in" / "1.bin").read_bytes(), data)
-        served.signal(signal.SIGTERM)
-        if policy == "disconnect":
-            with pytest.raises(ConnectionResetError):
-                receive_all(stalled)
-            got = b""
-        else:
-            got = receive_all(stalled)
-        stalled.close()
-        assert served.wait() == 0
         left = served.said("left after")
     if policy == "disconnect":
         assert "backlog" in left["reason"]

@@ -7,6 +7,7 @@ comes back empty. While both are away the sink is slow.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import threading
@@ -38,9 +39,16 @@ class Ferry:
         self._engine = engine
         self._work = work
         self._then = then
-        self.pipes = (Pipe(capacity), Pipe(capacity))
-        self._knock = os.eventfd(0, os.EFD_CLOEXEC)
-        self._answer = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with contextlib.ExitStack() as undo:  # whoever has the first three must not keep them without the fourth
+            first = Pipe(capacity)
+            undo.callback(first.close)
+            second = Pipe(capacity)
+            undo.callback(second.close)
+            self._knock = os.eventfd(0, os.EFD_CLOEXEC)
+            undo.callback(os.close, self._knock)
+            self._answer = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.pop_all()
+        self.pipes = (first, second)
         self.c = core.new("ferry", fd=-1, method=core.SPLICE, knock=self._knock, answer=self._answer)
         for i, pipe in enumerate(self.pipes):
             self.c.pipe_r[i], self.c.pipe_w[i] = pipe.read_fd, pipe.write_fd

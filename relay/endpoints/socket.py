@@ -92,6 +92,7 @@ class SocketSink(Sink):
     """A connected stream socket as a one-way sink; subclasses connect it. Owns the socket once connected."""
 
     counts_fin = True  # tcp: SIOCOUTQ tells after a reset too, and an unacknowledged FIN is one more in it
+    awaits_reading = True  # whether SIOCOUTQ must fall to 0 before the stream counts as delivered
 
     def __init__(
         self, engine: Engine, address: str, *, close_with_peer: bool = False, patience: float = 0.0
@@ -102,6 +103,7 @@ class SocketSink(Sink):
         self.close_with_peer = close_with_peer
         self._patient_until = engine.now + patience
         self._timer: Timer | None = None
+        self.grace = GRACE
         self._delivered_at = 0.0
         self._wait = 0.001
         self._finish_asked = False
@@ -146,12 +148,12 @@ class SocketSink(Sink):
         if self.state != "finishing":
             return
         now = self.engine.now
-        if not self._delivered_at and unacknowledged(self.c.fd) == 0:
+        if not self._delivered_at and (not self.awaits_reading or unacknowledged(self.c.fd) == 0):
             if not self.counts_fin and (code := error_of(self.c.fd)):
                 self.broke(code)  # nothing is outstanding because the peer closed with bytes unread
                 return
             self._delivered_at = now
-        if self._delivered_at and (self.c.peer_ended or now - self._delivered_at >= GRACE):
+        if self._delivered_at and (self.c.peer_ended or now - self._delivered_at >= self.grace):
             self.finished()
             return
         self._timer = self.engine.later(self._wait, self._await_delivery)

@@ -114,6 +114,8 @@ class InheritedSocketSink(SocketSink):
         super().__init__(engine, name_of(fd))
         self._given = fd
         self.copies = "an inherited socket is not made nonblocking"
+        self.grace = 0.0  # only a duplicate is closed here, which tells the peer nothing
+        self.awaits_reading = False  # whoever started relay may read only when it has ended
 
     def open(self) -> None:
         """Registers a duplicate of the descriptor."""
