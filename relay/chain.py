@@ -11,109 +11,16 @@ branch's head, in front of a pipe that is the sink's backlog.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from relay.backoff import Backoff
-from relay.endpoints.base import Sink
 from relay.endpoints.settings import OnSlow, SinkSettings
 from relay.engine import Engine
-from relay.kernel import core
-from relay.kernel.pipe import DEFAULT_CAPACITY, Pipe
+from relay.kernel.pipe import DEFAULT_CAPACITY
+from relay.node import Node, guard
+from relay.outlet import Outlet
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Checksum
 from relay.stages.stage import Stage
 from relay.ways import Ways
-
-STASH = 256 * 1024  # bytes that a copying node takes out of its pipe at a time
-
-
-class Node:
-    """One stage's pipe and its struct; owns both, and the stash if the kernel refuses zero-copy there."""
-
-    def __init__(self, engine: Engine, capacity: int) -> None:
-        self._engine = engine
-        self.pipe = Pipe(capacity)
-        self.c = core.new(
-            "node",
-            pipe_r=self.pipe.read_fd,
-            pipe_w=self.pipe.write_fd,
-            capacity=self.pipe.capacity,
-            left=-1,
-            align=1,
-        )
-        self._stash: core.Struct = None
-        self.why = ""
-
-    def hear(self, target: Callable[[int, int], None]) -> None:
-        """`target(what, error)` gets this node's events."""
-        self.c.token = self._engine.register(lambda what, error, _mask: target(what, error))
-
-    def give_stash(self) -> None:
-        """Memory to copy through, and behind it room for the piece that is under way when a gap begins.
-
-        After `align` was raised it is called again, before the node has moved anything.
-        """
-        size = STASH + int(self.c.align)
-        if self._stash is None or len(self._stash) < size:
-            self._stash = core.buffer(size)
-            self.c.stash, self.c.stash_size = self._stash, STASH
-
-    def copies(self, why: str) -> None:
-        """From here on bytes leave this node by hand."""
-        self.why = why
-        self.give_stash()
-        self.c.out_copies = 1
-
-    def close(self) -> None:
-        """Closes the pipe. The node must be in no chain. Safe to call again."""
-        self._engine.forget_token(self.c.token)
-        self.pipe.close()
-        self.c.pipe_r = self.c.pipe_w = -1
-
-
-@dataclass(eq=False)
-class Outlet:
-    """Where a sink stands: `node` moves bytes into it, the policy `slow` stands at `gate`.
-
-    `branch` holds stages behind a spill's log. `hidden` outlets are a stage's own (a checksum). `per_turn`: every
-    stream gets a sink of its own. `backoff` is there for one that is connected again whenever it is away.
-    """
-
-    name: str
-    node: Node
-    gate: Node
-    settings: SinkSettings | None
-    slow: OnSlow
-    stage: Stage | None = None
-    branch: tuple[StageSettings, ...] = ()
-    digest: Checksum | None = None
-    per_turn: bool = True
-    sink: Sink | None = None
-    moved_before: int = 0
-    dropped_before: int = 0
-    blocked_before: int = 0
-    moved_away: int = 0
-    lost_before: int = 0
-    away: int = 0
-    backoff: Backoff | None = None
-    settled: bool = False
-
-    @property
-    def hidden(self) -> bool:
-        """Whether it is a stage's own and no sink of the route."""
-        return self.settings is None
-
-    @property
-    def dropped(self) -> int:
-        """Bytes that this sink did not get, by policy or because it was gone, in this turn."""
-        nodes = {id(self.gate): self.gate, id(self.node): self.node}.values()
-        return sum(int(node.c.dropped) for node in nodes) - self.dropped_before
-
-    @property
-    def blocked(self) -> int:
-        """Nanoseconds for which this sink's way was full, in this turn."""
-        nodes = {id(self.gate): self.gate, id(self.node): self.node}.values()
-        return sum(int(node.c.blocked_ns) for node in nodes) - self.blocked_before
 
 
 class Chain:
@@ -140,6 +47,7 @@ class Chain:
         self.nodes: list[Node] = []
         self.stages: list[Stage] = []
         self.outlets: list[Outlet] = []
+        self._gates: list[Node] = []  # heads of the branches that are being built
         try:
             self._build(stages, sink, sink.slow, None)
         except BaseException:
@@ -199,13 +107,17 @@ class Chain:
             node.copies(tee.reason)
         if branch is None:
             nobody = OnSlow().effective(listening=False)
-            self.outlets.append(Outlet(stage.name, node, node, None, nobody, stage=stage))
+            self.outlets.append(
+                Outlet(stage.name, node, node, None, nobody, stage=stage, gates=tuple(self._gates))
+            )
         elif branch.on_slow.policy == "spill" and branch.to.verb != "listen":
             leaf = self._add()
             self._into(node, leaf)
             self._outlet(leaf, node, branch.to, branch.on_slow, None, name=stage.name, branch=branch.stages)
         elif branch.stages or branch.to.sidecar or branch.to.verb == "listen":
+            self._gates.append(node)
             self._into(node, self._build(branch.stages, branch.to, branch.on_slow, node))
+            self._gates.pop()
         elif branch.on_slow.policy != "block":
             leaf = self._add()
             self._into(node, leaf)
@@ -236,7 +148,15 @@ class Chain:
     ) -> None:
         per_turn = not self._persistent or bool(sink.placeholders & {"id", "time", "peer"}) or bool(digest)
         outlet = Outlet(
-            name or str(sink.address), node, gate, sink, slow, digest=digest, per_turn=per_turn, branch=branch
+            name or str(sink.address),
+            node,
+            gate,
+            sink,
+            slow,
+            gates=tuple(self._gates),
+            branch=branch,
+            digest=digest,
+            per_turn=per_turn,
         )
         if sink.verb != "listen":
             guard(gate, slow)
@@ -248,19 +168,3 @@ class Chain:
             stage.close()
         for node in self.nodes:
             node.close()
-
-
-def guard(gate: Node, slow: OnSlow) -> None:
-    """Puts a policy at a gate: after how long it is slow, and where gaps may begin."""
-    gate.c.after_ns = max(1, int((slow.after or 0) * 1e9))
-    policy = slow.then if slow.policy == "spill" else slow.policy
-    if policy == "drop":
-        gate.c.align = slow.align
-        gate.give_stash()
-
-
-def start_gap(gate: core.Struct) -> None:
-    """How much of the piece that is under way must still be kept before anything may be dropped."""
-    under_way = (gate.passed + gate.dropped) % gate.align
-    gate.rest_have = 0
-    gate.rest_need = gate.align - under_way if under_way else 0

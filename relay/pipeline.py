@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 
 from relay.backoff import Backoff
-from relay.chain import Chain, Outlet, start_gap
+from relay.chain import Chain
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.digest import sidecar_line
@@ -33,11 +33,12 @@ from relay.engine import Engine, Timer
 from relay.errors import KernelError, RelayError
 from relay.kernel import core
 from relay.kernel.arena import MappedFile
-from relay.record import SessionRecord, SinkRecord
+from relay.outlet import Outlet
+from relay.record import SessionRecord
+from relay.source_clock import SourceClock
 from relay.stages.base import StageSettings
 from relay.stages.stage import Turn
 from relay.subscribers import Subscribers
-from relay.units import show_size
 from relay.ways import STRAIGHT, Choice, Ways
 
 log = logging.getLogger("relay.pipeline")
@@ -80,7 +81,7 @@ class Pipeline:
         self._named = False
         self._wait = wait
         self._limits = limits
-        self._clock: Timer | None = None
+        self._clock: SourceClock | None = None
         self._waiting: Timer | None = None
         self.persistent = persistent
         self.ways = ways
@@ -132,11 +133,7 @@ class Pipeline:
         self._ended_by = "source"
         self._began = time.monotonic()
         for outlet in self.chain.outlets:
-            outlet.settled = False
-            outlet.moved_before = outlet.sink.moved if outlet.sink and not outlet.per_turn else 0
-            outlet.moved_away = outlet.lost_before = outlet.away = 0
-            outlet.dropped_before += outlet.dropped
-            outlet.blocked_before += outlet.blocked
+            outlet.begin_turn()
         try:
             for stage in self.chain.stages:
                 stage.begin(turn)
@@ -144,38 +141,18 @@ class Pipeline:
             self._not_begun(error)
             return
         for outlet in self.chain.outlets:
-            if outlet.per_turn and not self._listens(outlet):
+            if outlet.per_turn and not outlet.listens:
                 self._stand(outlet, self._made(outlet))
         self._choose_source(source)
         source.c.reads = self.c
         self.c.source = source.c
         self.c.source_ended = 0
-        if self._wait and any(self._opening(outlet) for outlet in self.chain.outlets):
+        if self._wait and any(outlet.opening for outlet in self.chain.outlets):
             self.c.paused = 1
             self._waiting = self.engine.later(self._wait, self._waited)
-        self._watch_time()
+        if self._limits is not None:
+            self._clock = SourceClock(self.engine, source, self._limits, self.break_off)
         self.engine.ready(self.c)
-
-    def _watch_time(self) -> None:
-        """Ends a source that was idle, or lived, for too long; looks again when it might be."""
-        self._clock = None
-        limits, source = self._limits, self.source
-        if limits is None or source is None or self._source_over:
-            return
-        now, due = time.monotonic(), []
-        if limits.lifetime is not None:
-            due.append(
-                (self._began + limits.lifetime, f"it lived for {limits.lifetime:g} s (limits.lifetime)")
-            )
-        if limits.idle is not None:
-            last = max(self._began, source.c.last_ns / 1e9)
-            due.append((last + limits.idle, f"nothing moved for {limits.idle:g} s (limits.idle)"))
-        for when, reason in due:
-            if now >= when:
-                self.break_off(reason)
-                return
-        if due:
-            self._clock = self.engine.later(min(due)[0] - now, self._watch_time)
 
     def break_off(self, reason: str) -> None:
         """The source is not read any further: what it gave flows out, then the stream ends as a failed one."""
@@ -201,16 +178,12 @@ class Pipeline:
             self.close()
         self._on_over(record)
 
-    @staticmethod
-    def _opening(outlet: Outlet) -> bool:
-        return outlet.sink is not None and outlet.sink.state == "opening"
-
     def _waited(self) -> None:
         """Every sink is there, or it has been waited for them long enough."""
         if self._waiting is not None:
             self._waiting.cancel()
             self._waiting = None
-            late = [outlet.name for outlet in self.chain.outlets if self._opening(outlet)]
+            late = [outlet.name for outlet in self.chain.outlets if outlet.opening]
             if late:
                 log.warning("%s: goes on without %s after %.1f s", self.route, ", ".join(late), self._wait)
             self.c.paused = 0
@@ -263,10 +236,6 @@ class Pipeline:
         return self._closed
 
     # -- standing sinks up
-
-    @staticmethod
-    def _listens(outlet: Outlet) -> bool:
-        return outlet.settings is not None and outlet.settings.verb == "listen"
 
     def _made(self, outlet: Outlet) -> Sink:
         settings = outlet.settings
@@ -330,7 +299,7 @@ class Pipeline:
         del sink
         if outlet.backoff is not None:
             outlet.gate.c.dropping = 0
-        if self._waiting is not None and not any(self._opening(other) for other in self.chain.outlets):
+        if self._waiting is not None and not any(other.opening for other in self.chain.outlets):
             self._waited()
         self.engine.ready(self.c)
 
@@ -400,7 +369,7 @@ class Pipeline:
     def _idle(self) -> None:
         """Between turns: nothing is under way, so what belongs to the stream alone can end."""
         for outlet in self.chain.outlets:
-            if outlet.sink is None or not outlet.per_turn or self._listens(outlet):
+            if outlet.sink is None or not outlet.per_turn or outlet.listens:
                 outlet.settled = True
             elif not outlet.settled:
                 self._end_sink(outlet, outlet.sink)
@@ -455,33 +424,28 @@ class Pipeline:
 
     def _judge(self, outlet: Outlet, *, slow: bool) -> None:
         """A sink fell behind for too long, or has caught up again."""
-        policy = outlet.slow.then if outlet.slow.policy == "spill" else outlet.slow.policy
-        after = outlet.slow.after or 0.0
         if not slow:
-            log.info("%s: sink %s has caught up", self.route, outlet.name)
-        elif policy == "drop":
-            outlet.gate.c.dropping = 1
-            start_gap(outlet.gate.c)
+            outlet.caught_up(self.route)
+        elif outlet.policy == "drop" or (outlet.policy == "disconnect" and outlet.down):
             log.warning("%s: sink %s is slow: dropping for it alone", self.route, outlet.name)
-            self.engine.ready(self.c)
-        elif policy == "disconnect" and outlet.sink is not None:
-            if (
-                outlet.sink.state == "opening"
-            ):  # down, and in nobody's way: what comes is dropped until it is back
-                outlet.gate.c.dropping = 1
-                start_gap(outlet.gate.c)
-                self.engine.ready(self.c)
-                return
-            backlog = show_size(outlet.node.pipe.capacity)
-            outlet.sink.abort(f"backlog of {backlog} full for {after:.1f} s")
+            outlet.drop()  # one that is down cannot be disconnected: it is in nobody's way until it is back
+        elif outlet.policy == "disconnect":
+            reason = outlet.slow_words()
+            inside = [other for other in self.chain.outlets if outlet.gate in other.gates]
+            if outlet.backoff is None:
+                outlet.cut_off()
+            for each in {id(other): other for other in (outlet, *inside)}.values():
+                if each.sink is not None:
+                    each.sink.abort(reason)
         else:
             log.warning("%s: sink %s is slow: it holds the source", self.route, outlet.name)
+        self.engine.ready(self.c)
 
     # -- ending
 
     def _settled(self, outlet: Outlet, sink: Sink) -> None:
         """A sink finished or failed."""
-        if self._waiting is not None and not any(self._opening(other) for other in self.chain.outlets):
+        if self._waiting is not None and not any(other.opening for other in self.chain.outlets):
             self._waited()
         if outlet.sink is sink and sink.state == "failed" and self._away(outlet, sink):
             return
@@ -512,11 +476,7 @@ class Pipeline:
         """A standing sink broke: it is down, which is a slow sink, until it is connected again."""
         if outlet.backoff is None or self._ending or self._aborting or self._closed:
             return False
-        outlet.backoff.lasted(sink.seconds if sink.opened_at else 0.0)
-        wait = outlet.backoff.next()
-        outlet.away += 1
-        outlet.lost_before += sink.lost
-        outlet.moved_away += sink.moved - outlet.moved_before
+        wait = outlet.went_away()
         log.warning(
             "%s: sink %s is away (%s); it is tried again in %.1f s",
             self.route,
@@ -576,7 +536,7 @@ class Pipeline:
             self._mapped.close()
             self._mapped = None
         for outlet in self.chain.outlets:
-            if outlet.per_turn and outlet.sink is not None and not self._listens(outlet):
+            if outlet.per_turn and outlet.sink is not None and not outlet.listens:
                 self.engine.forget_token(outlet.sink.c.token)
                 outlet.sink.unwire()
                 outlet.sink = None
@@ -591,7 +551,8 @@ class Pipeline:
 
     def _record(self) -> SessionRecord:
         source, turn = self.source, self.turn
-        sinks = [self._sink_record(outlet) for outlet in self.chain.outlets if not outlet.hidden]
+        sendfile = source is not None and source.c.method == core.SENDFILE
+        sinks = [outlet.record(sendfile=sendfile) for outlet in self.chain.outlets if not outlet.hidden]
         stages = []
         for stage in self.chain.stages:
             said = stage.end()
@@ -621,34 +582,6 @@ class Pipeline:
             sinks=sinks,
             stages=stages,
             source_failed=bool(self._source_error),
-        )
-
-    def _sink_record(self, outlet: Outlet) -> SinkRecord:
-        sink = outlet.sink
-        assert outlet.settings is not None
-        if sink is None:
-            return SinkRecord(outlet.name, str(outlet.settings.address), 0, 0.0, "", "failed")
-        method = (
-            sink.method if sink.c.kind == core.FERRY else "copy" if outlet.node.c.out_copies else "splice"
-        )
-        if self.source is not None and self.source.c.method == core.SENDFILE:
-            method = "sendfile"
-        failed = sink.state == "failed"
-        return SinkRecord(
-            sink=outlet.name,
-            address=sink.address,
-            bytes=sink.moved - outlet.moved_before + outlet.moved_away,
-            seconds=sink.seconds,
-            method=method,
-            why_method=outlet.node.why or sink.copies,
-            result="failed" if failed else "delivered",
-            reason=sink.reason,
-            lost=outlet.lost_before + (sink.lost if failed else 0),
-            reconnects=outlet.away,
-            dropped=outlet.dropped,
-            blocked_seconds=outlet.blocked / 1e9,
-            path=sink.result_path,
-            backlog=sink.backlog,
         )
 
     def close(self) -> None:

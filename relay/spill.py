@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 from relay.backoff import Backoff
-from relay.chain import Outlet
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.ferry import Ferry
 from relay.endpoints.settings import OnSlow, SinkSettings
@@ -27,6 +26,7 @@ from relay.errors import RelayError
 from relay.kernel import core
 from relay.kernel.pipe import LARGEST_CAPACITY
 from relay.log import Cursor, Log, SpillDirectory
+from relay.outlet import Outlet
 from relay.pipeline import Pipeline
 from relay.record import SessionRecord
 from relay.stages.base import StageSettings
@@ -417,7 +417,10 @@ class Spills:
         persistent: bool,
         patience: float | None = None,
     ) -> SpillSink:
-        """A sink for this stream that reads through a log; for `patience` see Delivery. Raises SinkError when the directory cannot be used."""
+        """A sink for this stream that reads through a log; for `patience` see Delivery.
+
+        Raises SinkError when the directory cannot be used.
+        """
         sink, slow = outlet.settings, outlet.slow
         assert sink is not None
         if slow.directory is None:

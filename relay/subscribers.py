@@ -11,12 +11,13 @@ import logging
 import socket
 from typing import TYPE_CHECKING
 
-from relay.chain import Node, Outlet, guard, start_gap
 from relay.endpoints.broadcast import Broadcast, Subscriber
 from relay.endpoints.socket import peer_name
 from relay.engine import Engine
 from relay.errors import KernelError
 from relay.kernel import core
+from relay.node import Node, guard, start_gap
+from relay.outlet import Outlet
 from relay.units import show_size
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relay.chain import Node, guard
+from relay.node import Node, guard
 from relay.endpoints.settings import OnSlow
 from relay.engine import Engine
 

@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("plan", "config"),
     ("spill",),
-    ("pipeline", "subscribers", "chain"),
+    ("pipeline", "subscribers", "chain", "outlet", "node", "source_clock"),
     ("needs", "ways", "record", "logs", "log", "progress", "stages", "endpoints"),
     ("engine", "backoff"),
     ("kernel",),

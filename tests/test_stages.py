@@ -95,7 +95,7 @@ def test_a_meter_counts_and_logs(tmp_path: Path, caplog: pytest.LogCaptureFixtur
             giver.give(b"x" * 12345)
             said = lambda: [
                 r for r in caplog.records if r.name == "relay.meter" and getattr(r, "bytes", 0) == 12345
-            ]  # noqa: E731 - asked twice
+            ]
             eventually(said, "the meter speaks")
             giver.end()
             record = relay.wait()

@@ -39,7 +39,9 @@ class Ferry:
         self._engine = engine
         self._work = work
         self._then = then
-        with contextlib.ExitStack() as undo:  # whoever has the first three must not keep them without the fourth
+        with (
+            contextlib.ExitStack() as undo
+        ):  # whoever has the first three must not keep them without the fourth
             first = Pipe(capacity)
             undo.callback(first.close)
             second = Pipe(capacity)

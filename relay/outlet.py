@@ -1,0 +1,150 @@
+"""An outlet: a place in the chain where bytes leave, the sink that stands there, and its account of a turn."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from relay.backoff import Backoff
+from relay.endpoints.base import Sink
+from relay.endpoints.settings import OnSlow, SinkSettings
+from relay.kernel import core
+from relay.node import Node, start_gap
+from relay.record import SinkRecord
+from relay.stages.base import StageSettings
+from relay.stages.checksum import Checksum
+from relay.stages.stage import Stage
+from relay.units import show_size
+
+log = logging.getLogger("relay.pipeline")
+
+
+@dataclass(eq=False)
+class Outlet:
+    """Where a sink stands: `node` moves bytes into it, the policy `slow` stands at `gate`.
+
+    `branch` holds stages behind a spill's log. `hidden` outlets are a stage's own (a checksum). `per_turn`: every
+    stream gets a sink of its own. `backoff` is there for one that is connected again whenever it is away.
+    `gates` are the heads of the branches it is in, outermost first: a policy there covers this outlet too.
+    """
+
+    name: str
+    node: Node
+    gate: Node
+    settings: SinkSettings | None
+    slow: OnSlow
+    stage: Stage | None = None
+    gates: tuple[Node, ...] = ()
+    branch: tuple[StageSettings, ...] = ()
+    digest: Checksum | None = None
+    per_turn: bool = True
+    sink: Sink | None = None
+    moved_before: int = 0
+    dropped_before: int = 0
+    blocked_before: int = 0
+    moved_away: int = 0
+    lost_before: int = 0
+    away: int = 0
+    backoff: Backoff | None = None
+    settled: bool = False
+
+    @property
+    def hidden(self) -> bool:
+        """Whether it is a stage's own and no sink of the route."""
+        return self.settings is None
+
+    @property
+    def dropped(self) -> int:
+        """Bytes that this sink did not get, by policy or because it was gone, in this turn."""
+        nodes = {id(self.gate): self.gate, id(self.node): self.node}.values()
+        return sum(int(node.c.dropped) for node in nodes) - self.dropped_before
+
+    @property
+    def blocked(self) -> int:
+        """Nanoseconds for which this sink's way was full, in this turn."""
+        nodes = {id(self.gate): self.gate, id(self.node): self.node}.values()
+        return sum(int(node.c.blocked_ns) for node in nodes) - self.blocked_before
+
+    @property
+    def listens(self) -> bool:
+        """Whether it is a broadcast: its sink is whoever subscribes."""
+        return self.settings is not None and self.settings.verb == "listen"
+
+    @property
+    def opening(self) -> bool:
+        """Whether its sink is not there yet."""
+        return self.sink is not None and self.sink.state == "opening"
+
+    @property
+    def down(self) -> bool:
+        """Whether its sink is not there, for the first time or again."""
+        return self.sink is not None and self.sink.state in ("opening", "failed")
+
+    @property
+    def policy(self) -> str:
+        """What happens now if it is slow: a spill is only slow when its log is full."""
+        return str(self.slow.then if self.slow.policy == "spill" else self.slow.policy)
+
+    def begin_turn(self) -> None:
+        """Counts from here."""
+        self.settled = False
+        self.moved_before = self.sink.moved if self.sink and not self.per_turn else 0
+        self.moved_away = self.lost_before = self.away = 0
+        self.dropped_before += self.dropped
+        self.blocked_before += self.blocked
+
+    def drop(self) -> None:
+        """What comes is discarded for this sink alone, from the next border between pieces on."""
+        self.gate.c.dropping = 1
+        start_gap(self.gate.c)
+
+    def cut_off(self) -> None:
+        """The branch gets nothing more: its head discards, what is in it sees the end of the stream."""
+        self.gate.c.left = 0
+        self.gate.c.after_ns = 0
+        if self.gate.c.into != core.ffi.NULL:
+            self.gate.c.into.ended = 1
+
+    def went_away(self) -> float:
+        """Its standing sink broke: seconds until it is tried again. What it had counts on."""
+        assert self.backoff is not None
+        assert self.sink is not None
+        self.backoff.lasted(self.sink.seconds if self.sink.opened_at else 0.0)
+        self.away += 1
+        self.lost_before += self.sink.lost
+        self.moved_away += self.sink.moved - self.moved_before
+        return self.backoff.next()
+
+    def caught_up(self, route: str) -> None:
+        """Says so."""
+        log.info("%s: sink %s has caught up", route, self.name)
+
+    def slow_words(self) -> str:
+        """Why it is disconnected."""
+        return f"backlog of {show_size(self.node.pipe.capacity)} full for {self.slow.after or 0.0:.1f} s"
+
+    def record(self, *, sendfile: bool) -> SinkRecord:
+        """Its part of the session; `sendfile` says that its bytes came straight from a file."""
+        sink = self.sink
+        assert self.settings is not None
+        if sink is None:
+            return SinkRecord(self.name, str(self.settings.address), 0, 0.0, "", "failed")
+        by_hand = "copy" if self.node.c.out_copies else "splice"
+        method = sink.method if sink.c.kind == core.FERRY else by_hand
+        failed = sink.state == "failed"
+        return SinkRecord(
+            sink=self.name,
+            address=sink.address,
+            bytes=sink.moved - self.moved_before + self.moved_away,
+            seconds=sink.seconds,
+            method="sendfile" if sendfile else method,
+            why_method=self.node.why or sink.copies,
+            result="failed" if failed or self.lost_before else "delivered",
+            reason=sink.reason,
+            lost=self.lost_before + (sink.lost if failed else 0),
+            reconnects=self.away,
+            dropped=self.dropped,
+            blocked_seconds=self.blocked / 1e9,
+            path=sink.result_path,
+            backlog=sink.backlog,
+        )
