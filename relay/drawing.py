@@ -97,8 +97,10 @@ def _tree(below: Sequence[Hop], indent: str) -> Iterator[tuple[str, Choice]]:
 def _label(hop: Hop) -> str:
     verb = {"listen": " (listens)", "connect": " (connects)"}.get(hop.verb, "")
     if hop.role == "stage":
-        given = hop.name not in (hop.kind, hop.detail, *(below.address for below in hop.branch))
-        name = f" '{hop.name}'" if given else ""
+        end = hop
+        while end.branch and end.role in ("stage", "log"):
+            end = end.branch[-1]
+        name = "" if hop.name in (hop.kind, hop.detail, end.address) else f" '{hop.name}'"
         return f"{hop.kind}{name}{f' ({hop.detail})' if hop.detail else ''}"
     if hop.role == "log":
         return f"log {f'in {hop.address}' if hop.address else 'in memory'}, {hop.detail}"

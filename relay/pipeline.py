@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 from relay.backoff import Backoff
 from relay.chain import Chain, Outlet, start_gap
@@ -26,7 +27,7 @@ from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.digest import sidecar_line
 from relay.endpoints.file import FileSink
 from relay.endpoints.make import make_sink
-from relay.endpoints.settings import SinkSettings
+from relay.endpoints.settings import Limits, SinkSettings
 from relay.endpoints.template import fill_path
 from relay.engine import Engine, Timer
 from relay.errors import KernelError, RelayError
@@ -70,12 +71,16 @@ class Pipeline:
         spill: Spilling | None = None,
         quiet: bool = False,
         wait: float = 0.0,
+        limits: Limits | None = None,
     ) -> None:
         self.engine = engine
         self.route = route
         self._spill = spill
         self._quiet = quiet
+        self._named = False
         self._wait = wait
+        self._limits = limits
+        self._clock: Timer | None = None
         self._waiting: Timer | None = None
         self.persistent = persistent
         self.ways = ways
@@ -122,6 +127,7 @@ class Pipeline:
     def begin(self, source: Source, turn: Turn) -> None:
         """The next stream: `source` is open, and owned by the pipeline until the turn is over."""
         self.turn, self.source = turn, source
+        self._named = False
         self._source_over, self._source_error, self._reason = False, "", ""
         self._ended_by = "source"
         self._began = time.monotonic()
@@ -147,6 +153,39 @@ class Pipeline:
         if self._wait and any(self._opening(outlet) for outlet in self.chain.outlets):
             self.c.paused = 1
             self._waiting = self.engine.later(self._wait, self._waited)
+        self._watch_time()
+        self.engine.ready(self.c)
+
+    def _watch_time(self) -> None:
+        """Ends a source that was idle, or lived, for too long; looks again when it might be."""
+        self._clock = None
+        limits, source = self._limits, self.source
+        if limits is None or source is None or self._source_over:
+            return
+        now, due = time.monotonic(), []
+        if limits.lifetime is not None:
+            due.append(
+                (self._began + limits.lifetime, f"it lived for {limits.lifetime:g} s (limits.lifetime)")
+            )
+        if limits.idle is not None:
+            last = max(self._began, source.c.last_ns / 1e9)
+            due.append((last + limits.idle, f"nothing moved for {limits.idle:g} s (limits.idle)"))
+        for when, reason in due:
+            if now >= when:
+                self.break_off(reason)
+                return
+        if due:
+            self._clock = self.engine.later(min(due)[0] - now, self._watch_time)
+
+    def break_off(self, reason: str) -> None:
+        """The source is not read any further: what it gave flows out, then the stream ends as a failed one."""
+        if self.source is None or self._source_over:
+            return
+        self._ended_by = "relay"
+        self.c.source_ended = 1
+        if not self.c.keep:
+            self.chain.head.c.ended = 1
+        self._source_is_over(0, reason)
         self.engine.ready(self.c)
 
     def _not_begun(self, error: RelayError) -> None:
@@ -240,16 +279,29 @@ class Pipeline:
             assert self._spill is not None  # whoever has such a route brings one
             turn = self.turn or Turn(route=self.route, id="0", time="", peer="")
             return self._spill(self.engine, turn, outlet, self.persistent)
-        path = settings.address.path
-        if settings.placeholders:
-            assert self.turn is not None
-            path = fill_path(path, self.turn.values())
         in_place = self.persistent and not settings.placeholders
         way = self.ways.to_sink(settings.address.scheme)
         copies = way.reason if way.method == "copy" else ""
         return make_sink(
-            self.engine, settings, path, in_place=in_place, copies=copies, patience=self._patience
+            self.engine,
+            settings,
+            partial(self._path, settings),
+            in_place=in_place,
+            copies=copies,
+            patience=self._patience,
         )
+
+    def _path(self, settings: SinkSettings) -> str:
+        """A name for a file that begins now: the stream's own time for its first, the present for those after."""
+        path = settings.address.path
+        if not settings.placeholders:
+            return path
+        assert self.turn is not None
+        values = dict(self.turn.values())
+        if self._named:
+            values["time"] = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        self._named = settings.rotate is not None
+        return fill_path(path, values)
 
     def _stand(self, outlet: Outlet, sink: Sink) -> None:
         """`sink` stands at `outlet` from now on."""
@@ -321,11 +373,15 @@ class Pipeline:
         elif what == core.DONE:
             self._done()
 
-    def _source_is_over(self, error: int) -> None:
+    def _source_is_over(self, error: int, broken_off: str = "") -> None:
         source = self.source
         assert source is not None
         self._source_over = True
-        if changed := source.changed():
+        if self._clock is not None:
+            self._clock.cancel()
+        if broken_off:
+            self._source_failed(broken_off)
+        elif changed := source.changed():
             self._source_failed(changed, "send it again when nobody writes to it")
         elif error:
             self._source_failed("", "", error)

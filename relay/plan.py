@@ -362,8 +362,8 @@ class _Walk:
         first = min(loose, key=lambda item: item[0], default=None)
         words = f"holds the source{' ' * bool(how)}{how}"
         if slow is not None and slow.policy == "spill":
-            size = f" {show_size(slow.max)}" if slow.max is not None else " all its disk takes"
-            words = f"reads from a log of its own; once that has{size} it {words}"
+            full = f"has {show_size(slow.max)}" if slow.max is not None else "has filled its disk"
+            words = f"reads from a log of its own; once that {full}, it {words}"
         if first is None:
             words += ", and with it everybody on the route"
             if slow is not None:

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 from relay import logs
+from relay.admission import Admission
 from relay.config.models import Config, Route
 from relay.endpoints import tcp, unix
 from relay.endpoints.address import Address
@@ -28,7 +29,7 @@ from relay.endpoints.base import Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.make import make_source
 from relay.endpoints.settings import OnSlow, SinkSettings, SourceSettings
-from relay.endpoints.socket import Listener, SocketSource
+from relay.endpoints.socket import Listener, SocketSource, close_with_reset
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError
 from relay.kernel.probe import machine
@@ -93,6 +94,7 @@ class RunningRoute:
         self._aborted = ""
         self._own: Engine | None = None
         self._resumed: list[Delivery] = []
+        self._admission = Admission(name, route.source.limits)
         self._ending = False
         self._done = False
 
@@ -167,6 +169,7 @@ class RunningRoute:
             on_over=over,
             spill=partial(self._spills.sink, self._ways),
             wait=self.route.wait_for_sinks or 0.0,
+            limits=self.route.source.limits,
             on_closed=closed,
         )
         self.home.post(lambda: self._made(pipeline))
@@ -184,9 +187,13 @@ class RunningRoute:
     # -- sources
 
     def _accepted(self, sock: socket.socket, peer: str) -> None:
+        if not self._admission.admit(peer):
+            close_with_reset(sock.detach())
+            return
         engine = self.home if self._persistent else next(self._spread)
         source = SocketSource(engine, str(self.route.source.address), sock, peer)
         source.scheme = self.route.source.address.scheme
+        source.on_close = lambda: self.home.post(partial(self._admission.leave, peer))
         if self._once:
             self._stop_listening()
         if self._standing is not None:

@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     (
         "serve",
+        "admission",
         "send",
         "lane",
         "checksums",

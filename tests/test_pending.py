@@ -14,7 +14,6 @@ HEAD = "routes:\n  a:\n    source: 'tcp://:1'\n    sink: 'tcp://h:2'\n"
 WRITTEN = {
     ("Config", "admin"): ("admin: {socket: 'unix:///x'}\n" + HEAD, "1:1"),
     ("Route", "duplex"): (HEAD + "    duplex: true\n", "5:5"),
-    ("Route", "wait_for_sinks"): (HEAD + "    wait_for_sinks: 10s\n", "5:5"),
     ("SourceSettings", "limits"): (
         "routes: {a: {source: {listen: 'tcp://:1', limits: {idle: 1s}}, sink: x}}",
         "1:43",

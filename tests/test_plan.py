@@ -24,6 +24,7 @@ from relay import drawing, needs
 from relay.config.load import load_default, loads
 from relay.config.models import Route
 from relay.endpoints.broadcast import Broadcast
+from relay.endpoints.digest import ALGORITHMS, new_digest
 from relay.endpoints.make import make_source
 from relay.endpoints.socket import SocketSource
 from relay.engine import Engine
@@ -214,14 +215,21 @@ class Bench:
         return all(o.sink is not None and o.sink.state == "open" for o in self.pipeline.chain.outlets)
 
     def close(self) -> None:
-        """Ends the stream, waits for the ferries' threads, closes the engine."""
+        """Ends the stream, waits for the threads of ferries and logs, closes the engines."""
         self.pipeline.abort("the test is over")
         self.pipeline.close()
-        self.turn_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("bench-")])
-        for _ in range(3):
+        self.turn_until(lambda: not any("-ferry" in thread.name for thread in threading.enumerate()))
+        self.spills.close()
+        for _ in range(3):  # what the threads posted, and what that posts
             self.engine.turn(0)
         self.engine.close()
-        self.spills.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_are_loaded() -> None:
+    """A digest loads its library on a thread: while it does, its files are open, and no part of the figures."""
+    for algorithm in ALGORITHMS:
+        new_digest(algorithm)
 
 
 @pytest.fixture
@@ -302,6 +310,7 @@ def test_the_figures_of_a_subscriber_are_real(places: dict[str, str], fds: Descr
             broadcast.joined(near, "p")
         peers = needs.Need(3)
         assert plan.subscriber is not None
+        bench.turn_until(lambda: len(bench.pipeline.subscribers[0].members) == 3)
         assert opened_since(before) == plan.subscriber.times(3) + peers
     finally:
         bench.close()

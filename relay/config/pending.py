@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from relay.config.models import Config, Route
-from relay.endpoints.settings import EndpointSettings, OnSlow, SinkSettings, SourceSettings
+from relay.endpoints.settings import EndpointSettings, OnSlow, SinkSettings
 from relay.settings import FrozenModel, Place, Problem
 from relay.stages.base import StageSettings
 
@@ -26,12 +26,8 @@ class Pending(NamedTuple):
 PENDING = (
     Pending(Config, "admin", "leave it out; relay logs what it does"),
     Pending(Route, "duplex", "a route moves bytes one way: from its source to its sinks"),
-    Pending(SourceSettings, "limits", "a source lets everybody in"),
     Pending(EndpointSettings, "dead_after", "a dead peer is found by keepalive, when nothing is under way"),
     Pending(SinkSettings, "burst", "a newcomer sees what passes from then on"),
-    Pending(SinkSettings, "rotate", "use {time} and {id} in the path for a file a stream"),
-    Pending(SinkSettings, "fsync", "use never or close", lambda value: isinstance(value, float)),
-    Pending(SinkSettings, "direct", "files are written through the page cache"),
     Pending(OnSlow, "buffer", "a sink's backlog is its pipe"),
 )
 

@@ -109,6 +109,7 @@ class Source(End):
         self.copies = ""
         self.on_open: Callable[[], None] = _nothing
         self.on_fail: Callable[[EndpointError], None] = _ignore
+        self.on_close: Callable[[], None] = _nothing
 
     def open(self) -> None:
         """Opens it; calls on_open, or on_fail with a SourceError, now or later."""
@@ -134,6 +135,7 @@ class Source(End):
             fd = self.detach()
             if fd >= 0:
                 os.close(fd)
+            self.on_close()
 
 
 State = Literal["opening", "open", "finishing", "cutting", "finished", "failed"]
@@ -212,7 +214,7 @@ class Sink(End):
         self.on_fail(self)
 
     def cut(self, reason: str) -> None:
-        """The stream broke off: what was handed over may still arrive, then the receiver can tell that it is no whole."""
+        """The stream broke off: what was handed over may still arrive, then the receiver can tell."""
         self.abort(reason)
 
     def abort(self, reason: str) -> None:

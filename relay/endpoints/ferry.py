@@ -86,6 +86,23 @@ class Ferry:
             raise OSError(-load, os.strerror(-load))
         return self.pipes[self.c.away], load
 
+    def wait_until(self, timeout: float | None) -> tuple[Pipe, int] | None:
+        """As `wait`, but None after `timeout` seconds (None: never) or when somebody nudged."""
+        if self.c.turn[self.c.away] != core.lib.RELAY_WITH_THREAD and not self.c.ending:
+            poll = select.poll()
+            poll.register(self._knock, select.POLLIN)
+            if not poll.poll(None if timeout is None else timeout * 1000):
+                return None
+            if self.c.turn[self.c.away] != core.lib.RELAY_WITH_THREAD and not self.c.ending:
+                os.eventfd_read(self._knock)  # a nudge; a hand-over after this look knocks again
+                return None
+        return self.wait()
+
+    def nudge(self) -> None:
+        """Wakes the thread without giving it anything. From the engine's thread."""
+        if self._knock >= 0:
+            os.eventfd_write(self._knock, 1)
+
     def give_back(self) -> None:
         """The pipe that `wait` gave is empty again."""
         core.lib.relay_ferry_give_back(self.c)

@@ -15,19 +15,17 @@ left behind stays as `.part`, and is named.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.ferry import Ferry
+from relay.endpoints.written import Writing, WrittenFile
 from relay.engine import Engine
 from relay.kernel import core
 from relay.ways import APPENDING
-
-MOST_SUFFIXES = 10000
 
 Identity = tuple[int, int, int, int]
 
@@ -133,34 +131,22 @@ class FileSource(Source):
         return ""
 
 
-@dataclass(frozen=True)
-class Writing:
-    """How a file is written. `in_place` writes to the path itself instead of a `.part` beside it;
-    `keep` never replaces what exists (a number is added to the name); `sidecar` names a checksum algorithm."""
-
-    append: bool = False
-    in_place: bool = False
-    keep: bool = False
-    fsync_at_close: bool = False
-    copy: bool = False
-    sidecar: str = ""
-    capacity: int = 1 << 20
-
-
 class FileSink(Sink):
-    """Writes one stream to one file, on a thread of its own; owns the descriptor and the ferry.
+    """Writes one stream to a file, or to a row of them, on a thread of its own; owns the ferry and the file.
 
-    `checksum`, a hook, gives the hexadecimal digest for the sidecar once the stream is complete.
+    `path` is asked for a name whenever a file begins. `sidecar_line` is set before `finish`.
     """
 
-    def __init__(self, engine: Engine, path: str, how: Writing) -> None:
-        super().__init__(engine, path)
+    def __init__(self, engine: Engine, path: Callable[[], str], how: Writing) -> None:
+        first = path()
+        super().__init__(engine, first)
         self._how = how
         self._ferry: Ferry | None = None
-        self._final = Path(path)
-        self._part: Path | None = None
-        self._fd = -1
+        self._name = path
+        self._file = WrittenFile(Path(first), how)
+        self._reopen_asked = False
         self._aborted = False
+        self._opened = False
         self._cut_reason = ""
         self.copies = APPENDING if how.append else ""
         self.sidecar_line = ""
@@ -179,7 +165,7 @@ class FileSink(Sink):
     @property
     def result_path(self) -> str:
         """The file's name, or its `.part` while it is not whole."""
-        return str(self._part) if self._part is not None else str(self._final)
+        return self._file.shown
 
     def open(self) -> None:
         """Starts the thread, which opens the file."""
@@ -221,109 +207,54 @@ class FileSink(Sink):
     # -- on the ferry's thread
 
     def _write(self) -> None:
-        self._fd = self._open_file()
+        assert self._ferry is not None
+        fd = self._file.open()
+        self._opened = True
         try:
             self.engine.post(self.opened)
-            status = os.fstat(self._fd)
-            append = fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_APPEND
-            assert self._ferry is not None
-            self._ferry.carry(self._fd, copy=self._how.copy or bool(append))
-            if self._aborted:
-                return
-            if self._how.fsync_at_close and stat.S_ISREG(status.st_mode):
-                os.fsync(self._fd)
-            self._give_name()
-        finally:
-            os.close(self._fd)
-            self._fd = -1
-
-    def _open_file(self) -> int:
-        """Opens what will be written: the path itself, or a `.part` that no other writer has."""
-        how = self._how
-        path = Path(os.path.realpath(self._final)) if self._final.is_symlink() else self._final
-        try:
-            kind = path.stat().st_mode
-        except FileNotFoundError:
-            kind = 0
-        if not path.parent.exists():
-            try:
-                path.parent.mkdir()
-            except FileExistsError:
-                pass  # another stream made it just now
-        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY
-        if how.append:
-            return os.open(path, flags | os.O_CREAT | os.O_APPEND, 0o666)
-        if how.in_place or (kind and not stat.S_ISREG(kind)):
-            return os.open(path, flags | os.O_CREAT | os.O_TRUNC, 0o666)
-        if how.keep:
-            return self._reserve(path, flags)
-        self._final = path
-        part = path.with_name(path.name + ".part")
-        fd = os.open(part, flags | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(fd, 0)
-        except BlockingIOError:
-            os.close(fd)
-            raise OSError(errno.EBUSY, f"another stream is writing {part}") from None
-        self._part = part  # only now: a part that could not be opened is not what this stream left behind
-        return fd
-
-    def _reserve(self, path: Path, flags: int) -> int:
-        """The first free name of `path`, `-2` added before the suffix, `-3` and so on."""
-        for count in range(1, MOST_SUFFIXES):
-            name = path if count == 1 else path.with_name(f"{path.stem}-{count}{path.suffix}")
-            if name.exists():
-                continue
-            part = name.with_name(name.name + ".part")
-            try:
-                fd = os.open(part, flags | os.O_CREAT | os.O_EXCL, 0o666)
-            except FileExistsError:
-                continue
-            self._final, self._part = name, part
-            return fd
-        raise OSError(errno.EEXIST, f"{MOST_SUFFIXES} files of that name exist already")
-
-    def _give_name(self) -> None:
-        """Renames the whole file, and writes its sidecar first so that the two appear together."""
-        if self._part is None:
-            self._write_sidecar(self._final)
-            return
-        if self._how.keep:
-            self._link_free_name()
-        else:
-            self._write_sidecar(self._final)
-            self._part.rename(self._final)
-        self._part = None
-
-    def _link_free_name(self) -> None:
-        """Takes a name that nobody took meanwhile: link(2) refuses to replace."""
-        assert self._part is not None
-        base = self._final
-        for count in range(1, MOST_SUFFIXES):
-            name = base if count == 1 else base.with_name(f"{base.stem}-{count}{base.suffix}")
-            try:
-                os.link(self._part, name)
-            except FileExistsError:
-                continue
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-                    raise
-                if name.exists():
-                    continue
-                self._part.rename(name)  # a filesystem without hard links
+            if self._how.plain or not stat.S_ISREG(os.fstat(fd).st_mode):
+                self._ferry.carry(fd, copy=self._file.copies)
             else:
-                self._part.unlink()
-            self._final = name
-            self._write_sidecar(name)
-            return
-        raise OSError(errno.EEXIST, f"{MOST_SUFFIXES} files of that name exist already")
+                self._pour(self._ferry)
+            if not self._aborted:
+                self._file.seal(self.sidecar_line)
+        finally:
+            self._file.close()
 
-    def _write_sidecar(self, name: Path) -> None:
-        if not self._how.sidecar or not self.sidecar_line:
-            return
-        beside = name.with_name(f"{name.name}.{self._how.sidecar}")
-        beside.write_text(self.sidecar_line.format(name=name.name))
+    def _pour(self, ferry: Ferry) -> None:
+        """Load by load, with a look at the clock between: for files that rotate, sync, or are opened anew."""
+        while True:
+            taken = ferry.wait_until(self._file.next_look())
+            if self._reopen_asked:
+                self._reopen_asked = False
+                self._file.reopen()
+            if self._file.due():
+                self._next_file()
+            if taken is None:
+                continue
+            pipe, load = taken
+            if not load:
+                return
+            while load:
+                count = self._file.take(pipe, load)
+                load -= count
+                ferry.c.moved += count
+                ferry.c.method = core.COPY if self._file.copies else core.SPLICE
+                if self._file.full():
+                    self._next_file()
+            ferry.give_back()
+
+    def _next_file(self) -> None:
+        self._file.seal("")
+        self._file.close()
+        self._file = WrittenFile(Path(self._name()), self._how)
+        self._file.open()
+
+    def reopen(self) -> None:
+        """The file was moved away (log rotation): what comes from now on goes to a new one of its name."""
+        if self._ferry is not None and (self._how.append or self._how.in_place):
+            self._reopen_asked = True
+            self._ferry.nudge()
 
     # -- on the engine's thread again
 
@@ -335,7 +266,7 @@ class FileSink(Sink):
                 self.finished()
             return
         if isinstance(failed, OSError):
-            operation = "opening" if self.state == "opening" else "writing"
+            operation = "writing" if self._opened else "opening"
             text = failed.strerror if failed.errno in (errno.EBUSY, errno.EEXIST) else ""
             self.fail(self.error(operation, failed.errno or 0, reason=text or ""))
         else:

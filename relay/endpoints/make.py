@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from relay.endpoints.address import Address
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.fifo import FifoSink, FifoSource
-from relay.endpoints.file import FileSink, FileSource, Writing
+from relay.endpoints.file import FileSink, FileSource
 from relay.endpoints.null import NullSink, NullSource
 from relay.endpoints.settings import SinkSettings
 from relay.endpoints.stdio import InheritedSource, inherited_sink
 from relay.endpoints.tcp import TcpSink, TcpSource
 from relay.endpoints.unix import UnixSink, UnixSource
+from relay.endpoints.written import Writing
 from relay.engine import Engine
 from relay.errors import RelayBug
 
@@ -38,7 +41,7 @@ def make_source(engine: Engine, address: Address) -> Source:
 def make_sink(
     engine: Engine,
     settings: SinkSettings,
-    path: str,
+    path: Callable[[], str],
     *,
     in_place: bool,
     copies: str = "",
@@ -63,9 +66,13 @@ def make_sink(
                 path,
                 Writing(
                     append=settings.append,
-                    in_place=in_place,
-                    keep=bool(settings.placeholders),
+                    in_place=in_place and settings.rotate is None,
+                    keep=bool(settings.placeholders) or settings.rotate is not None,
                     fsync_at_close=settings.fsync == "close",
+                    fsync_every=settings.fsync if isinstance(settings.fsync, float) else 0.0,
+                    rotate_size=(settings.rotate.size or 0) if settings.rotate else 0,
+                    rotate_every=(settings.rotate.every or 0.0) if settings.rotate else 0.0,
+                    direct=settings.direct,
                     copy=bool(copies),
                     sidecar=settings.sidecar or "",
                 ),

@@ -85,6 +85,7 @@ class SocketSource(Source):
         self._sock = None
         if fd >= 0:
             close_with_reset(fd) if reset else socket.close(fd)
+        self.on_close()
 
 
 class SocketSink(Sink):
