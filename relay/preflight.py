@@ -25,7 +25,7 @@ from relay.errors import SourceError
 from relay.kernel.pipe import LARGEST_CAPACITY
 from relay.kernel.probe import CAP_NET_BIND_SERVICE, Machine, machine
 from relay.plan import Plan, make_plan
-from relay.serve import spilling
+from relay.route import spilling
 
 UNKNOWN = "-"  # stands for a placeholder's value in a path
 

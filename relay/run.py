@@ -9,7 +9,8 @@ from typing import IO, Any
 from relay.config.load import from_data
 from relay.errors import ConfigError, ConfigErrors, UsageError
 from relay.record import SessionRecord
-from relay.serve import RunningRoute, Server
+from relay.route import RunningRoute
+from relay.serve import Server
 
 
 def route_data(source: str, to: Sequence[str], method: str) -> dict[str, Any]:

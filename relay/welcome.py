@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from relay.endpoints.address import Address
-from relay.serve import RunningRoute
+from relay.route import RunningRoute
 
 log = logging.getLogger("relay.serve")
 

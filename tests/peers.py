@@ -20,9 +20,7 @@ from typing import IO, Any
 
 import pytest
 
-PATIENCE = float(
-    os.environ.get("TEST_PATIENCE", "20")
-)  # seconds after which a wait is a failure; nothing here takes a tenth of it
+PATIENCE = 20.0  # seconds after which a wait is a failure; nothing here takes a tenth of it
 
 # Where Debian keeps the programs; those not named are in a package of their own name.
 PACKAGES = {

@@ -18,7 +18,7 @@ from peers import PATIENCE, eventually, read_until, wait_for
 from relay.config.load import from_data
 from relay.engine import Engine
 from relay.record import SessionRecord
-from relay.serve import RunningRoute
+from relay.route import RunningRoute
 
 ROOT = Path(__file__).resolve().parent.parent
 RELAY = [sys.executable, "-m", "relay"]

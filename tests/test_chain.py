@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from relay.node import Node, guard
 from relay.endpoints.settings import OnSlow
 from relay.engine import Engine
+from relay.node import Node, guard
 
 
 @pytest.mark.parametrize("copies_first", [False, True])

@@ -1,0 +1,366 @@
+"""A route at work: its listeners, its pipelines, whoever waits for a turn.
+
+Each route has a home engine, where its listeners and its account of what runs live; a route whose connections
+each get a pipeline spreads those over all engines. A source that is a file gets an engine of its own: reading a
+file may wait for the disk, and then nothing else should.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from relay import logs
+from relay.admission import Admission
+from relay.config.models import Route
+from relay.endpoints import tcp, unix
+from relay.endpoints.address import Address
+from relay.endpoints.base import Source
+from relay.endpoints.broadcast import Broadcast
+from relay.endpoints.make import make_source
+from relay.endpoints.settings import OnSlow, SinkSettings, SourceSettings
+from relay.endpoints.socket import Listener, SocketSource, close_with_reset
+from relay.engine import Engine
+from relay.errors import EndpointError, RelayError
+from relay.kernel.probe import machine
+from relay.pipeline import Pipeline
+from relay.record import SessionRecord
+from relay.spill import Delivery, Spills
+from relay.stages.base import StageSettings
+from relay.stages.stage import Branch, Turn
+from relay.ways import Ways
+
+log = logging.getLogger("relay.serve")
+
+_ids = itertools.count(1)
+
+
+def new_turn(route: str, source: Source) -> Turn:
+    """Names for a stream that begins now; ids count up for as long as this process lives."""
+    at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    return Turn(route=route, id=str(next(_ids)), time=at, peer=source.peer, name=source.name)
+
+
+class RunningRoute:
+    """One route at work: its listeners, its pipelines, whoever waits for a turn. Lives on its home engine.
+
+    `on_done(route)` is called once when a route whose source ends has nothing left to do. `once`: a listening
+    source takes one connection.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        route: Route,
+        home: Engine,
+        spread: Iterator[Engine],
+        on_done: Callable[[RunningRoute], None],
+        *,
+        once: bool = False,
+        on_record: Callable[[SessionRecord], None] = logs.session,
+        spills: Spills | None = None,
+    ) -> None:
+        self._spills = spills or Spills()
+        self.name = name
+        self.route = route
+        self.home = home
+        self.records: list[SessionRecord] = []
+        self.finite = once or route.source.verb != "listen"
+        self.cut_short = False
+        self.failed: RelayError | None = None
+        self.bound: list[str] = []
+        self._spread = spread
+        self._on_done = on_done
+        self._on_record = on_record
+        self._once = once
+        self._ways = Ways(machine(), route.method)
+        self._persistent = route.turns() == "one" and not self.finite
+        self._listeners: list[Listener] = []
+        self._broadcasts: dict[int, Broadcast] = {}
+        self._standing: Pipeline | None = None
+        self._pipelines: set[Pipeline] = set()
+        self._waiting: deque[Source] = deque()
+        self._starting: dict[Source, Engine] = {}  # accepted or opening, without a pipeline so far
+        self._aborted = ""
+        self._own: Engine | None = None
+        self._resumed: list[Delivery] = []
+        self._admission = Admission(name, route.source.limits)
+        self._ending = False
+        self._done = False
+
+    def open(self) -> None:
+        """Binds every listener and opens the sinks that outlive a stream. Raises SourceError; see `bound`."""
+        for _place, sink in self.route.sinks():
+            if sink.verb == "listen":
+                self._broadcasts[id(sink)] = self._bind_broadcast(sink)
+        self._resume()
+        if self._persistent:
+            self._standing = self._pipeline(self.home)
+            self._standing.open(self._broadcasts)
+        source = self.route.source
+        if source.verb == "listen":
+            self._listeners = listen(self.home, source.address, self._accepted, source)
+            for listener in self._listeners:
+                self.bound.append(listener.address)
+                log.info(
+                    "%s: listening on %s",
+                    self.name,
+                    listener.address,
+                    extra={
+                        "event": "listening",
+                        "route": self.name,
+                        "role": "source",
+                        "address": listener.address,
+                    },
+                )
+        else:
+            self._read()
+
+    def _resume(self) -> None:
+        """What an earlier run left in logs on disk goes on before any new source connects."""
+        if self._persistent:
+            return  # the standing sink's own log has it
+
+        def turn() -> Turn:
+            return Turn(self.name, str(next(_ids)), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "log")
+
+        for _place, settings, slow, stages in spilling(self.route):
+            self._resumed += self._spills.resume(self.name, stages, settings, slow, self._ways, turn)
+
+    def _bind_broadcast(self, sink: SinkSettings) -> Broadcast:
+        broadcast = Broadcast(self.home, str(sink.address))
+        broadcast.listeners = listen(self.home, sink.address, broadcast.joined, sink)
+        for listener in broadcast.listeners:
+            self.bound.append(listener.address)
+            log.info(
+                "%s: broadcasting on %s",
+                self.name,
+                listener.address,
+                extra={"event": "listening", "route": self.name, "role": "sink", "address": listener.address},
+            )
+        return broadcast
+
+    def _pipeline(self, engine: Engine) -> Pipeline:
+        pipeline: Pipeline
+
+        def over(record: SessionRecord) -> None:
+            self.home.post(lambda: self._over(record))
+
+        def closed() -> None:
+            self.home.post(lambda: self._closed(pipeline))
+
+        pipeline = Pipeline(
+            engine,
+            self.name,
+            self.route.stages,
+            self.route.sink,
+            self._ways,
+            persistent=self._persistent,
+            on_over=over,
+            spill=partial(self._spills.sink, self._ways),
+            wait=self.route.wait_for_sinks or 0.0,
+            limits=self.route.source.limits,
+            on_closed=closed,
+        )
+        self.home.post(lambda: self._made(pipeline))
+        return pipeline
+
+    def _made(self, pipeline: Pipeline) -> None:
+        self._pipelines.add(pipeline)
+        if self._aborted:
+            self._abort_pipeline(pipeline)
+
+    def _closed(self, pipeline: Pipeline) -> None:
+        self._pipelines.discard(pipeline)
+        self._look_whether_done()
+
+    # -- sources
+
+    def _accepted(self, sock: socket.socket, peer: str) -> None:
+        if not self._admission.admit(peer):
+            close_with_reset(sock.detach())
+            return
+        engine = self.home if self._persistent else next(self._spread)
+        source = SocketSource(engine, str(self.route.source.address), sock, peer)
+        source.scheme = self.route.source.address.scheme
+        source.on_close = lambda: self.home.post(partial(self._admission.leave, peer))
+        if self._once:
+            self._stop_listening()
+        if self._standing is not None:
+            if self._standing.source is not None or self._waiting:
+                log.info("%s: %s waits for its turn", self.name, peer)
+            self._waiting.append(source)
+            self._next_turn()
+        else:
+            self._start(engine, source)
+
+    def _read(self) -> None:
+        address = self.route.source.address
+        engine = self.home
+        if address.scheme in ("file", "stdio", "fd"):
+            engine = self._own = Engine(f"{self.name}-reader")
+            engine.start()
+        source = make_source(engine, address)
+        source.on_fail = lambda error: self.home.post(lambda: self._source_failed(source, error))
+        self._start(engine, source)
+
+    def _source_failed(self, source: Source, error: EndpointError) -> None:
+        self.failed = error
+        log.error("%s: %s", self.name, error)
+        self._started(source)
+
+    def _start(self, engine: Engine, source: Source) -> None:
+        """On the home engine: a pipeline for this source, on its engine."""
+        self._starting[source] = engine
+        source.on_open = lambda: self._start_here(engine, source)
+        engine.post(source.open)
+
+    def _started(self, source: Source) -> None:
+        """On the home engine: it has its pipeline, or never will."""
+        self._starting.pop(source, None)
+        self._look_whether_done()
+
+    def _start_here(self, engine: Engine, source: Source) -> None:
+        """On the source's engine, once the source is open."""
+        pipeline: Pipeline | None = None
+        try:
+            pipeline = self._pipeline(engine)
+            pipeline.open(self._broadcasts)
+        except RelayError as error:
+            log.warning("%s: %s refused: %s", self.name, source.peer, error)
+            source.close(reset=True)
+            if pipeline is not None:
+                pipeline.close()
+            failed = error
+            self.home.post(lambda: self._not_started(source, failed))
+            return
+        pipeline.begin(source, new_turn(self.name, source))
+        self.home.post(lambda: self._started(source))
+
+    def _not_started(self, source: Source, error: RelayError) -> None:
+        if self.finite:
+            self.failed = error
+        self._started(source)
+
+    def _next_turn(self) -> None:
+        standing = self._standing
+        if standing is None or standing.source is not None or not self._waiting:
+            return
+        source = self._waiting.popleft()
+        source.on_open = lambda: None
+        source.open()
+        standing.begin(source, new_turn(self.name, source))
+
+    def _over(self, record: SessionRecord) -> None:
+        self._on_record(record)
+        if self.finite:
+            self.records.append(record)
+        if self._ending and not self._waiting and self._standing is not None and not self._standing.closed:
+            self._standing.finish()
+        self._next_turn()
+        self._look_whether_done()
+
+    # -- ending
+
+    def _stop_listening(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a source connection is open or bytes wait; idle subscribers do not count."""
+        return bool(self._waiting or self._starting) or any(p.busy for p in self._pipelines if not p.closed)
+
+    def drain(self) -> None:
+        """No new streams; those under way go on. What has none is finished at once."""
+        self._ending = True
+        self._stop_listening()
+        standing = self._standing
+        if standing is not None and standing.source is None and not self._waiting:
+            standing.finish()
+        self._look_whether_done()
+
+    def abort(self, reason: str) -> None:
+        """Ends everything now."""
+        self._ending = True
+        self._aborted = reason
+        self._stop_listening()
+        while self._waiting:
+            self._waiting.popleft().close(reset=True)
+            self.cut_short = True
+        for source, engine in self._starting.items():
+            engine.post(partial(self._give_up, source))
+        for pipeline in self._pipelines:
+            self._abort_pipeline(pipeline)
+        self._look_whether_done()
+
+    def _abort_pipeline(self, pipeline: Pipeline) -> None:
+        self.cut_short = self.cut_short or pipeline.busy
+        pipeline.engine.post(lambda: pipeline.abort(self._aborted))
+
+    def _give_up(self, source: Source) -> None:
+        """On the source's engine: if it has no pipeline so far it gets none."""
+        if not source.c.reads:
+            source.close(reset=True)
+            self.home.post(lambda: self._started(source))
+
+    def _look_whether_done(self) -> None:
+        if self._done or self._pipelines or self._waiting or self._starting:
+            return
+        if self._ending or (self.finite and (self.failed or self.records)):
+            self._done = True
+            self._stop_listening()
+            for broadcast in self._broadcasts.values():
+                broadcast.close()
+            self._on_done(self)
+
+    def close(self) -> None:
+        """Ends the engine that read a file, if there was one. On the main thread, when the route is done."""
+        if self._own is not None:
+            self._own.stop()
+            self._own = None
+
+
+def listen(
+    engine: Engine,
+    address: Address,
+    accepted: Callable[[socket.socket, str], None],
+    settings: SourceSettings | SinkSettings,
+) -> list[Listener]:
+    """Listeners for a tcp or unix address, with the unix options of the endpoint's settings."""
+    if address.scheme == "tcp":
+        return tcp.listen(engine, address, accepted)
+    return unix.listen(
+        engine,
+        address,
+        accepted,
+        mode=settings.mode,
+        owner=unix.user_id(settings.owner),
+        group=unix.group_id(settings.group),
+    )
+
+
+def spilling(
+    route: Route,
+) -> Iterator[tuple[str, SinkSettings, OnSlow, tuple[StageSettings, ...]]]:
+    """Every sink of the route that reads through a log, with its policy and the stages behind the log."""
+
+    def walk(stages: tuple[StageSettings, ...]) -> Iterator[Branch]:
+        for settings in stages:
+            branch = settings.make().branch
+            if branch is not None:
+                yield branch
+                if branch.on_slow.policy != "spill":
+                    yield from walk(branch.stages)
+
+    for branch in walk(route.stages):
+        if branch.on_slow.policy == "spill":
+            yield str(branch.to.address), branch.to, branch.on_slow, branch.stages
+    if route.sink.slow.policy == "spill":
+        yield str(route.sink.address), route.sink, route.sink.slow, ()
