@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from ipaddress import IPv6Address, ip_address
 
-from relay.endpoints.settings import Limits
+from relay.endpoints.options import Limits
 
 log = logging.getLogger("relay.serve")
 

@@ -20,7 +20,8 @@ from typing import NamedTuple
 from relay.endpoints.base import Source
 from relay.endpoints.fifo import FifoSource
 from relay.endpoints.file import FileSource, Identity
-from relay.endpoints.settings import OnSlow, SinkSettings
+from relay.endpoints.options import OnSlow
+from relay.endpoints.settings import SinkSettings
 from relay.endpoints.stdio import InheritedSource
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError, SourceError

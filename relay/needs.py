@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from relay.endpoints.address import Address
-from relay.endpoints.settings import OnSlow, SinkSettings
+from relay.endpoints.options import OnSlow
+from relay.endpoints.settings import SinkSettings
 from relay.kernel.pipe import DEFAULT_CAPACITY, LARGEST_CAPACITY
 from relay.kernel.probe import Machine
 from relay.log import SEGMENT

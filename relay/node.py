@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from relay.endpoints.settings import OnSlow
+from relay.endpoints.options import OnSlow
 from relay.engine import Engine
 from relay.kernel import core
 from relay.kernel.pipe import Pipe

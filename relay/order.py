@@ -10,7 +10,8 @@ from typing import Any, TypeVar, cast, get_args
 
 from pydantic import ValidationError
 
-from relay.endpoints.settings import Algorithm, OnSlow, Policy, SinkSettings
+from relay.endpoints.options import OnSlow, Policy
+from relay.endpoints.settings import Algorithm, SinkSettings
 from relay.errors import RelayError, UsageError, did_you_mean
 from relay.settings import problems_of
 from relay.units import parse_duration, parse_rate, parse_size

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from relay.backoff import Backoff
 from relay.endpoints.base import Sink
-from relay.endpoints.settings import OnSlow, SinkSettings
+from relay.endpoints.options import OnSlow
+from relay.endpoints.settings import SinkSettings
 from relay.kernel import core
 from relay.node import Node, start_gap
 from relay.record import SinkRecord

@@ -27,7 +27,8 @@ from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.digest import sidecar_line
 from relay.endpoints.file import FileSink
 from relay.endpoints.make import make_sink
-from relay.endpoints.settings import Limits, SinkSettings
+from relay.endpoints.options import Limits
+from relay.endpoints.settings import SinkSettings
 from relay.endpoints.template import fill_path
 from relay.engine import Engine, Timer
 from relay.errors import KernelError, RelayError

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from relay import needs
 from relay.config.models import Config, Route
-from relay.endpoints.settings import OnSlow, SinkSettings
+from relay.endpoints.options import OnSlow
+from relay.endpoints.settings import SinkSettings
 from relay.kernel.pipe import DEFAULT_CAPACITY
 from relay.kernel.probe import Machine
 from relay.needs import Need

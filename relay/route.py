@@ -23,7 +23,8 @@ from relay.endpoints.address import Address
 from relay.endpoints.base import Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.make import make_source
-from relay.endpoints.settings import OnSlow, SinkSettings, SourceSettings
+from relay.endpoints.options import OnSlow
+from relay.endpoints.settings import SinkSettings, SourceSettings
 from relay.endpoints.socket import Listener, SocketSource, close_with_reset
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError

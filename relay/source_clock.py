@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from relay.endpoints.base import Source
-from relay.endpoints.settings import Limits
+from relay.endpoints.options import Limits
 from relay.engine import Engine, Timer
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from relay.backoff import Backoff
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.ferry import Ferry
-from relay.endpoints.settings import OnSlow, SinkSettings
+from relay.endpoints.options import OnSlow
+from relay.endpoints.settings import SinkSettings
 from relay.endpoints.template import fill_path
 from relay.engine import Engine, Timer
 from relay.errors import RelayError

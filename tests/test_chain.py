@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relay.endpoints.settings import OnSlow
+from relay.endpoints.options import OnSlow
 from relay.engine import Engine
 from relay.node import Node, guard
 

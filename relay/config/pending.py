@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from relay.config.models import Config, Route
-from relay.endpoints.settings import EndpointSettings, OnSlow, SinkSettings
+from relay.endpoints.options import OnSlow
+from relay.endpoints.settings import EndpointSettings, SinkSettings
 from relay.settings import FrozenModel, Place, Problem
 from relay.stages.base import StageSettings
 

@@ -9,24 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from relay.endpoints.address import Address, AddressError
+from relay.endpoints.options import Account, Limits, Mode, OnSlow, Rotate, read_fsync, read_sidecar
 from relay.endpoints.template import check_path, placeholders
 from relay.settings import FrozenModel, Problem, list_of
-from relay.units import Duration, PositiveDuration, PositiveSize, Size, parse_duration, parse_size, show
+from relay.units import PositiveDuration, Size, show
 
 Algorithm = Literal["sha256", "blake3", "xxh3", "crc32c"]
-Policy = Literal["block", "drop", "disconnect", "spill"]
-Network = IPv4Network | IPv6Network
 
 ENDS = ("listen", "connect", "file", "fifo", "fd")
-MEMORY_SPILL = 64 << 20  # bytes that a spill without directory may hold
-
-_AFTER = {"block": 1.0, "drop": 0.2, "disconnect": 5.0}  # seconds
 
 
 # What may stand behind each of the ENDS.
@@ -118,171 +113,6 @@ _FD_JSON = WithJsonSchema(
 
 ListenAddress = Annotated[Address, PlainValidator(_listening), _SOCKET_JSON]
 ConnectAddress = Annotated[Address, PlainValidator(_connecting), _SOCKET_JSON]
-
-
-def _mode(value: object) -> int:
-    """`0660`, `"660"` and `0o660` are all the permissions rw-rw----: digits of a mode are octal, always."""
-    text = (
-        str(value).removeprefix("0o") if isinstance(value, str | int) and not isinstance(value, bool) else ""
-    )
-    if not re.fullmatch("0?[0-7]{3}", text):
-        raise ValueError(f"expected permissions such as 0660, got {show(value)}")
-    return int(text, 8)
-
-
-def _network(value: object) -> Network:
-    if isinstance(value, IPv4Network | IPv6Network):
-        return value
-    try:
-        if isinstance(value, str):
-            return ip_network(value)
-    except ValueError as error:
-        if "host bits" in str(error) and isinstance(value, str):
-            outer = ip_network(value, strict=False)
-            raise ValueError(f"{value!r} has bits beyond its prefix; did you mean '{outer}'?") from None
-    raise ValueError(f"expected an IP address or a network such as 10.0.0.0/8, got {show(value)}")
-
-
-def _account(value: object) -> str | int:
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    raise ValueError(f"expected a name or a number, got {show(value)}")
-
-
-_MODE_JSON = {"anyOf": [{"type": "string", "pattern": r"^(0o?)?[0-7]{3}$|\$\{"}, {"type": "integer"}]}
-_ACCOUNT_JSON = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}]}
-Mode = Annotated[int, PlainValidator(_mode), WithJsonSchema(_MODE_JSON)]
-Account = Annotated[str | int, PlainValidator(_account), WithJsonSchema(_ACCOUNT_JSON)]
-NetworkText = Annotated[Network, PlainValidator(_network), WithJsonSchema({"type": "string"})]
-
-
-class OnSlow(FrozenModel):
-    """What happens to a sink that does not keep pace. As written; `effective` fills in what was left out."""
-
-    short_schema: ClassVar[dict[str, Any] | None] = {"enum": list(get_args(Policy))}
-
-    policy: Policy | None = Field(
-        default=None,
-        description="block, drop, disconnect or spill; by default sinks block, listening sinks disconnect",
-    )
-    after: Duration | None = Field(
-        default=None,
-        description="how long a full backlog is tolerated: 200ms for drop, 5s for disconnect, 1s for block",
-    )
-    buffer: Size = Field(default=0, description="bytes of backlog beside the pipe's own")
-    align: PositiveSize = Field(
-        default=1,
-        description="with drop: gaps begin and end at multiples of it, from the stream's first byte",
-    )
-    directory: str | None = Field(
-        default=None,
-        min_length=1,
-        description="with spill: where the log is kept on disk; in memory if left out",
-    )
-    max: PositiveSize | None = Field(
-        default=None,
-        description="with spill: the most bytes the log may hold; 64MiB in memory, no limit on disk",
-    )
-    then: Literal["block", "drop", "disconnect"] | None = Field(
-        default=None,
-        description="with spill: what happens at max; by default sinks block, listening sinks disconnect",
-    )
-
-    @classmethod
-    def from_short(cls, value: object) -> Mapping[str, Any]:
-        """`on_slow: drop`."""
-        return {"policy": value} if isinstance(value, str) else super().from_short(value)
-
-    @classmethod
-    def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
-        """Keys that only one policy has a use for."""
-        policy = given.get("policy")
-        if not isinstance(policy, str | None):
-            return
-        for key in ("directory", "max", "then"):
-            if key in given and policy != "spill":
-                yield Problem(f"'{key}' belongs to policy spill, {_this(policy)}", (key,), at_key=True)
-        if "align" in given and policy != "drop" and given.get("then") != "drop":
-            yield Problem(f"'align' belongs to policy drop, {_this(policy)}", ("align",), at_key=True)
-
-    def effective(self, *, listening: bool) -> OnSlow:
-        """The same with `policy`, `after` and, for spill, `then` and the `max` of a log in memory filled."""
-        usual: Literal["block", "disconnect"] = "disconnect" if listening else "block"
-        policy = self.policy or usual
-        then, most = self.then, self.max
-        if policy == "spill":
-            then = then or usual
-            most = MEMORY_SPILL if most is None and self.directory is None else most
-        after = (
-            self.after if self.after is not None else _AFTER[then if policy == "spill" and then else policy]
-        )
-        return self.model_copy(update={"policy": policy, "after": after, "then": then, "max": most})
-
-
-def _this(policy: object) -> str:
-    return f"this one is {policy}" if isinstance(policy, str) else "and no policy is given here"
-
-
-class Limits(FrozenModel):
-    """What a listening source lets in, and for how long; what is left out is unlimited."""
-
-    connections: int | None = Field(default=None, ge=1, description="connections open at once")
-    per_peer: int | None = Field(default=None, ge=1, description="connections open at once from one address")
-    idle: PositiveDuration | None = Field(
-        default=None, description="end a connection on which nothing moves for so long"
-    )
-    lifetime: PositiveDuration | None = Field(
-        default=None, description="end a connection after so long, whatever it does"
-    )
-    allow: tuple[NetworkText, ...] = Field(default=(), description="networks that may connect; all if empty")
-    deny: tuple[NetworkText, ...] = Field(
-        default=(), description="networks that may not; stronger than allow"
-    )
-
-
-class Rotate(FrozenModel):
-    """When a file sink begins its next file: whichever comes first. No full file is overwritten."""
-
-    short_schema: ClassVar[dict[str, Any] | None] = {"type": "string", "description": "a size or a duration"}
-
-    size: PositiveSize | None = Field(default=None, description="bytes in one file")
-    every: PositiveDuration | None = Field(default=None, description="time in one file")
-
-    @classmethod
-    def from_short(cls, value: object) -> Mapping[str, Any]:
-        """`rotate: 100MiB` or `rotate: 1h`."""
-        if isinstance(value, str) and not value.strip().isdigit():
-            for key, parse in (("size", parse_size), ("every", parse_duration)):
-                try:
-                    parse(value)
-                except ValueError:
-                    continue
-                return {key: value}
-        raise ValueError(f"expected a size such as 100MiB or a duration such as 1h, got {show(value)}")
-
-    @classmethod
-    def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
-        """Rotation needs a moment to rotate."""
-        if not given:
-            yield Problem("rotate needs 'size', 'every' or both", at_key=True)
-
-
-def _fsync(value: object) -> str | float:
-    if value in ("never", "close"):
-        return str(value)
-    try:
-        seconds = parse_duration(value)
-    except ValueError:
-        seconds = 0
-    if not seconds:
-        raise ValueError(f"expected never, close or a duration such as 1s, got {show(value)}")
-    return seconds
-
-
-def _sidecar(value: object) -> object:
-    return {True: "sha256", False: None}[value] if isinstance(value, bool) else value
 
 
 class _Scope(NamedTuple):
@@ -468,16 +298,16 @@ class SinkSettings(EndpointSettings):
     )
     append: bool = Field(default=False, description="write at the end of the file that is there, in place")
     rotate: Rotate | None = Field(default=None, description="begin a new file by size or time")
-    fsync: Annotated[str | float, PlainValidator(_fsync), WithJsonSchema({"type": ["string", "number"]})] = (
-        Field(
-            default="never",
-            description="never, close (before the file gets its name), or a duration between two",
-        )
+    fsync: Annotated[
+        str | float, PlainValidator(read_fsync), WithJsonSchema({"type": ["string", "number"]})
+    ] = Field(
+        default="never",
+        description="never, close (before the file gets its name), or a duration between two",
     )
     direct: bool = Field(default=False, description="write past the page cache (O_DIRECT)")
     sidecar: Annotated[
         Algorithm | None,
-        BeforeValidator(_sidecar),
+        BeforeValidator(read_sidecar),
         WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": list(get_args(Algorithm))}]}),
     ] = Field(
         default=None,

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import Field
 
-from relay.endpoints.settings import OnSlow, SinkSettings
+from relay.endpoints.options import OnSlow
+from relay.endpoints.settings import SinkSettings
 from relay.settings import Place, Problem
 from relay.stages.base import AnyStage, StageSettings
 from relay.stages.stage import Branch, Stage
