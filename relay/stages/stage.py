@@ -16,7 +16,8 @@ from relay.engine import Engine
 from relay.kernel import core
 
 if TYPE_CHECKING:
-    from relay.endpoints.settings import OnSlow, SinkSettings
+    from relay.endpoints.options import OnSlow
+    from relay.endpoints.settings import SinkSettings
     from relay.stages.base import StageSettings
 
 
