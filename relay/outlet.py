@@ -149,3 +149,21 @@ class Outlet:
             path=sink.result_path,
             backlog=sink.backlog,
         )
+
+
+def judge(route: str, outlet: Outlet, outlets: list[Outlet], *, slow: bool) -> None:
+    """Applies a policy: `outlet`, one of a pipeline's `outlets`, fell behind for too long or has caught up again."""
+    if not slow:
+        outlet.caught_up(route)
+    elif outlet.policy == "drop" or (outlet.policy == "disconnect" and outlet.down):
+        log.warning("%s: sink %s is slow: dropping for it alone", route, outlet.name)
+        outlet.drop()  # one that is down cannot be disconnected: it is in nobody's way until it is back
+    elif outlet.policy == "disconnect":
+        reason = outlet.slow_words()
+        if outlet.backoff is None:
+            outlet.cut_off()
+        for each in [outlet, *(other for other in outlets if outlet.gate in other.gates)]:
+            if each.sink is not None:
+                each.sink.abort(reason)
+    else:
+        log.warning("%s: sink %s is slow: it holds the source", route, outlet.name)

@@ -16,37 +16,31 @@ closed last: cleanly when every sink that may hold it has the stream whole, with
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
-from functools import partial
 
+from relay.account import account
 from relay.backoff import Backoff
 from relay.chain import Chain
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.digest import sidecar_line
 from relay.endpoints.file import FileSink
-from relay.endpoints.make import make_sink
 from relay.endpoints.options import Limits
 from relay.endpoints.settings import SinkSettings
-from relay.endpoints.template import fill_path
-from relay.engine import Engine, Timer
+from relay.engine import Engine
 from relay.errors import KernelError, RelayError
+from relay.intake import Intake
 from relay.kernel import core
-from relay.kernel.arena import MappedFile
-from relay.outlet import Outlet
+from relay.outlet import Outlet, judge
 from relay.record import SessionRecord
-from relay.source_clock import SourceClock
+from relay.sink_wait import SinkWait
+from relay.sinks import SinkMaker, Spilling
 from relay.stages.base import StageSettings
 from relay.stages.stage import Turn
 from relay.subscribers import Subscribers
-from relay.ways import STRAIGHT, Choice, Ways
+from relay.ways import Ways
 
 log = logging.getLogger("relay.pipeline")
-
-
-# makes the sink that reads through a log: (engine, turn, outlet, persistent) -> Sink
-Spilling = Callable[[Engine, Turn, Outlet, bool], Sink]
 
 
 class Pipeline:
@@ -77,38 +71,29 @@ class Pipeline:
     ) -> None:
         self.engine = engine
         self.route = route
-        self._spill = spill
         self._quiet = quiet
-        self._named = False
-        self._wait = wait
         self._limits = limits
-        self._clock: SourceClock | None = None
-        self._waiting: Timer | None = None
         self.persistent = persistent
         self.ways = ways
         self._on_over = on_over
         self._on_closed = on_closed
-        self._patience = patience
         self.c = core.new("pipeline", keep=int(persistent))
+        self._makes = SinkMaker(engine, route, ways, patience, spill, persistent=persistent)
         self.chain = Chain(engine, stages, sink, ways, persistent=persistent)
+        self._wait = SinkWait(engine, route, self.chain.outlets, wait, self._go_on)
         self.c.token = engine.register(self._event)
         self.c.head = self.chain.head.c
         self.c.nodes = len(self.chain.nodes)
         for node in self.chain.nodes:
             node.hear(self._node_hearing(node))
-        self.source: Source | None = None
+        self.intake: Intake | None = None
         self.turn: Turn | None = None
         self.subscribers: list[Subscribers] = []
-        self._source_choice = Choice("splice", "")
-        self._source_error = ""
-        self._source_over = False
-        self._mapped: MappedFile | None = None
         self._reason = ""
         self._ended_by = "source"
         self._aborting = False
         self._ending = False
         self._closed = False
-        self._began = 0.0
 
     # -- what a route does
 
@@ -124,15 +109,15 @@ class Pipeline:
                 if settings is not None and settings.verb == "connect" and outlet.slow.policy != "spill":
                     outlet.backoff = Backoff()
                     outlet.node.c.hold = 1
-                self._stand(outlet, self._made(outlet))
+                self._stand(outlet, self._makes.sink(outlet, self.turn))
 
     def begin(self, source: Source, turn: Turn) -> None:
         """The next stream: `source` is open, and owned by the pipeline until the turn is over."""
-        self.turn, self.source = turn, source
-        self._named = False
-        self._source_over, self._source_error, self._reason = False, "", ""
-        self._ended_by = "source"
-        self._began = time.monotonic()
+        self.turn = turn
+        self._reason, self._ended_by = "", "source"
+        self.intake = Intake(
+            self.engine, self.route, source, self.chain, self.ways, self._limits, self.break_off
+        )
         for outlet in self.chain.outlets:
             outlet.begin_turn()
         try:
@@ -143,21 +128,16 @@ class Pipeline:
             return
         for outlet in self.chain.outlets:
             if outlet.per_turn and not outlet.listens:
-                self._stand(outlet, self._made(outlet))
-        self._choose_source(source)
+                self._stand(outlet, self._makes.sink(outlet, self.turn))
         source.c.reads = self.c
         self.c.source = source.c
         self.c.source_ended = 0
-        if self._wait and any(outlet.opening for outlet in self.chain.outlets):
-            self.c.paused = 1
-            self._waiting = self.engine.later(self._wait, self._waited)
-        if self._limits is not None:
-            self._clock = SourceClock(self.engine, source, self._limits, self.break_off)
+        self.c.paused = int(self._wait.begin())
         self.engine.ready(self.c)
 
     def break_off(self, reason: str) -> None:
         """The source is not read any further: what it gave flows out, then the stream ends as a failed one."""
-        if self.source is None or self._source_over:
+        if self._over:
             return
         self._ended_by = "relay"
         self.c.source_ended = 1
@@ -169,9 +149,9 @@ class Pipeline:
     def _not_begun(self, error: RelayError) -> None:
         """A stage cannot take this stream: the turn is over before it began; the next one may do better."""
         log.warning("%s: %s", self.route, error)
-        self._source_error = self._reason = str(error)
+        assert self.intake is not None
+        self.intake.error, self.intake.over = str(error), True
         self._ended_by = "relay"
-        self._source_over = True
         for outlet in self.chain.outlets:
             outlet.settled = True
         record = self._turn_over()
@@ -179,16 +159,9 @@ class Pipeline:
             self.close()
         self._on_over(record)
 
-    def _waited(self) -> None:
-        """Every sink is there, or it has been waited for them long enough."""
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
-            late = [outlet.name for outlet in self.chain.outlets if outlet.opening]
-            if late:
-                log.warning("%s: goes on without %s after %.1f s", self.route, ", ".join(late), self._wait)
-            self.c.paused = 0
-            self.engine.ready(self.c)
+    def _go_on(self) -> None:
+        self.c.paused = 0
+        self.engine.ready(self.c)
 
     def finish(self) -> None:
         """No more streams: what is under way flows out, then every sink is finished. For persistent ones."""
@@ -215,7 +188,8 @@ class Pipeline:
         self._aborting = True
         self._reason = self._reason or reason
         self._ended_by = "relay"
-        self._source_over = True
+        if self.intake is not None:
+            self.intake.over = True
         self.c.paused = 1
         for outlet in self.chain.outlets:
             if outlet.sink is not None and not outlet.settled:
@@ -225,6 +199,19 @@ class Pipeline:
         record = self._turn_over()
         self.close()
         self._on_over(record)
+
+    @property
+    def source(self) -> Source | None:
+        """Of the turn that is under way."""
+        return self.intake.source if self.intake is not None else None
+
+    @property
+    def _over(self) -> bool:
+        return self.intake is None or self.intake.over
+
+    @property
+    def _error(self) -> str:
+        return self.intake.error if self.intake is not None else ""
 
     @property
     def busy(self) -> bool:
@@ -237,41 +224,6 @@ class Pipeline:
         return self._closed
 
     # -- standing sinks up
-
-    def _made(self, outlet: Outlet) -> Sink:
-        settings = outlet.settings
-        if settings is None:
-            assert outlet.stage is not None
-            sink = outlet.stage.sink(self.engine)
-            assert sink is not None
-            return sink
-        if outlet.slow.policy == "spill":
-            assert self._spill is not None  # whoever has such a route brings one
-            turn = self.turn or Turn(route=self.route, id="0", time="", peer="")
-            return self._spill(self.engine, turn, outlet, self.persistent)
-        in_place = self.persistent and not settings.placeholders
-        way = self.ways.to_sink(settings.address.scheme)
-        copies = way.reason if way.method == "copy" else ""
-        return make_sink(
-            self.engine,
-            settings,
-            partial(self._path, settings),
-            in_place=in_place,
-            copies=copies,
-            patience=self._patience,
-        )
-
-    def _path(self, settings: SinkSettings) -> str:
-        """A name for a file that begins now: the stream's own time for its first, the present for those after."""
-        path = settings.address.path
-        if not settings.placeholders:
-            return path
-        assert self.turn is not None
-        values = dict(self.turn.values())
-        if self._named:
-            values["time"] = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        self._named = settings.rotate is not None
-        return fill_path(path, values)
 
     def _stand(self, outlet: Outlet, sink: Sink) -> None:
         """`sink` stands at `outlet` from now on."""
@@ -300,31 +252,8 @@ class Pipeline:
         del sink
         if outlet.backoff is not None:
             outlet.gate.c.dropping = 0
-        if self._waiting is not None and not any(other.opening for other in self.chain.outlets):
-            self._waited()
+        self._wait.look()
         self.engine.ready(self.c)
-
-    def _choose_source(self, source: Source) -> None:
-        scheme = source.scheme
-        only = self.chain.outlets[0] if len(self.chain.nodes) == 1 else None
-        settings = only.settings if only is not None else None
-        alone = (
-            settings is not None and settings.address.scheme in STRAIGHT and settings.verb != "listen"
-        )  # a broadcast's sink is whoever joins
-        choice = self.ways.from_source(scheme, copies=source.copies, alone=alone)
-        if choice.method == "vmsplice" and source.c.left > 0:
-            size = int(source.c.offset) + int(source.c.left)
-            self._mapped = MappedFile(source.c.fd, size)
-            source.c.memory = self._mapped.pointer()
-        elif choice.method == "vmsplice":
-            choice = Choice("splice", "an empty file cannot be mapped")
-        source.c.method = {
-            "splice": core.SPLICE,
-            "copy": core.COPY,
-            "sendfile": core.SENDFILE,
-            "vmsplice": core.VMSPLICE,
-        }[choice.method]
-        self._source_choice = choice
 
     # -- what the pump reports
 
@@ -332,9 +261,8 @@ class Pipeline:
         if what in (core.SOURCE_ENDED, core.SOURCE_FAILED):
             self._source_is_over(error if what == core.SOURCE_FAILED else 0)
         elif what == core.SOURCE_COPIES:
-            assert self.source is not None
-            name = os_error_name(error)
-            self._source_choice = Choice("copy", f"splice from {self.source.address} answered {name}")
+            assert self.intake is not None
+            self.intake.copies(os_error_name(error))
         elif what == core.SOURCE_DRY:
             if self.source is not None and self.source.refill():
                 self.engine.ready(self.c)
@@ -344,28 +272,11 @@ class Pipeline:
             self._done()
 
     def _source_is_over(self, error: int, broken_off: str = "") -> None:
-        source = self.source
-        assert source is not None
-        self._source_over = True
-        if self._clock is not None:
-            self._clock.cancel()
-        if broken_off:
-            self._source_failed(broken_off)
-        elif changed := source.changed():
-            self._source_failed(changed, "send it again when nobody writes to it")
-        elif error:
-            self._source_failed("", "", error)
-        elif source.c.left > 0:
-            self._source_failed(f"it ended {source.c.left} bytes early")
+        assert self.intake is not None
+        self.intake.ended(error, broken_off)
         if self.c.keep:
             self.c.tell_idle = 1
             self.engine.ready(self.c)
-
-    def _source_failed(self, reason: str, advice: str = "", code: int = 0) -> None:
-        assert self.source is not None
-        error = self.source.error("reading from", code, reason=reason, advice=advice)
-        self._source_error = self._reason = str(error)
-        log.warning("%s: %s", self.route, error)
 
     def _idle(self) -> None:
         """Between turns: nothing is under way, so what belongs to the stream alone can end."""
@@ -378,8 +289,8 @@ class Pipeline:
 
     def _done(self) -> None:
         """Every sink has had its end or failed. Without a failure of the source it need not be read further."""
-        if not self._source_over:
-            self._source_over = True
+        if self.intake is not None and not self.intake.over:
+            self.intake.over = True
             self._ended_by = "sinks"
             self.c.paused = 1
         self._look_whether_over()
@@ -394,11 +305,9 @@ class Pipeline:
 
     def _end_sink(self, outlet: Outlet, sink: Sink) -> None:
         """All this sink will get was handed to it: it is finished, after its checksum if it wants one."""
-        if not self._source_error and self.source is not None and (changed := self.source.changed()):
-            # pages under way are the file's own: the change may show in them
-            self._source_failed(changed, "send it again when nobody writes to it")
-        if self._source_error:
-            sink.cut(self._source_error)
+        # pages under way are the file's own: a change may show in them
+        if self.intake is not None and self.intake.look_for_change():
+            sink.cut(self.intake.error)
             return
         if outlet.digest is not None and isinstance(sink, FileSink):
             if not outlet.digest.digest:
@@ -425,29 +334,14 @@ class Pipeline:
 
     def _judge(self, outlet: Outlet, *, slow: bool) -> None:
         """A sink fell behind for too long, or has caught up again."""
-        if not slow:
-            outlet.caught_up(self.route)
-        elif outlet.policy == "drop" or (outlet.policy == "disconnect" and outlet.down):
-            log.warning("%s: sink %s is slow: dropping for it alone", self.route, outlet.name)
-            outlet.drop()  # one that is down cannot be disconnected: it is in nobody's way until it is back
-        elif outlet.policy == "disconnect":
-            reason = outlet.slow_words()
-            inside = [other for other in self.chain.outlets if outlet.gate in other.gates]
-            if outlet.backoff is None:
-                outlet.cut_off()
-            for each in {id(other): other for other in (outlet, *inside)}.values():
-                if each.sink is not None:
-                    each.sink.abort(reason)
-        else:
-            log.warning("%s: sink %s is slow: it holds the source", self.route, outlet.name)
+        judge(self.route, outlet, self.chain.outlets, slow=slow)
         self.engine.ready(self.c)
 
     # -- ending
 
     def _settled(self, outlet: Outlet, sink: Sink) -> None:
         """A sink finished or failed."""
-        if self._waiting is not None and not any(other.opening for other in self.chain.outlets):
-            self._waited()
+        self._wait.look()
         if outlet.sink is sink and sink.state == "failed" and self._away(outlet, sink):
             return
         if outlet.sink is not sink or outlet.settled:
@@ -456,7 +350,7 @@ class Pipeline:
         node = outlet.node.c
         if node.sink == sink.c:
             node.sink = core.ffi.NULL
-        said = self._aborting or self._quiet or self._source_error  # by somebody else already
+        said = self._aborting or self._quiet or self._error  # by somebody else already
         if sink.state == "failed" and not said:
             log.warning("%s: %s", self.route, sink.reason)
         outlet.gate.c.dropping = 0
@@ -500,20 +394,20 @@ class Pipeline:
             self._look_whether_over()
             return
         sink.unwire()
-        self._stand(outlet, self._made(outlet))
+        self._stand(outlet, self._makes.sink(outlet, self.turn))
         self.engine.ready(self.c)
 
     def _drained(self, outlet: Outlet) -> bool:
-        return bool(outlet.node.c.done) or (self._source_over and not outlet.node.c.held)
+        return bool(outlet.node.c.done) or (self._over and not outlet.node.c.held)
 
     def _look_whether_over(self) -> None:
         if self._closed or self._aborting:
             return
         everyone = all(outlet.settled for outlet in self.chain.outlets)
-        if everyone and not self._source_over and not self.c.keep:
-            self._source_over = True
+        if everyone and self.intake is not None and not self.intake.over and not self.c.keep:
+            self.intake.over = True
             self._ended_by = "sinks"
-        if not everyone or (not self._source_over and self.source is not None):
+        if not everyone or not self._over:
             return
         if any(group.members for group in self.subscribers) and not self.c.keep:
             return
@@ -529,13 +423,10 @@ class Pipeline:
 
     def _turn_over(self) -> SessionRecord:
         record = self._record()
-        source, self.source = self.source, None
+        intake, self.intake = self.intake, None
         self.c.source = core.ffi.NULL
-        if source is not None:
-            source.close(reset=record.result != "delivered" and not self._harmless())
-        if self._mapped is not None:
-            self._mapped.close()
-            self._mapped = None
+        if intake is not None:
+            intake.close(reset=record.result != "delivered" and not self._harmless(intake))
         for outlet in self.chain.outlets:
             if outlet.per_turn and outlet.sink is not None and not outlet.listens:
                 self.engine.forget_token(outlet.sink.c.token)
@@ -543,46 +434,22 @@ class Pipeline:
                 outlet.sink = None
         return record
 
-    def _harmless(self) -> bool:
+    def _harmless(self, intake: Intake) -> bool:
         """Whether every sink that failed was one whose policy lets it."""
-        return not self._source_error and all(
+        return not intake.error and all(
             outlet.sink is None or outlet.sink.state != "failed" or outlet.slow.policy != "block"
             for outlet in self.chain.outlets
         )
 
     def _record(self) -> SessionRecord:
-        source, turn = self.source, self.turn
-        sendfile = source is not None and source.c.method == core.SENDFILE
-        sinks = [outlet.record(sendfile=sendfile) for outlet in self.chain.outlets if not outlet.hidden]
-        stages = []
-        for stage in self.chain.stages:
-            said = stage.end()
-            if said:
-                stages.append({"stage": stage.name, **said})
-        failed = sum(1 for sink in sinks if sink.result == "failed")
-        whole = not self._source_error and not self._aborting
-        result = (
-            "delivered"
-            if whole and not failed
-            else "failed"
-            if failed == len(sinks) or not whole
-            else "partial"
-        )
-        return SessionRecord(
-            route=self.route,
-            id=turn.id if turn else "",
-            source=source.address if source else "",
-            peer=source.peer if source else "",
-            bytes=source.moved if source else 0,
-            seconds=time.monotonic() - self._began if self._began else 0.0,
-            method=self._source_choice.method if not source else source.method_now,
-            why_method=self._source_choice.reason,
-            ended_by=self._ended_by,
-            result=result,
-            reason=self._reason,
-            sinks=sinks,
-            stages=stages,
-            source_failed=bool(self._source_error),
+        return account(
+            self.route,
+            self.turn,
+            self.intake,
+            self.chain,
+            self._ended_by,
+            self._reason,
+            aborted=self._aborting,
         )
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from functools import partial
 from relay import logs
 from relay.admission import Admission
 from relay.config.models import Route
+from relay.delivery import Delivery
 from relay.endpoints import tcp, unix
 from relay.endpoints.address import Address
 from relay.endpoints.base import Source
@@ -31,7 +32,7 @@ from relay.errors import EndpointError, RelayError
 from relay.kernel.probe import machine
 from relay.pipeline import Pipeline
 from relay.record import SessionRecord
-from relay.spill import Delivery, Spills
+from relay.spill import Spills
 from relay.stages.base import StageSettings
 from relay.stages.stage import Branch, Turn
 from relay.ways import Ways
