@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plan", "config"),
     ("spill",),
     ("pipeline", "subscribers", "chain", "outlet", "node", "source_clock"),
-    ("needs", "ways", "record", "logs", "log", "progress", "stages", "endpoints"),
+    ("needs", "ways", "record", "news", "logs", "log", "progress", "stages", "endpoints"),
     ("engine", "backoff"),
     ("kernel",),
     ("settings", "units"),
