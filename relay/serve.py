@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import queue
 import signal
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from relay import logs
 from relay.config.models import Config
 from relay.engine import Engine
 from relay.errors import RelayError
+from relay.news import News
 from relay.record import SessionRecord
 from relay.route import RunningRoute
 from relay.spill import Spills
@@ -52,7 +52,7 @@ class Server:
         self._on_record = on_record
         self._on_ready = on_ready
         self._spills = Spills()
-        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._news = News()
         self._engines: list[Engine] = []
         self.routes: list[RunningRoute] = []
         self._done: set[str] = set()
@@ -60,6 +60,7 @@ class Server:
 
     def run(self) -> int:
         """Opens every route, serves until told to end or until nothing is left to do; 4 when one cannot open."""
+        self._news.listen()
         previous = self._catch_signals()
         count = self._config.engines or len(os.sched_getaffinity(0))
         self._engines = [Engine(f"engine-{i}") for i in range(count)]
@@ -71,20 +72,21 @@ class Server:
                 engine.start()
             return self._serve()
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             for route in self.routes:
                 route.close()
             for engine in self._engines:
                 engine.stop()
                 engine.close()
             self._spills.close()
+            self._news.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _catch_signals(self) -> dict[int, Any]:
         """SIGPIPE is ignored: splice has no MSG_NOSIGNAL. The others are news for the main thread."""
 
         def caught(number: int, _frame: FrameType | None) -> None:
-            self._news.put(signal.Signals(number).name)
+            self._news.tell(signal.Signals(number).name)
 
         found: dict[int, Any] = {}
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -104,7 +106,7 @@ class Server:
                 route,
                 home,
                 spread,
-                lambda done: self._news.put(f"done {done.name}"),
+                lambda done: self._news.tell(f"done {done.name}"),
                 once=self._once,
                 on_record=self._on_record,
                 spills=self._spills,
@@ -129,10 +131,8 @@ class Server:
     def _serve(self) -> int:
         deadline: float | None = None
         while len(self._done) < len(self.routes):
-            try:
-                timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-                news = self._news.get(timeout=timeout)
-            except queue.Empty:
+            news = self._news.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if news is None:
                 self._abort("the drain deadline passed")
                 deadline = None
                 continue

@@ -46,7 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "intake",
         "account",
     ),
-    ("needs", "ways", "record", "logs", "log", "progress", "stages", "endpoints"),
+    ("needs", "ways", "record", "news", "logs", "log", "progress", "stages", "endpoints"),
     ("engine", "backoff"),
     ("kernel",),
     ("settings", "units"),
