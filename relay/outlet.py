@@ -131,7 +131,7 @@ class Outlet:
         if sink is None:
             return SinkRecord(self.name, str(self.settings.address), 0, 0.0, "", "failed")
         by_hand = "copy" if self.node.c.out_copies else "splice"
-        method = sink.method if sink.c.kind == core.FERRY else by_hand
+        method = sink.method if sink.c.kind == core.FERRY or self.listens else by_hand
         failed = sink.state == "failed"
         return SinkRecord(
             sink=self.name,
@@ -147,7 +147,7 @@ class Outlet:
             dropped=self.dropped,
             blocked_seconds=self.blocked / 1e9,
             path=sink.result_path,
-            backlog=sink.backlog,
+            backlog=sink.backlog + (int(self.node.c.held) if self.node.c.apart_ns else 0),
         )
 
 

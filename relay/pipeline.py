@@ -109,6 +109,8 @@ class Pipeline:
                 if settings is not None and settings.verb == "connect" and outlet.slow.policy != "spill":
                     outlet.backoff = Backoff()
                     outlet.node.c.hold = 1
+                if outlet.policy != "block" and outlet.slow.policy != "spill":
+                    outlet.node.c.apart_ns = outlet.gate.c.after_ns  # whom it may not hold, it holds at no end
                 self._stand(outlet, self._makes.sink(outlet, self.turn))
 
     def begin(self, source: Source, turn: Turn) -> None:
@@ -120,6 +122,8 @@ class Pipeline:
         )
         for outlet in self.chain.outlets:
             outlet.begin_turn()
+        for group in self.subscribers:
+            group.begin_stream()
         try:
             for stage in self.chain.stages:
                 stage.begin(turn)
@@ -236,7 +240,7 @@ class Pipeline:
         sink.on_open = lambda _sink: self._opened(outlet, sink)
         sink.on_finish = lambda _sink: self._settled(outlet, sink)
         sink.on_fail = lambda _sink: self._settled(outlet, sink)
-        if not outlet.hidden and outlet.settings is not None and sink.c.kind != core.FERRY:
+        if outlet.settings is not None and not outlet.listens and sink.c.kind != core.FERRY:
             choice = self.ways.to_sink(outlet.settings.address.scheme, copies=sink.copies)
             if choice.method == "copy":
                 outlet.node.copies(choice.reason)

@@ -235,9 +235,6 @@ def test_a_killed_relay_leaves_a_part_that_blocks_nobody(tmp_path: Path) -> None
     assert whole == [b"two"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the pump calls a pipeline idle only when the pipes of its subscribers are empty, too"
-)
 def test_a_stalled_viewer_that_drops_ends_no_turn(tmp_path: Path) -> None:
     """Under drop a viewer that reads nothing keeps the stream's end from nobody: the next source has its turn."""
     slow = ", on_slow: {policy: drop, after: 50ms}}"

@@ -28,7 +28,6 @@ PENDING = (
     Pending(Config, "admin", "leave it out; relay logs what it does"),
     Pending(Route, "duplex", "a route moves bytes one way: from its source to its sinks"),
     Pending(EndpointSettings, "dead_after", "a dead peer is found by keepalive, when nothing is under way"),
-    Pending(SinkSettings, "burst", "a newcomer sees what passes from then on"),
     Pending(OnSlow, "buffer", "a sink's backlog is its pipe"),
 )
 

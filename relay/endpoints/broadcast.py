@@ -1,12 +1,10 @@
 """A sink that listens: whoever connects gets the stream from then on.
 
-The chain's last node discards what comes, so that a broadcast without subscribers lets bytes pass; subscribers
-are nodes in front of it, joining and leaving between sweeps.
+The chain's last node moves the stream into a ring that subscribers read (subscribers.py); without any, bytes pass.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -33,7 +31,7 @@ class Subscriber(SocketSink):
 
 
 class Broadcast(Sink):
-    """Owns the listeners once they are given, and a descriptor of /dev/null for the bytes nobody takes.
+    """Owns the listeners once they are given; its struct counts what came to the broadcast, and has no descriptor.
 
     Until `accept` names who takes them, connections wait. Listeners live on the route's home engine, which need
     not be the engine of the pipeline that the connections join.
@@ -63,10 +61,9 @@ class Broadcast(Sink):
             join(sock, peer)
 
     def open(self) -> None:
-        """Opens /dev/null; the listeners were opened with the route."""
-        self.c.fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        """Is open at once; the listeners were opened with the route."""
         self.c.kind = core.INSTANT
-        self.c.writable = 1
+        self.c.method = core.COPY
         self.opened()
 
     def close(self) -> None:

@@ -48,7 +48,6 @@ SLOW: Final = int(lib.RELAY_SLOW)
 CAUGHT_UP: Final = int(lib.RELAY_CAUGHT_UP)
 IDLE: Final = int(lib.RELAY_IDLE)
 DONE: Final = int(lib.RELAY_DONE)
-REMOVED: Final = int(lib.RELAY_REMOVED)
 BROKEN: Final = int(lib.RELAY_BROKEN)
 SOURCE_DRY: Final = int(lib.RELAY_SOURCE_DRY)
 
