@@ -1,9 +1,9 @@
 """The subscribers of a broadcast: readers of the ring at the end of its chain.
 
 The chain's last node moves the stream into a ring of memory (kernel/ring.c), and each subscriber is sent its bytes
-out of it, at its own position. So the ring is the backlog of all: a subscriber that falls behind holds nobody until
-it is a whole ring behind. Then it holds the source, until its policy says that it is slow. One that joins begins a
-`burst` back; one that leaves is taken off between sweeps.
+out of it, at its own position. So the ring is the backlog of all. A subscriber that is BACKLOG behind is full, and slow
+if it has not caught up in time; meanwhile the stream goes on into RESERVE, and only when that is full, too, is the
+source held. One that joins begins a `burst` back; one that leaves is taken off between sweeps.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("relay.pipeline")
 
-BACKLOG = 16 << 20  # bytes by which a subscriber may be behind, beside `buffer` and `burst`: one memory for all
+BACKLOG = 8 << 20  # bytes by which a subscriber may be behind, beside `buffer` and `burst`: one memory for all
+RESERVE = 8 << 20  # bytes that come while it is found out whether a full subscriber is slow
 
 
 def backlog(slow: OnSlow, burst: int) -> int:
-    """Bytes of a broadcast's ring: what subscribers may be behind, and the burst, which may come before an align."""
+    """By how many bytes a subscriber may be behind before it is full; it begins a burst behind."""
     log_in_memory = slow.max or 0 if slow.policy == "spill" and slow.directory is None else 0
-    return BACKLOG + slow.buffer + log_in_memory + burst + slow.align
+    return BACKLOG + slow.buffer + log_in_memory + burst
 
 
 class Member:
@@ -61,8 +62,9 @@ class Subscribers:
         self._name = outlet.name
         self._node = outlet.node.c
         self.members: dict[int, Member] = {}
-        self.ring = Ring(backlog(outlet.slow, self._settings.burst), self._settings.burst, outlet.slow.align)
-        if self._settings.burst:
+        burst = self._settings.burst
+        self.ring = Ring(backlog(outlet.slow, burst), burst, outlet.slow.align, RESERVE)
+        if burst:
             self.ring.open()
         self._node.ring = self.ring.c
         broadcast.accept(lambda sock, peer: engine.post(lambda: self.join(sock, peer)))
@@ -130,7 +132,7 @@ class Subscribers:
             self.ring.drop(member.reader)
             log.warning("%s: subscriber %s is slow: dropping for it alone", route, peer)
         elif self.policy == "disconnect":
-            size = show_size(self.ring.size)
+            size = show_size(self.ring.full)
             member.sink.abort(f"backlog of {size} full for {self._slow.after or 0.0:.1f} s")
         else:
             log.warning("%s: subscriber %s is slow: it holds the source", route, peer)

@@ -615,7 +615,7 @@ def test_too_few_descriptors_refuse_newcomers_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", ["disconnect", "drop"])
 def test_a_viewer_that_stalls(tmp_path: Path, policy: str) -> None:
     """A viewer that reads nothing is cut off, or loses whole pieces; another viewer sees every byte."""
-    packets, size = 60_000, 188
+    packets, size = 200_000, 188
     data = b"".join(struct.pack(">I", number) + bytes(184) for number in range(packets))
     extra = ", align: 188" if policy == "drop" else ""
     slow = f", on_slow: {{policy: {policy}, after: 200ms{extra}}}}}"

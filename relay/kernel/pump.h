@@ -119,6 +119,7 @@ struct relay_reader {
 struct relay_ring {
     char *memory;            /* NULL: nobody reads and nothing is kept, bytes pass by */
     int64_t size;            /* at least 8 * align */
+    int64_t full;            /* bytes behind at which a reader is full: at most 7 / 8 of the size */
     int64_t keep;            /* bytes before the present ones that a newcomer gets */
     int64_t align;
     int64_t position;        /* bytes that ever came */

@@ -3,8 +3,9 @@
  * Positions count the bytes that ever came to the ring; a reader's is that of the next byte it gets, and the byte
  * at position x lies at x % size. So a newcomer that wants the last bytes begins at an earlier position, and
  * nothing can be doubled or missing at the seam. The ring is every reader's backlog at once: its size is the
- * memory that a broadcast takes, however many read. The reader furthest behind holds the source when the ring
- * has no room; one that drops holds nobody: it skips to a later position.
+ * memory that a broadcast takes, however many read. A reader that is more than `full` behind is full, and its time
+ * runs; what the ring has beyond that is reserve, so that it need not hold the source meanwhile. It does when the
+ * ring has no room. One that drops holds nobody: it skips to a later position.
  *
  * A border is a multiple of `align` counted from the first byte of the stream it is in; where a new stream
  * begins there is a border, too. */
@@ -68,11 +69,11 @@ static void no_longer_full(struct pass *s, struct relay_reader *r)
     }
 }
 
-/* There is no room: those for whom it is kept are full, and slow when they were so for after_ns. */
+/* Those far behind are full, and slow when they were so for after_ns without having emptied again. */
 static void judge(struct pass *s, struct relay_ring *ring)
 {
     for (struct relay_reader *r = ring->readers; r; r = r->after) {
-        if (!holding(r) || ring->position - r->at <= ring->size - ring->size / 8)
+        if (!holding(r) || ring->position - r->at <= ring->full)
             continue;
         if (!r->since_ns)
             r->since_ns = s->e->now_ns;
@@ -132,8 +133,13 @@ int64_t ring_take(struct pass *s, struct relay_node *n, int64_t amount)
         if (!moved)
             return -EIO;
     }
-    if (moved > 0)
+    if (moved > 0) {
         ring->position += moved;
+        if (ring->position - ring->oldest > ring->full) {
+            find_oldest(ring);
+            judge(s, ring);
+        }
+    }
     return moved;
 }
 
@@ -304,4 +310,7 @@ void relay_ring_stream(struct relay_ring *ring)
 {
     if (ring->position != ring->origins[(ring->turns - 1) % TURNS])
         ring->origins[ring->turns++ % TURNS] = ring->position;
+    for (struct relay_reader *r = ring->readers; r; r = r->after)
+        if (r->at > ring->position)     /* it waited for a border, and here is one */
+            r->at = ring->position;
 }

@@ -31,24 +31,29 @@ class Reader:
 
 
 class Ring:
-    """`size` bytes of private memory, or more if `align` asks for it; owns the mapping and keeps the readers alive.
+    """Private memory that many read: `full` bytes behind, a reader's time runs; `reserve` more, and it holds the source.
 
-    A newcomer gets the last `keep` bytes, from a multiple of `align` on. The memory is there while anybody reads or
+    Owns the mapping and keeps the readers alive. A newcomer gets the last `keep` bytes, from a multiple of `align` on. The memory is there while anybody reads or
     `keep` is not 0. All calls between sweeps, on the engine's thread.
     """
 
-    def __init__(self, size: int, keep: int, align: int) -> None:
-        size = max(size, 8 * align)
+    def __init__(self, full: int, keep: int, align: int, reserve: int) -> None:
+        size = max(full + max(reserve, full // 7 + 1), 8 * align)
         size += -size % mmap.PAGESIZE
-        self.c = core.new("ring", size=size, keep=keep, align=align, turns=1)
+        self.c = core.new("ring", size=size, full=full, keep=keep, align=align, turns=1)
         self._readers: set[Reader] = set()
         self._map: mmap.mmap | None = None
         self._pointer: core.Struct = None
 
     @property
     def size(self) -> int:
-        """Bytes by which a reader may be behind."""
+        """Bytes of memory: by so much a reader may be behind at most."""
         return int(self.c.size)
+
+    @property
+    def full(self) -> int:
+        """Bytes by which a reader may be behind before its time runs."""
+        return int(self.c.full)
 
     def open(self) -> None:
         """Makes the memory, if it is not there. Raises KernelError where there is none."""
