@@ -74,9 +74,9 @@ def ferry(machine: Machine) -> Need:
     return pipe(LARGEST_CAPACITY, machine).times(2) + Need(2)
 
 
-def subscriber(machine: Machine) -> Need:
-    """One subscriber of a broadcast: a node to tee from, its backlog, its socket (subscribers.Member)."""
-    return node(machine).times(2) + Need(1)
+def subscriber() -> Need:
+    """One subscriber of a broadcast: its socket (subscribers.Member); the ring is memory."""
+    return Need(1)
 
 
 def listener(address: Address) -> Need:
@@ -99,6 +99,8 @@ def source(address: Address, machine: Machine) -> Need:
 
 def sink(settings: SinkSettings, machine: Machine) -> Need:
     """An open sink; one that listens without its listeners and subscribers."""
+    if settings.verb == "listen":
+        return NOTHING
     match settings.address.scheme:
         case "file":
             return ferry(machine) + Need(1)

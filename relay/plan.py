@@ -152,7 +152,7 @@ def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
         holds=tuple(walk.holds),
         standing=standing,
         stream=stream,
-        subscriber=needs.subscriber(machine) if listening else None,
+        subscriber=needs.subscriber() if listening else None,
         streams=most if turns == "each" else 1,
         waiting=0 if turns != "one" else None if most is None else most - 1,
     )
@@ -294,7 +294,7 @@ class _Walk:
         if sink.verb == "listen":
             below = self._subscriber(slow, str(address))
             self._held(f"each subscriber of {address}", "subscriber", slow, within)
-            choice = self._ways.to_sink("null")
+            choice = self._ways.to_ring()
             return Hop(
                 "sink",
                 address.scheme,
@@ -326,21 +326,14 @@ class _Walk:
         )
 
     def _subscriber(self, slow: OnSlow, address: str) -> Hop:
-        tee = self._ways.tee()
-        copied = tee.method == "copy"
-        entry = tee if copied else self._ways.between()
-        out = tee if copied else self._ways.to_sink("tcp")
-        need = needs.subscriber(self._machine)
-        end = Hop(
-            "sink",
+        return Hop(
+            "subscriber",
             "socket",
-            f"subscriber of {address}",
-            out,
-            needs.NOTHING,
-            entry=entry,
+            f"each subscriber of {address}",
+            self._ways.from_ring(),
+            needs.subscriber(),
             policy=slow.policy or "",
         )
-        return Hop("subscriber", "tee", "each subscriber", tee, need, branch=(end,))
 
     @staticmethod
     def _sure(scheme: str, choice: Choice) -> tuple[Choice, bool]:
