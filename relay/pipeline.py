@@ -232,7 +232,7 @@ class Pipeline:
             lambda what, error, _mask: self._sink_event(outlet, sink, what, error)
         )
         sink.wire(self.c)
-        sink.on_open = lambda _sink: self._opened(outlet, sink)
+        sink.on_open = lambda _sink: self._opened(outlet)
         sink.on_finish = lambda _sink: self._settled(outlet, sink)
         sink.on_fail = lambda _sink: self._settled(outlet, sink)
         if not outlet.hidden and outlet.settings is not None and sink.c.kind != core.FERRY:
@@ -246,9 +246,8 @@ class Pipeline:
             code = error.errno or 0 if isinstance(error, OSError) else 0
             sink.fail(sink.error("opening", code, reason="" if code else str(error)))
 
-    def _opened(self, outlet: Outlet, sink: Sink) -> None:
+    def _opened(self, outlet: Outlet) -> None:
         log.debug("%s: sink %s is open", self.route, outlet.name)
-        del sink
         if outlet.backoff is not None:
             outlet.gate.c.dropping = 0
         self._wait.look()
@@ -284,7 +283,7 @@ class Pipeline:
                 outlet.settled = True
             elif not outlet.settled:
                 self._end_sink(outlet, outlet.sink)
-        self._look_whether_over()
+        self.look_whether_over()
 
     def _done(self) -> None:
         """Every sink has had its end or failed. Without a failure of the source it need not be read further."""
@@ -292,7 +291,7 @@ class Pipeline:
             self.intake.over = True
             self._ended_by = "sinks"
             self.c.paused = 1
-        self._look_whether_over()
+        self.look_whether_over()
 
     def _sink_event(self, outlet: Outlet, sink: Sink, what: int, error: int) -> None:
         if what == core.SINK_DRAINED:
@@ -356,7 +355,7 @@ class Pipeline:
             for other in self.chain.outlets:
                 if other.digest is outlet.stage and other.sink is not None and self._drained(other):
                     self._end_sink(other, other.sink)
-        self._look_whether_over()
+        self.look_whether_over()
 
     def _away(self, outlet: Outlet, sink: Sink) -> bool:
         """A standing sink broke: it is down, which is a slow sink, until it is connected again."""
@@ -382,7 +381,7 @@ class Pipeline:
             outlet.settled = True
             outlet.node.c.sink = core.ffi.NULL
             self.engine.ready(self.c)
-            self._look_whether_over()
+            self.look_whether_over()
             return
         sink.unwire()
         self._stand(outlet, self._makes.sink(outlet, self.turn))
@@ -391,7 +390,8 @@ class Pipeline:
     def _drained(self, outlet: Outlet) -> bool:
         return bool(outlet.node.c.done) or (self._over and not outlet.node.c.held)
 
-    def _look_whether_over(self) -> None:
+    def look_whether_over(self) -> None:
+        """Ends the turn, or the pipeline, if nobody has anything left to do. For Subscribers, too."""
         if self._closed or self._aborting:
             return
         everyone = all(outlet.settled for outlet in self.chain.outlets)
@@ -407,10 +407,6 @@ class Pipeline:
             self.close()
         if record is not None:  # last, so that whoever hears it finds the pipeline as it will stay
             self._on_over(record)
-
-    def subscriber_left(self) -> None:
-        """For Subscribers: one has ended."""
-        self._look_whether_over()
 
     def _turn_over(self) -> SessionRecord:
         harmless = all(outlet.harmless for outlet in self.chain.outlets) and not self._error
