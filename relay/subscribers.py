@@ -74,7 +74,7 @@ class Subscribers:
         """What happens to a slow one; a spill is slow when its log, which is the ring, is full."""
         return str(self._slow.then if self._slow.policy == "spill" else self._slow.policy)
 
-    def begin_stream(self) -> None:
+    def begin_turn(self) -> None:
         """What comes next is another stream."""
         self.ring.new_stream()
 
@@ -162,7 +162,7 @@ class Subscribers:
         )
         if not self._pipeline.closed:
             self._engine.ready(self._pipeline.c)
-        self._pipeline.subscriber_left()
+        self._pipeline.look_whether_over()
 
     def hurry(self) -> None:
         """relay is ending and nothing is under way: nobody is waited for once the last byte is acknowledged."""
