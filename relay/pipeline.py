@@ -120,7 +120,8 @@ class Pipeline:
         self.intake = Intake(
             self.engine, self.route, source, self.chain, self.ways, self._limits, self.break_off
         )
-        for part in (*self.chain.outlets, *self.subscribers):
+        parts: list[Outlet | Subscribers] = [*self.chain.outlets, *self.subscribers]
+        for part in parts:
             part.begin_turn()
         try:
             for stage in self.chain.stages:

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("relay.pipeline")
 
-BACKLOG = 8 << 20  # bytes by which a subscriber may be behind, beside `buffer` and `burst`: one memory for all
+BACKLOG = (
+    8 << 20
+)  # bytes by which a subscriber may be behind, beside `buffer` and `burst`: one memory for all
 RESERVE = 8 << 20  # bytes that come while it is found out whether a full subscriber is slow
 
 

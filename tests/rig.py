@@ -401,7 +401,10 @@ class Rig:
             assert outlet.c.last_ns == outlet.model.last, f"{outlet.model.name}: last"
             if outlet.reader:
                 self._compare_reader(outlet.reader[0].c, outlet.reader[1])
-        assert (self.pipeline.idle_ns, bool(self.pipeline.tell_idle)) == (self.model.idle, self.model.tell_idle)
+        assert (self.pipeline.idle_ns, bool(self.pipeline.tell_idle)) == (
+            self.model.idle,
+            self.model.tell_idle,
+        )
 
     def _compare_reader(self, c: Any, model: ModelReader) -> None:
         assert self.ring

@@ -5,7 +5,6 @@ RELAY_EXAMPLES sets the number of random schedules (default 300); the sanitized 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
@@ -16,7 +15,6 @@ from descriptors import Descriptors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model import Node, Ring
-from peers import payload
 from rig import NAMES, Outlet, Rig, Spec
 
 from relay.kernel import core

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from relay.config.models import Config, Route
 from relay.endpoints.options import OnSlow
-from relay.endpoints.settings import EndpointSettings, SinkSettings
+from relay.endpoints.settings import EndpointSettings
 from relay.settings import FrozenModel, Place, Problem
 from relay.stages.base import StageSettings
 
