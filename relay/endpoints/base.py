@@ -36,7 +36,7 @@ HINTS = {
     "ECONNRESET": "the peer closed the connection before it had everything",
     "EPIPE": "the reader went away before it had everything",
     "EMFILE": "raise the limit of open files (ulimit -n)",
-    "ENFILE": "raise fs.file-max",
+    "ENFILE": "raise fs.file-max (sysctl)",
     "ENXIO": "nothing is at the other end",
     "EIO": "the device reports an error: see dmesg",
 }
