@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     (
         "serve",
+        "fleet",
         "route",
         "admission",
         "send",

@@ -221,6 +221,9 @@ class Sink(End):
         """Ends it before its stream is complete, so that the receiver can tell."""
         self.fail(self.error("ending", 0, reason=reason))
 
+    def reopen(self) -> None:
+        """Opens anew the file that it writes and somebody may have moved away; other sinks have none."""
+
     def close(self) -> None:
         """Closes the descriptor, abruptly where that tells the receiver of a failure. Safe to call again."""
         if not self.closed:
