@@ -11,6 +11,11 @@ import os
 from collections.abc import Iterable, Sequence
 
 
+def name_of(code: int) -> str:
+    """EINVAL rather than 22."""
+    return _errno.errorcode.get(code, str(code))
+
+
 class RelayError(Exception):
     """Above all errors that relay raises on purpose.
 

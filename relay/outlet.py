@@ -82,6 +82,11 @@ class Outlet:
         return self.sink is not None and self.sink.state in ("opening", "failed")
 
     @property
+    def harmless(self) -> bool:
+        """Whether the source need not know how its sink ended: all is well, or its policy lets it fail."""
+        return self.sink is None or self.sink.state != "failed" or self.slow.policy != "block"
+
+    @property
     def policy(self) -> str:
         """What happens now if it is slow: a spill is only slow when its log is full."""
         return str(self.slow.then if self.slow.policy == "spill" else self.slow.policy)

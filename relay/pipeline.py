@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from relay.account import account
 from relay.backoff import Backoff
@@ -28,9 +29,10 @@ from relay.endpoints.file import FileSink
 from relay.endpoints.options import Limits
 from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine
-from relay.errors import KernelError, RelayError
+from relay.errors import KernelError, RelayError, name_of
 from relay.intake import Intake
 from relay.kernel import core
+from relay.node import Node
 from relay.outlet import Outlet, judge
 from relay.record import SessionRecord
 from relay.sink_wait import SinkWait
@@ -85,7 +87,7 @@ class Pipeline:
         self.c.head = self.chain.head.c
         self.c.nodes = len(self.chain.nodes)
         for node in self.chain.nodes:
-            node.hear(self._node_hearing(node))
+            node.hear(partial(self._node_event, node))
         self.intake: Intake | None = None
         self.turn: Turn | None = None
         self.subscribers: list[Subscribers] = []
@@ -172,14 +174,11 @@ class Pipeline:
         for group in self.subscribers:
             group.hurry()
         if self.source is None:
-            self._started_ending()
+            for outlet in self.chain.outlets:
+                outlet.settled = outlet.sink is None or outlet.sink.state in ("failed", "finished")
         self.chain.head.c.ended = 1
         self.c.source_ended = 1
         self.engine.ready(self.c)
-
-    def _started_ending(self) -> None:
-        for outlet in self.chain.outlets:
-            outlet.settled = outlet.sink is None or outlet.sink.state in ("failed", "finished")
 
     def abort(self, reason: str) -> None:
         """Ends at once: sinks are aborted, the source is reset, what is under way is gone."""
@@ -233,7 +232,7 @@ class Pipeline:
             lambda what, error, _mask: self._sink_event(outlet, sink, what, error)
         )
         sink.wire(self.c)
-        sink.on_open = lambda _sink: self._opened(outlet, sink)
+        sink.on_open = lambda _sink: self._opened(outlet)
         sink.on_finish = lambda _sink: self._settled(outlet, sink)
         sink.on_fail = lambda _sink: self._settled(outlet, sink)
         if not outlet.hidden and outlet.settings is not None and sink.c.kind != core.FERRY:
@@ -247,9 +246,8 @@ class Pipeline:
             code = error.errno or 0 if isinstance(error, OSError) else 0
             sink.fail(sink.error("opening", code, reason="" if code else str(error)))
 
-    def _opened(self, outlet: Outlet, sink: Sink) -> None:
+    def _opened(self, outlet: Outlet) -> None:
         log.debug("%s: sink %s is open", self.route, outlet.name)
-        del sink
         if outlet.backoff is not None:
             outlet.gate.c.dropping = 0
         self._wait.look()
@@ -262,7 +260,7 @@ class Pipeline:
             self._source_is_over(error if what == core.SOURCE_FAILED else 0)
         elif what == core.SOURCE_COPIES:
             assert self.intake is not None
-            self.intake.copies(os_error_name(error))
+            self.intake.copies(name_of(error))
         elif what == core.SOURCE_DRY:
             if self.source is not None and self.source.refill():
                 self.engine.ready(self.c)
@@ -285,7 +283,7 @@ class Pipeline:
                 outlet.settled = True
             elif not outlet.settled:
                 self._end_sink(outlet, outlet.sink)
-        self._look_whether_over()
+        self.look_whether_over()
 
     def _done(self) -> None:
         """Every sink has had its end or failed. Without a failure of the source it need not be read further."""
@@ -293,7 +291,7 @@ class Pipeline:
             self.intake.over = True
             self._ended_by = "sinks"
             self.c.paused = 1
-        self._look_whether_over()
+        self.look_whether_over()
 
     def _sink_event(self, outlet: Outlet, sink: Sink, what: int, error: int) -> None:
         if what == core.SINK_DRAINED:
@@ -317,25 +315,17 @@ class Pipeline:
             sink.sidecar_line = sidecar_line(outlet.digest.algorithm, outlet.digest.digest)
         sink.finish()
 
-    def _node_hearing(self, node: object) -> Callable[[int, int], None]:
-        return lambda what, error: self._node_event(node, what, error)
-
-    def _node_event(self, node: object, what: int, error: int) -> None:
-        found = next(n for n in self.chain.nodes if n is node)
+    def _node_event(self, node: Node, what: int, error: int) -> None:
         if what == core.WANTS_COPY:
-            found.copies(f"the kernel answered {os_error_name(error)}")
+            node.copies(f"the kernel answered {name_of(error)}")
             self.engine.ready(self.c)
         elif what == core.BROKEN:
-            self.abort(f"moving bytes between pipes: {os_error_name(error)}")
+            self.abort(f"moving bytes between pipes: {name_of(error)}")
         elif what in (core.SLOW, core.CAUGHT_UP):
             for outlet in self.chain.outlets:
-                if outlet.gate is found and not outlet.hidden:
-                    self._judge(outlet, slow=what == core.SLOW)
-
-    def _judge(self, outlet: Outlet, *, slow: bool) -> None:
-        """A sink fell behind for too long, or has caught up again."""
-        judge(self.route, outlet, self.chain.outlets, slow=slow)
-        self.engine.ready(self.c)
+                if outlet.gate is node and not outlet.hidden:
+                    judge(self.route, outlet, self.chain.outlets, slow=what == core.SLOW)
+            self.engine.ready(self.c)
 
     # -- ending
 
@@ -365,7 +355,7 @@ class Pipeline:
             for other in self.chain.outlets:
                 if other.digest is outlet.stage and other.sink is not None and self._drained(other):
                     self._end_sink(other, other.sink)
-        self._look_whether_over()
+        self.look_whether_over()
 
     def _away(self, outlet: Outlet, sink: Sink) -> bool:
         """A standing sink broke: it is down, which is a slow sink, until it is connected again."""
@@ -391,7 +381,7 @@ class Pipeline:
             outlet.settled = True
             outlet.node.c.sink = core.ffi.NULL
             self.engine.ready(self.c)
-            self._look_whether_over()
+            self.look_whether_over()
             return
         sink.unwire()
         self._stand(outlet, self._makes.sink(outlet, self.turn))
@@ -400,7 +390,8 @@ class Pipeline:
     def _drained(self, outlet: Outlet) -> bool:
         return bool(outlet.node.c.done) or (self._over and not outlet.node.c.held)
 
-    def _look_whether_over(self) -> None:
+    def look_whether_over(self) -> None:
+        """Ends the turn, or the pipeline, if nobody has anything left to do. For Subscribers, too."""
         if self._closed or self._aborting:
             return
         everyone = all(outlet.settled for outlet in self.chain.outlets)
@@ -417,32 +408,9 @@ class Pipeline:
         if record is not None:  # last, so that whoever hears it finds the pipeline as it will stay
             self._on_over(record)
 
-    def subscriber_left(self) -> None:
-        """For Subscribers: one has ended."""
-        self._look_whether_over()
-
     def _turn_over(self) -> SessionRecord:
-        record = self._record()
-        intake, self.intake = self.intake, None
-        self.c.source = core.ffi.NULL
-        if intake is not None:
-            intake.close(reset=record.result != "delivered" and not self._harmless(intake))
-        for outlet in self.chain.outlets:
-            if outlet.per_turn and outlet.sink is not None and not outlet.listens:
-                self.engine.forget_token(outlet.sink.c.token)
-                outlet.sink.unwire()
-                outlet.sink = None
-        return record
-
-    def _harmless(self, intake: Intake) -> bool:
-        """Whether every sink that failed was one whose policy lets it."""
-        return not intake.error and all(
-            outlet.sink is None or outlet.sink.state != "failed" or outlet.slow.policy != "block"
-            for outlet in self.chain.outlets
-        )
-
-    def _record(self) -> SessionRecord:
-        return account(
+        harmless = all(outlet.harmless for outlet in self.chain.outlets) and not self._error
+        record = account(
             self.route,
             self.turn,
             self.intake,
@@ -451,6 +419,16 @@ class Pipeline:
             self._reason,
             aborted=self._aborting,
         )
+        intake, self.intake = self.intake, None
+        self.c.source = core.ffi.NULL
+        if intake is not None:
+            intake.close(reset=record.result != "delivered" and not harmless)
+        for outlet in self.chain.outlets:
+            if outlet.per_turn and outlet.sink is not None and not outlet.listens:
+                self.engine.forget_token(outlet.sink.c.token)
+                outlet.sink.unwire()
+                outlet.sink = None
+        return record
 
     def close(self) -> None:
         """Closes the chain and whatever sinks are still open. Safe to call again."""
@@ -468,10 +446,3 @@ class Pipeline:
                 outlet.sink.unwire()
         self.chain.close()
         self._on_closed()
-
-
-def os_error_name(code: int) -> str:
-    """EINVAL rather than 22."""
-    import errno
-
-    return errno.errorcode.get(code, str(code))

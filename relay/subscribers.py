@@ -106,7 +106,7 @@ class Subscribers:
             self._leaving.pop(id(member), None)
             member.gate.close()
             member.leaf.close()
-            self._pipeline.subscriber_left()
+            self._pipeline.look_whether_over()
         elif what == core.SLOW:
             self._judge(member)
         elif what == core.CAUGHT_UP:
@@ -164,7 +164,7 @@ class Subscribers:
         self._leaving[id(member)] = member
         if not self._pipeline.closed:
             self._engine.ready(self._pipeline.c)
-        self._pipeline.subscriber_left()
+        self._pipeline.look_whether_over()
 
     def finish(self) -> None:
         """Ends every subscriber's stream cleanly once it has all."""

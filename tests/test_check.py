@@ -64,9 +64,9 @@ def test_too_few_descriptors() -> None:
     """The figure at the routes' limit is named with its ulimit, and beyond the hard limit the unit's key."""
     body = "source: {listen: 'tcp://:1024', limits: {connections: 1000}}, sink: 'tcp://h:1'"
     said = only(body, replace(ROOMY, files=1024))
-    assert said == ("open files: the routes need 4010 descriptors, 1024 are allowed; ulimit -n 4010")
-    assert "LimitNOFILE=4010" in only(body, replace(ROOMY, files=1024, files_hard=2048))
-    assert found(body, replace(ROOMY, files=4010)) == []
+    assert said == ("open files: the routes need 4012 descriptors, 1024 are allowed; ulimit -n 4012")
+    assert "LimitNOFILE=4012" in only(body, replace(ROOMY, files=1024, files_hard=2048))
+    assert found(body, replace(ROOMY, files=4012)) == []
 
 
 def test_a_broadcast_needs_room_for_a_subscriber() -> None:
