@@ -145,7 +145,7 @@ class Pipeline:
         self._ended_by = "relay"
         self.c.source_ended = 1
         if not self.c.keep:
-            self.chain.head.c.ended = 1
+            self.c.head.ended = 1
         self._source_is_over(0, reason)
         self.engine.ready(self.c)
 
@@ -177,7 +177,7 @@ class Pipeline:
         if self.source is None:
             for outlet in self.chain.outlets:
                 outlet.settled = outlet.sink is None or outlet.sink.state in ("failed", "finished")
-        self.chain.head.c.ended = 1
+        self.c.head.ended = 1
         self.c.source_ended = 1
         self.engine.ready(self.c)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -94,34 +95,28 @@ class RunningRoute:
         self._admission = Admission(name, route.source.limits)
         self._ending = False
         self._done = False
+        self.over = threading.Event()
 
     def open(self) -> None:
         """Binds every listener and opens the sinks that outlive a stream. Raises SourceError; see `bound`."""
         for _place, sink in self.route.sinks():
             if sink.verb == "listen":
-                self._broadcasts[id(sink)] = self._bind_broadcast(sink)
+                self._broadcasts[id(sink)] = Broadcast(self.home, str(sink.address))
+        self._listen_to_subscribers()
         self._resume()
         if self._persistent:
             self._standing = self._pipeline(self.home)
             self._standing.open(self._broadcasts)
-        source = self.route.source
-        if source.verb == "listen":
-            self._listeners = listen(self.home, source.address, self._accepted, source)
-            for listener in self._listeners:
-                self.bound.append(listener.address)
-                log.info(
-                    "%s: listening on %s",
-                    self.name,
-                    listener.address,
-                    extra={
-                        "event": "listening",
-                        "route": self.name,
-                        "role": "source",
-                        "address": listener.address,
-                    },
-                )
+        if self.route.source.verb == "listen":
+            self._listen_to_sources()
         else:
             self._read()
+
+    def _listen_to_sources(self) -> None:
+        source = self.route.source
+        self._listeners = listen(self.home, source.address, self._accepted, source)
+        for listener in self._listeners:
+            self._say_bound("listening", "source", listener.address)
 
     def _resume(self) -> None:
         """What an earlier run left in logs on disk goes on before any new source connects."""
@@ -134,18 +129,19 @@ class RunningRoute:
         for _place, settings, slow, stages in spilling(self.route):
             self._resumed += self._spills.resume(self.name, stages, settings, slow, self._ways, turn)
 
-    def _bind_broadcast(self, sink: SinkSettings) -> Broadcast:
-        broadcast = Broadcast(self.home, str(sink.address))
-        broadcast.listeners = listen(self.home, sink.address, broadcast.joined, sink)
-        for listener in broadcast.listeners:
-            self.bound.append(listener.address)
-            log.info(
-                "%s: broadcasting on %s",
-                self.name,
-                listener.address,
-                extra={"event": "listening", "route": self.name, "role": "sink", "address": listener.address},
-            )
-        return broadcast
+    def _listen_to_subscribers(self) -> None:
+        for _place, sink in self.route.sinks():
+            if sink.verb != "listen":
+                continue
+            broadcast = self._broadcasts[id(sink)]
+            broadcast.listeners = listen(self.home, sink.address, broadcast.joined, sink)
+            for listener in broadcast.listeners:
+                self._say_bound("broadcasting", "sink", listener.address)
+
+    def _say_bound(self, does: str, role: str, address: str) -> None:
+        self.bound.append(address)
+        told = {"event": "listening", "route": self.name, "role": role, "address": address}
+        log.info("%s: %s on %s", self.name, does, address, extra=told)
 
     def _pipeline(self, engine: Engine) -> Pipeline:
         pipeline: Pipeline
@@ -267,6 +263,26 @@ class RunningRoute:
         self._next_turn()
         self._look_whether_done()
 
+    # -- reload
+
+    def leave_addresses(self) -> None:
+        """Closes every listener, of subscribers too; streams and subscribers that are there stay."""
+        self._stop_listening()
+        for broadcast in self._broadcasts.values():
+            broadcast.stop_listening()
+
+    def listen_again(self) -> None:
+        """After `leave_addresses`: as before. Raises SourceError when somebody took an address meanwhile."""
+        self.bound.clear()
+        self._listen_to_subscribers()
+        if self.route.source.verb == "listen":
+            self._listen_to_sources()
+
+    def reopen(self) -> None:
+        """Files that were moved away are opened anew, by every stream that writes one."""
+        for pipeline in self._pipelines:
+            pipeline.engine.post(pipeline.chain.reopen)
+
     # -- ending
 
     def _stop_listening(self) -> None:
@@ -317,6 +333,7 @@ class RunningRoute:
             return
         if self._ending or (self.finite and (self.failed or self.records)):
             self._done = True
+            self.over.set()
             self._stop_listening()
             for broadcast in self._broadcasts.values():
                 broadcast.close()

@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     (
         "serve",
+        "fleet",
         "route",
         "admission",
         "send",
@@ -46,10 +47,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "intake",
         "account",
     ),
-    ("needs", "ways", "record", "news", "logs", "log", "progress", "stages", "endpoints"),
+    ("needs", "ways", "record", "news", "logs", "log_lines", "log", "progress", "stages", "endpoints"),
     ("engine", "backoff"),
     ("kernel",),
-    ("settings", "units"),
+    ("settings", "units", "seldom"),
     ("errors", "__init__"),
 )
 FLOOR_OF = {unit: len(FLOORS) - number for number, units in enumerate(FLOORS) for unit in units}

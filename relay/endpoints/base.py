@@ -36,7 +36,7 @@ HINTS = {
     "ECONNRESET": "the peer closed the connection before it had everything",
     "EPIPE": "the reader went away before it had everything",
     "EMFILE": "raise the limit of open files (ulimit -n)",
-    "ENFILE": "raise fs.file-max",
+    "ENFILE": "raise fs.file-max (sysctl)",
     "ENXIO": "nothing is at the other end",
     "EIO": "the device reports an error: see dmesg",
 }
@@ -220,6 +220,9 @@ class Sink(End):
     def abort(self, reason: str) -> None:
         """Ends it before its stream is complete, so that the receiver can tell."""
         self.fail(self.error("ending", 0, reason=reason))
+
+    def reopen(self) -> None:
+        """Opens anew the file that it writes and somebody may have moved away; other sinks have none."""
 
     def close(self) -> None:
         """Closes the descriptor, abruptly where that tells the receiver of a failure. Safe to call again."""

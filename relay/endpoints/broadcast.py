@@ -66,10 +66,15 @@ class Broadcast(Sink):
         self.c.method = core.COPY
         self.opened()
 
-    def close(self) -> None:
-        """Stops listening."""
+    def stop_listening(self) -> None:
+        """Nobody new joins; who is there stays."""
         for listener in self.listeners:
             listener.close()
+        self.listeners = ()
+
+    def close(self) -> None:
+        """Stops listening."""
+        self.stop_listening()
         with self._lock:
             early, self._early = self._early, []
         for sock, _peer in early:

@@ -25,14 +25,17 @@ import termios
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from relay.endpoints.base import Sink, Source
+from relay.endpoints.base import Sink, Source, hint
 from relay.engine import Engine, Timer, Watch
+from relay.seldom import Seldom
 
 log = logging.getLogger("relay.endpoints")
 
 BACKLOG = 4096
 GRACE = 2.0  # seconds a delivered sink waits for its peer to close first
 CONNECT_TIMEOUT = 10.0
+AGAIN = 0.2  # seconds between two attempts to accept when no descriptor is left
+COMPLAIN = 10.0  # seconds between two log lines about that
 READ_WRITE = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP
 
 Place = tuple[int, Any]  # an address family and what connect() takes there
@@ -359,6 +362,8 @@ class Listener:
         self._sock: socket.socket | None = sock
         self._accepted = accepted
         sock.setblocking(False)
+        self._short_of = ""
+        self._complained = Seldom(COMPLAIN)
         self._watch: Watch | None = engine.watch(sock.fileno(), select.EPOLLIN, self._readable)
 
     def _readable(self, _mask: int) -> None:
@@ -370,15 +375,27 @@ class Listener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                log.warning(
-                    "accepting on %s: %s; it tries again in 0.2 s, raise the limit of open files (ulimit -n)",
-                    self.address,
-                    error.strerror,
-                )
-                self.pause()
-                self._engine.later(0.2, self.resume)
+                self._cannot_accept(error)
                 return
+            if self._short_of:
+                log.info("accepting on %s again", self.address, extra={"event": "accepting"})
+                self._short_of = ""
             self._accepted(sock, peer_name(sock, peer))
+
+    def _cannot_accept(self, error: OSError) -> None:
+        """No descriptor or no memory is left: newcomers wait in the kernel's backlog for a moment."""
+        self._short_of = errno.errorcode.get(error.errno or 0, str(error.errno))
+        if count := self._complained():
+            log.warning(
+                "accepting on %s: %s (%s); newcomers wait, it tries again five times a second: %s",
+                self.address,
+                error.strerror,
+                self._short_of,
+                hint(error.errno or 0) or "free some memory",
+                extra={"event": "cannot_accept", "address": self.address, "count": count},
+            )
+        self.pause()
+        self._engine.later(AGAIN, self.resume)
 
     def pause(self) -> None:
         """Leaves new connections in the kernel's backlog until `resume`."""

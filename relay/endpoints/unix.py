@@ -2,6 +2,7 @@
 
 Facts (man 7 unix):
 - bind() makes a file that outlives the process; connecting to one whose owner is gone is ECONNREFUSED.
+- bind() gives the file the mode of the socket's own inode, less the umask; the umask is the whole process's.
 - An abstract name has no file and no permissions; it is gone with its last descriptor.
 - connect() on a nonblocking socket says EAGAIN when the listener's backlog is full, and tells nothing later.
 
@@ -137,15 +138,14 @@ def listen(
     named = not address.path.startswith("@")
     if named:
         _make_way(address)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # nobody but the owner may connect between bind and chmod
-        mask = os.umask(0o177) if mode is not None and named else None
-        try:
-            sock.bind(where)
-        finally:
-            if mask is not None:
-                os.umask(mask)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:
+        raise SourceError(str(address), "listening on", error.errno or 0, hint(error.errno or 0)) from error
+    try:
+        if mode is not None and named:
+            os.fchmod(sock.fileno(), 0o600)  # nobody but the owner may connect between bind and chmod
+        sock.bind(where)
         if named and (owner >= 0 or group >= 0):
             os.chown(address.path, owner, group)
         if named and mode is not None:
