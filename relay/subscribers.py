@@ -73,6 +73,7 @@ class Subscribers:
             peer or peer_name(sock, ""),
             unix=sock.family == socket.AF_UNIX,
             close_with_peer=settings.peer_eof == "close",
+            dead_after=settings.dead_after,
         )
         member = Member(sink, gate, leaf)
         key = id(member)
@@ -136,6 +137,8 @@ class Subscribers:
             member.sink.broke(error)
         elif what == core.PEER_ENDED:
             member.sink.peer_ended()
+        elif what == core.SINK_BUSY:
+            member.sink.busy()
 
     def _left(self, member: Member) -> None:
         """It finished, failed or was cut off: its nodes run dry, then the pump takes them out."""

@@ -18,10 +18,6 @@ WRITTEN = {
         "routes: {a: {source: {listen: 'tcp://:1', limits: {idle: 1s}}, sink: x}}",
         "1:43",
     ),
-    ("EndpointSettings", "dead_after"): (
-        "routes: {a: {source: '-', sink: {connect: 'tcp://h:1', dead_after: 3s}}}",
-        "1:56",
-    ),
     ("SinkSettings", "burst"): (
         "routes: {a: {source: '-', sink: {listen: 'tcp://:1', burst: 1MiB}}}",
         "1:54",
