@@ -33,6 +33,7 @@ from relay.errors import EndpointError, RelayError
 from relay.kernel.probe import machine
 from relay.pipeline import Pipeline
 from relay.record import SessionRecord
+from relay.redial import Redial
 from relay.spill import Spills
 from relay.stages.base import StageSettings
 from relay.stages.stage import Branch, Turn
@@ -73,7 +74,7 @@ class RunningRoute:
         self.route = route
         self.home = home
         self.records: list[SessionRecord] = []
-        self.finite = once or route.source.verb != "listen"
+        self.finite = once or route.source.verb == "read"
         self.cut_short = False
         self.failed: RelayError | None = None
         self.bound: list[str] = []
@@ -91,6 +92,7 @@ class RunningRoute:
         self._starting: dict[Source, Engine] = {}  # accepted or opening, without a pipeline so far
         self._aborted = ""
         self._own: Engine | None = None
+        self._redial: Redial | None = None
         self._resumed: list[Delivery] = []
         self._admission = Admission(name, route.source.limits)
         self._ending = False
@@ -109,6 +111,9 @@ class RunningRoute:
             self._standing.open(self._broadcasts)
         if self.route.source.verb == "listen":
             self._listen_to_sources()
+        elif self.route.source.verb == "connect" and not self.finite:
+            self._redial = Redial(self.home, self.name, self._new_source, self._connected)
+            self.home.post(self._redial.start)
         else:
             self._read()
 
@@ -145,6 +150,7 @@ class RunningRoute:
 
     def _pipeline(self, engine: Engine) -> Pipeline:
         pipeline: Pipeline
+        waits = self.route.wait_for_sinks or 0.0
 
         def over(record: SessionRecord) -> None:
             self.home.post(lambda: self._over(record))
@@ -161,7 +167,8 @@ class RunningRoute:
             persistent=self._persistent,
             on_over=over,
             spill=partial(self._spills.sink, self._ways),
-            wait=self.route.wait_for_sinks or 0.0,
+            wait=waits,
+            patience=0.0 if self._persistent else waits,  # standing sinks are tried again in any case
             limits=self.route.source.limits,
             on_closed=closed,
         )
@@ -203,9 +210,24 @@ class RunningRoute:
         if address.scheme in ("file", "stdio", "fd"):
             engine = self._own = Engine(f"{self.name}-reader")
             engine.start()
-        source = make_source(engine, address)
+        source = self._new_source(engine)
         source.on_fail = lambda error: self.home.post(lambda: self._source_failed(source, error))
         self._start(engine, source)
+
+    def _new_source(self, engine: Engine) -> Source:
+        return make_source(engine, self.route.source.address, dead_after=self.route.source.dead_after)
+
+    def _connected(self, source: Source) -> None:
+        """The source that connects is open: a turn begins, or a pipeline of its own."""
+        if self._ending:
+            source.close(reset=True)
+        elif self._standing is None:
+            self._starting[source] = self.home
+            self._start_here(self.home, source)
+        elif self._standing.closed:
+            source.close(reset=True)
+        else:
+            self._standing.begin(source, new_turn(self.name, source))
 
     def _source_failed(self, source: Source, error: EndpointError) -> None:
         self.failed = error
@@ -289,6 +311,8 @@ class RunningRoute:
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
+        if self._redial is not None:
+            self._redial.stop()
 
     @property
     def under_way(self) -> bool:
@@ -354,7 +378,7 @@ def listen(
 ) -> list[Listener]:
     """Listeners for a tcp or unix address, with the unix options of the endpoint's settings."""
     if address.scheme == "tcp":
-        return tcp.listen(engine, address, accepted)
+        return tcp.listen(engine, address, accepted, dead_after=settings.dead_after)
     return unix.listen(
         engine,
         address,

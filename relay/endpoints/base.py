@@ -195,12 +195,15 @@ class Sink(End):
         self.close()
         self.on_finish(self)
 
-    def broke(self, code: int) -> None:
-        """The pump met `code` while giving it bytes."""
-        self.fail(self.error("writing to", code))
+    def broke(self, code: int, reason: str = "") -> None:
+        """The pump met `code` while giving it bytes; `reason` says it better than the errno's own words."""
+        self.fail(self.error("writing to", code, reason=reason))
 
     def peer_ended(self) -> None:
         """The peer of a one-way sink shut its write side: noted, not acted on."""
+
+    def busy(self) -> None:
+        """Bytes went out to it, the first after it had asked to be told."""
 
     def fail(self, error: EndpointError) -> None:
         """It failed; closes it and says so once."""

@@ -19,9 +19,18 @@ class Subscriber(SocketSink):
     """One accepted connection of a broadcast; owns the socket."""
 
     def __init__(
-        self, engine: Engine, sock: socket.socket, peer: str, *, unix: bool, close_with_peer: bool
+        self,
+        engine: Engine,
+        sock: socket.socket,
+        peer: str,
+        *,
+        unix: bool,
+        close_with_peer: bool,
+        dead_after: float,
     ) -> None:
-        super().__init__(engine, peer, close_with_peer=close_with_peer)
+        super().__init__(
+            engine, peer, close_with_peer=close_with_peer, dead_after=0.0 if unix else dead_after
+        )
         self.counts_fin = not unix
         self._accepted = sock
 

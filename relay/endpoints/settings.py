@@ -14,7 +14,16 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from relay.endpoints.address import Address, AddressError
-from relay.endpoints.options import Account, Limits, Mode, OnSlow, Rotate, read_fsync, read_sidecar
+from relay.endpoints.options import (
+    DEAD_AFTER,
+    Account,
+    Limits,
+    Mode,
+    OnSlow,
+    Rotate,
+    read_fsync,
+    read_sidecar,
+)
 from relay.endpoints.template import check_path, placeholders
 from relay.settings import FrozenModel, Problem, list_of
 from relay.units import PositiveDuration, Size, show
@@ -184,7 +193,7 @@ class EndpointSettings(FrozenModel):
     owner: Account | None = Field(default=None, description="owner of the unix socket, by name or number")
     group: Account | None = Field(default=None, description="group of the unix socket, by name or number")
     dead_after: PositiveDuration = Field(
-        default=15.0, description="tcp: give up on a peer that has left data unanswered for so long"
+        default=DEAD_AFTER, description="tcp: give up on a peer that has left data unanswered for so long"
     )
 
     @classmethod

@@ -87,6 +87,18 @@ static inline void note_acknowledged(struct relay_end *sink)
     __atomic_store_n(sink->acknowledged, sink->base + sink->moved - waiting, __ATOMIC_RELAXED);
 }
 
+/* Bytes were given to a sink. The event may wait for a sweep with room: it is told for as long as nobody heard. */
+static inline void sink_took(struct pass *s, struct relay_end *sink, int64_t moved)
+{
+    sink->moved += moved;
+    sink->last_ns = s->e->now_ns;
+    note_acknowledged(sink);
+    if (sink->rouse && s->count < s->max) {
+        sink->rouse = 0;
+        tell(s, sink->token, RELAY_SINK_BUSY, 0);
+    }
+}
+
 static inline int refuses(const struct relay_node *n) { return n->full || n->prefix_left; }
 
 /* What a failed attempt to fill a node means, from where nothing came (see the top of this file). */
