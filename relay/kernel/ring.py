@@ -31,10 +31,11 @@ class Reader:
 
 
 class Ring:
-    """Private memory that many read: `full` bytes behind, a reader's time runs; `reserve` more, and it holds the source.
+    """Memory that a stream passes through and many read, private; owns the mapping and keeps the readers alive.
 
-    Owns the mapping and keeps the readers alive. A newcomer gets the last `keep` bytes, from a multiple of `align` on. The memory is there while anybody reads or
-    `keep` is not 0. All calls between sweeps, on the engine's thread.
+    A reader's time runs when it is `full` bytes behind; `reserve` bytes later it holds the source. A newcomer gets
+    the last `keep` bytes, from a multiple of `align` on. The memory is there while anybody reads or `keep` is not
+    0. All calls between sweeps, on the engine's thread.
     """
 
     def __init__(self, full: int, keep: int, align: int, reserve: int) -> None:
