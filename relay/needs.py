@@ -44,7 +44,9 @@ class Need:
 
 
 NOTHING = Need()
-PROCESS = Need(5, 1, FRESH // PAGE)  # stdin, stdout, stderr, and the pipe by which signals wake the main thread
+PROCESS = Need(
+    5, 1, FRESH // PAGE
+)  # stdin, stdout, stderr, and the pipe by which signals wake the main thread
 ENGINE = Need(3)  # epoll, its wake-up, /dev/null
 WAITING = Need(1)  # a connection that waits for its turn
 

@@ -32,7 +32,9 @@ def reload(served: Process, text: str, times: int = 1) -> None:
     done = len([line for line in served.lines if line.get("event") == "reload"])
     served.config.write_text(text)
     served.signal(signal.SIGHUP)
-    served.until(lambda: len([line for line in served.lines if line.get("event") == "reload"]) >= done + times)
+    served.until(
+        lambda: len([line for line in served.lines if line.get("event") == "reload"]) >= done + times
+    )
 
 
 def reloads(served: Process) -> list[dict[str, object]]:
@@ -138,7 +140,7 @@ def test_a_broadcast_moves_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "where", "said"),
     [
-        ("routes: {r: {sourc: x, sink: 'null:'}}", "1:14", "did you mean 'source'"),
+        ("routes: {r: {sourc: x, sink: 'null:'}}", "1:15", "did you mean 'source'"),
         ("routes: [", "1:10", ""),
         ("", "1:1", "empty"),
     ],
@@ -259,7 +261,10 @@ def test_equal_settings_are_the_same_route(tmp_path: Path) -> None:
         sock = connect(served.port())
         sock.sendall(b"one ")
         eventually(lambda: (tmp_path / "out").exists(), "the file is there")
-        reload(served, f"routes:\n  r:\n    source: {{listen: 'tcp://127.0.0.1:{port}'}}\n    sink: {{file: out}}\n")
+        reload(
+            served,
+            f"routes:\n  r:\n    source: {{listen: 'tcp://127.0.0.1:{port}'}}\n    sink: {{file: out}}\n",
+        )
         assert reloads(served)[0]["kept"] == ["r"]
         sock.sendall(b"stream")
         finish(sock)
@@ -381,7 +386,8 @@ def test_reloads_under_traffic_lose_nothing(tmp_path: Path) -> None:
     data = payload(9, 64 << 20)
     port = free_port()
     texts = [
-        "routes:\n" + KEPT + each("other", port, "o-{id}", f", method: {method}") for method in ("auto", "copy")
+        "routes:\n" + KEPT + each("other", port, "o-{id}", f", method: {method}")
+        for method in ("auto", "copy")
     ]
     with serving(texts[0], tmp_path) as served:
         with connect(served.port()) as sock:
