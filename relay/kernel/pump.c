@@ -193,6 +193,8 @@ static int sweep(struct pass *s)
                 sink_failed(s, n, sink->ferry->error);
                 continue;
             }
+            if (!ferry_is_empty(sink->ferry))   /* its answer wakes this pipeline */
+                empty = 0;
         } else if (sink->discard && sink->readable && sink->fd >= 0) {
             read_and_discard(s, n);
             if (!n->sink)
