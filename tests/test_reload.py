@@ -73,6 +73,7 @@ def test_only_what_changed_is_touched(tmp_path: Path) -> None:
     before = "routes:\n" + KEPT + each("gone", a, "gone-{id}") + each("other", b, "old-{id}")
     after = "routes:\n" + KEPT + each("other", b, "new-{id}") + each("more", c, "more-{id}")
     with serving(before, tmp_path) as served:
+        served.said("ready")
         kept = served.port(0)
         socks = {name: connect(port) for name, port in (("kept", kept), ("gone", a), ("old", b))}
         for sock in socks.values():
@@ -140,8 +141,8 @@ def test_a_broadcast_moves_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "where", "said"),
     [
-        ("routes: {r: {sourc: x, sink: 'null:'}}", "1:14", "did you mean 'source'"),
-        ("routes: [", "1:10", ""),
+        ("routes: {r: {source: '-', sink: 'null:', methd: copy}}", "1:42", "did you mean 'method'"),
+        ("routes: [", "2:1", "not valid YAML"),
         ("", "1:1", "empty"),
     ],
 )

@@ -333,6 +333,16 @@ class SinkSettings(EndpointSettings):
                 ("sidecar",),
                 at_key=True,
             )
+        if given.get("append") is True and given.get("direct") is True:
+            said = "'direct' writes whole blocks at their places; with 'append' a file may end anywhere"
+            yield Problem(said, ("direct",), at_key=True)
+        if given.get("rotate"):
+            if given.get("append") is True:
+                said = "'rotate' begins new files; with 'append' there is one, which logrotate and SIGHUP can rotate"
+                yield Problem(said, ("rotate",), at_key=True)
+            if given.get("sidecar"):
+                said = "'sidecar' covers one file; with 'rotate' the stream is in many"
+                yield Problem(said, ("sidecar",), at_key=True)
 
     @property
     def verb(self) -> Literal["listen", "connect", "write"]:

@@ -121,6 +121,12 @@ static inline int ferry_has(struct relay_ferry *f, int k)
     return __atomic_load_n(&f->turn[k], __ATOMIC_ACQUIRE) == RELAY_WITH_ENGINE;
 }
 
+/* Whether the thread has nothing that it did not write yet, nor will get it. */
+static inline int ferry_is_empty(struct relay_ferry *f)
+{
+    return ferry_has(f, 0) && ferry_has(f, 1) && !f->load[0] && !f->load[1];
+}
+
 /* intake.c: whether anything moved. */
 int fill_prefix(struct pass *s, struct relay_node *n);
 int fill_from_source(struct pass *s);
