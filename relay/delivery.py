@@ -242,6 +242,11 @@ class Delivery:
         self._backoff.lasted(lasted)
         self._timer = self.engine.later(self._backoff.next(), self.start)
 
+    def reopen(self) -> None:
+        """A file that was moved away is opened anew."""
+        if self._pipeline is not None and not self._pipeline.closed:
+            self._pipeline.chain.reopen()
+
     def stop(self, reason: str) -> None:
         """Ends it where it stands; what is left stays in the log."""
         if self._stopped:

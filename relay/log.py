@@ -96,7 +96,8 @@ class Log:
         self._segments: list[_Segment] = []
         self._cursors: list[Cursor] = []
         self._map: mmap.mmap | None = None
-        self._closed = False
+        self.closed = threading.Event()  # nothing of it is open any more
+        self._closing = False
         self._word: core.Struct = core.ffi.new("int64_t *")
         self.on_append: Callable[[], None] = lambda: None
         if directory is not None:
@@ -296,9 +297,15 @@ class Log:
 
     def close(self, *, keep: bool = False) -> None:
         """Closes every descriptor; unless `keep`, a log on disk is removed with its directory. Safe to call again."""
-        if self._closed:
+        if self._closing:
             return
-        self._closed = True
+        self._closing = True
+        try:
+            self._close(keep=keep)
+        finally:
+            self.closed.set()
+
+    def _close(self, *, keep: bool) -> None:
         with self._space:
             for segment in self._segments:
                 if segment.fd >= 0:

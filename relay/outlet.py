@@ -25,7 +25,8 @@ class Outlet:
     """Where a sink stands: `node` moves bytes into it, the policy `slow` stands at `gate`.
 
     `branch` holds stages behind a spill's log. `hidden` outlets are a stage's own (a checksum). `per_turn`: every
-    stream gets a sink of its own. `backoff` is there for one that is connected again whenever it is away.
+    stream gets a sink of its own. `backoff` is there for one that is connected again whenever it is away: `away` says
+    how often that was in this turn, `absent` that it is so now.
     `gates` are the heads of the branches it is in, outermost first: a policy there covers this outlet too.
     """
 
@@ -46,6 +47,8 @@ class Outlet:
     moved_away: int = 0
     lost_before: int = 0
     away: int = 0
+    absent: bool = False
+    why_away: str = ""
     backoff: Backoff | None = None
     settled: bool = False
 
@@ -96,6 +99,7 @@ class Outlet:
         self.settled = False
         self.moved_before = self.sink.moved if self.sink and not self.per_turn else 0
         self.moved_away = self.lost_before = self.away = 0
+        self.why_away = ""
         self.dropped_before += self.dropped
         self.blocked_before += self.blocked
 
@@ -117,8 +121,11 @@ class Outlet:
         assert self.sink is not None
         self.backoff.lasted(self.sink.seconds if self.sink.opened_at else 0.0)
         self.away += 1
+        self.absent = True
+        self.why_away = self.sink.reason
         self.lost_before += self.sink.lost
         self.moved_away += self.sink.moved - self.moved_before
+        self.moved_before = self.sink.moved  # it has been counted
         return self.backoff.next()
 
     def caught_up(self, route: str) -> None:
@@ -137,7 +144,9 @@ class Outlet:
             return SinkRecord(self.name, str(self.settings.address), 0, 0.0, "", "failed")
         by_hand = "copy" if self.node.c.out_copies else "splice"
         method = sink.method if sink.c.kind == core.FERRY or self.listens else by_hand
-        failed = sink.state == "failed"
+        failed = sink.state == "failed" and not self.absent
+        lost = self.lost_before + (sink.lost if failed else 0)
+        missed = lost or (self.backoff is not None and self.down and self.dropped)
         return SinkRecord(
             sink=self.name,
             address=sink.address,
@@ -145,9 +154,9 @@ class Outlet:
             seconds=sink.seconds,
             method="sendfile" if sendfile else method,
             why_method=self.node.why or sink.copies,
-            result="failed" if failed or self.lost_before else "delivered",
-            reason=sink.reason,
-            lost=self.lost_before + (sink.lost if failed else 0),
+            result="failed" if failed or missed else "delivered",
+            reason=sink.reason or self.why_away,
+            lost=lost,
             reconnects=self.away,
             dropped=self.dropped,
             blocked_seconds=self.blocked / 1e9,
@@ -170,5 +179,8 @@ def judge(route: str, outlet: Outlet, outlets: list[Outlet], *, slow: bool) -> N
         for each in [outlet, *(other for other in outlets if outlet.gate in other.gates)]:
             if each.sink is not None:
                 each.sink.abort(reason)
+        if outlet.backoff is not None:
+            outlet.drop()  # until it is back, and has taken what waits for it
     else:
-        log.warning("%s: sink %s is slow: it holds the source", route, outlet.name)
+        how = "away" if outlet.down else "slow"
+        log.warning("%s: sink %s is %s: it holds the source", route, outlet.name, how)

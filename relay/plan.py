@@ -127,10 +127,10 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
     walk = _Walk(Ways(machine, route.method), machine)
     chain = walk.chain(route.stages, route.sink, route.sink.slow, gated=False, within=())
-    finite = route.source.verb != "listen"
+    finite = route.source.verb == "read"
     turns: Literal["each", "one", "once"] = "once" if finite else route.turns()
     address = route.source.address
-    standing = needs.listener(address) if not finite else needs.NOTHING
+    standing = needs.listener(address) if route.source.verb == "listen" else needs.NOTHING
     if finite and address.scheme in ("file", *INHERITED):
         standing += needs.ENGINE  # a reader of its own: reading may wait for the disk
     listening = [sink for _place, sink in route.sinks() if sink.verb == "listen"]

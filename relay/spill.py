@@ -11,6 +11,7 @@ page of the log after every send, so that this holds after SIGKILL as well.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -122,6 +123,10 @@ class SpillSink(Sink):
             self.lost = left
         super().abort(reason)
 
+    def reopen(self) -> None:
+        """The file behind the log was moved away."""
+        self.delivery.engine.post(self.delivery.reopen)
+
     def unwire(self) -> None:
         """The pipeline is going away; the thread may still be at work."""
         super().unwire()
@@ -166,6 +171,7 @@ class Spills:
         self._directories: dict[str, SpillDirectory] = {}
         self._readers: dict[str, Engine] = {}
         self._claimed: set[tuple[str, str]] = set()
+        self._lent: dict[str, list[Log]] = {}  # by route, without those that are known to be closed
 
     def _directory(self, path: str) -> SpillDirectory:
         key = str(Path(path).absolute())
@@ -200,6 +206,8 @@ class Spills:
             directory = self._directory(slow.directory)
             self._claimed.add((str(directory.path.absolute()), name))
             kept = directory.log(name, largest=slow.max or 0)
+            still = [lent for lent in self._lent.get(turn.route, ()) if not lent.closed.is_set()]
+            self._lent[turn.route] = [*still, kept]
             reader = self._reader(turn.route)
         delivery = Delivery(reader, turn.route, kept, outlet.branch, sink, ways, turn, lambda: None, patience)
         return SpillSink(engine, str(sink.address), kept, delivery)
@@ -245,6 +253,13 @@ class Spills:
             engine.post(partial(delivery.whole, torn=ended is None))
             begun.append(delivery)
         return begun
+
+    def wait_for_ends(self, route: str, patience: float) -> bool:
+        """Waits until every log that sinks of the route wrote is closed; False when that takes too long."""
+        deadline = time.monotonic() + patience
+        return all(
+            lent.closed.wait(max(0.0, deadline - time.monotonic())) for lent in self._lent.get(route, ())
+        )
 
     def unclaimed(self) -> list[str]:
         """Logs that no route claims: kept, and named for the operator."""

@@ -93,6 +93,7 @@ class Subscribers:
             peer or peer_name(sock, ""),
             unix=sock.family == socket.AF_UNIX,
             close_with_peer=self._settings.peer_eof == "close",
+            dead_after=self._settings.dead_after,
         )
         reader = Reader(sink.c, self._slow.after or 0.0)
         try:
@@ -118,6 +119,8 @@ class Subscribers:
             sink.broke(error)
         elif what == core.PEER_ENDED:
             sink.peer_ended()
+        elif what == core.SINK_BUSY:
+            sink.busy()
         elif what == core.SLOW:
             self._judge(member)
         elif what == core.CAUGHT_UP:

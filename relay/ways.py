@@ -17,6 +17,7 @@ Method = Literal["splice", "tee", "sendfile", "vmsplice", "copy"]
 
 STRAIGHT = ("tcp", "unix", "fifo")  # sinks that a file reaches by sendfile when nothing else is on the way
 APPENDING = "a file opened to append refuses splice"
+DIRECT = "O_DIRECT takes whole, aligned blocks: bytes are gathered in memory first"
 
 
 @dataclass(frozen=True)

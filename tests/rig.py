@@ -28,7 +28,7 @@ NAMES = {
     getattr(core, name): name
     for name in (
         *("SOURCE_ENDED", "SOURCE_FAILED", "SINK_DRAINED", "SINK_FAILED", "PEER_ENDED", "WANTS_COPY"),
-        *("SOURCE_COPIES", "SOURCE_DRY", "SLOW", "CAUGHT_UP", "IDLE", "DONE", "BROKEN"),
+        *("SOURCE_COPIES", "SOURCE_DRY", "SLOW", "CAUGHT_UP", "IDLE", "DONE", "BROKEN", "SINK_BUSY"),
     )
 }
 EVENTS = 512

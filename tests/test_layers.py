@@ -19,8 +19,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     (
         "serve",
+        "fleet",
         "route",
         "admission",
+        "redial",
         "send",
         "lane",
         "checksums",
@@ -43,13 +45,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "source_clock",
         "sinks",
         "sink_wait",
+        "absences",
         "intake",
         "account",
     ),
-    ("needs", "ways", "record", "news", "logs", "log", "progress", "stages", "endpoints"),
+    ("needs", "ways", "record", "news", "logs", "log_lines", "log", "progress", "stages", "endpoints"),
     ("engine", "backoff"),
     ("kernel",),
-    ("settings", "units"),
+    ("settings", "units", "seldom"),
     ("errors", "__init__"),
 )
 FLOOR_OF = {unit: len(FLOORS) - number for number, units in enumerate(FLOORS) for unit in units}

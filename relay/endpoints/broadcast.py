@@ -19,9 +19,18 @@ class Subscriber(SocketSink):
     """One accepted connection of a broadcast; owns the socket."""
 
     def __init__(
-        self, engine: Engine, sock: socket.socket, peer: str, *, unix: bool, close_with_peer: bool
+        self,
+        engine: Engine,
+        sock: socket.socket,
+        peer: str,
+        *,
+        unix: bool,
+        close_with_peer: bool,
+        dead_after: float,
     ) -> None:
-        super().__init__(engine, peer, close_with_peer=close_with_peer)
+        super().__init__(
+            engine, peer, close_with_peer=close_with_peer, dead_after=0.0 if unix else dead_after
+        )
         self.counts_fin = not unix
         self._accepted = sock
 
@@ -66,10 +75,15 @@ class Broadcast(Sink):
         self.c.method = core.COPY
         self.opened()
 
-    def close(self) -> None:
-        """Stops listening."""
+    def stop_listening(self) -> None:
+        """Nobody new joins; who is there stays."""
         for listener in self.listeners:
             listener.close()
+        self.listeners = ()
+
+    def close(self) -> None:
+        """Stops listening."""
+        self.stop_listening()
         with self._lock:
             early, self._early = self._early, []
         for sock, _peer in early:

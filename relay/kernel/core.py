@@ -50,6 +50,7 @@ IDLE: Final = int(lib.RELAY_IDLE)
 DONE: Final = int(lib.RELAY_DONE)
 BROKEN: Final = int(lib.RELAY_BROKEN)
 SOURCE_DRY: Final = int(lib.RELAY_SOURCE_DRY)
+SINK_BUSY: Final = int(lib.RELAY_SINK_BUSY)
 
 METHOD_NAMES: Final = {SPLICE: "splice", COPY: "copy", SENDFILE: "sendfile", VMSPLICE: "vmsplice"}
 

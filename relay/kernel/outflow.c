@@ -268,11 +268,8 @@ int move_out(struct pass *s, struct relay_node *n, int64_t amount)
         n->tokens -= (double)moved;
     if (n->left > 0)
         n->left -= moved;
-    if (n->sink) {
-        n->sink->moved += moved;
-        n->sink->last_ns = s->e->now_ns;
-        note_acknowledged(n->sink);
-    }
+    if (n->sink)
+        sink_took(s, n->sink, moved);
     drained(s, n, moved);
     if (!n->left && n->into)
         n->into->ended = 1;

@@ -87,6 +87,18 @@ static inline void note_acknowledged(struct relay_end *sink)
     __atomic_store_n(sink->acknowledged, sink->base + sink->moved - waiting, __ATOMIC_RELAXED);
 }
 
+/* Bytes were given to a sink. The event may wait for a sweep with room: it is told for as long as nobody heard. */
+static inline void sink_took(struct pass *s, struct relay_end *sink, int64_t moved)
+{
+    sink->moved += moved;
+    sink->last_ns = s->e->now_ns;
+    note_acknowledged(sink);
+    if (sink->rouse && s->count < s->max) {
+        sink->rouse = 0;
+        tell(s, sink->token, RELAY_SINK_BUSY, 0);
+    }
+}
+
 static inline int refuses(const struct relay_node *n) { return n->full || n->prefix_left; }
 
 /* What a failed attempt to fill a node means, from where nothing came (see the top of this file). */
@@ -107,6 +119,12 @@ static inline int holds(const struct relay_node *n)
 static inline int ferry_has(struct relay_ferry *f, int k)
 {
     return __atomic_load_n(&f->turn[k], __ATOMIC_ACQUIRE) == RELAY_WITH_ENGINE;
+}
+
+/* Whether the thread has nothing that it did not write yet, nor will get it. */
+static inline int ferry_is_empty(struct relay_ferry *f)
+{
+    return ferry_has(f, 0) && ferry_has(f, 1) && !f->load[0] && !f->load[1];
 }
 
 /* intake.c: whether anything moved. */

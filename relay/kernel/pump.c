@@ -162,6 +162,8 @@ static int sweep(struct pass *s)
                 sink_failed(s, n, sink->ferry->error);
                 continue;
             }
+            if (!ferry_is_empty(sink->ferry))   /* its answer wakes this pipeline */
+                empty = 0;
         } else if (sink->discard && sink->readable && sink->fd >= 0) {
             int64_t error = read_and_discard(s, sink);
             if (error) {

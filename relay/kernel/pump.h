@@ -43,7 +43,8 @@ enum {                       /* relay_event.what */
     RELAY_IDLE = 11,         /* pipeline: nothing is under way between the source and the sinks */
     RELAY_DONE = 12,         /* pipeline: every sink has ended or failed */
     RELAY_BROKEN = 13,       /* node: moving bytes between pipes failed with `error` */
-    RELAY_SOURCE_DRY = 14    /* pipeline: the source gave all that is there, and more may come */
+    RELAY_SOURCE_DRY = 14,   /* pipeline: the source gave all that is there, and more may come */
+    RELAY_SINK_BUSY = 15     /* end: bytes went out after Python had set `rouse` */
 };
 
 enum { RELAY_WITH_ENGINE = 0, RELAY_WITH_THREAD = 1 };
@@ -95,6 +96,7 @@ struct relay_end {
     int64_t *acknowledged;   /* a sink fed from a log: kept at base + moved - what SIOCOUTQ says is under way */
     int64_t base;
     int queues;              /* SIOCOUTQ counts unacknowledged bytes here (tcp) */
+    int rouse;               /* 1: tell once, as RELAY_SINK_BUSY, when bytes go out here */
     struct relay_ferry *ferry;
     struct relay_pipeline *reads, *writes;   /* whom its readiness wakes */
 };

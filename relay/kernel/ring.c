@@ -207,8 +207,7 @@ static int reader_turn(struct pass *s, struct relay_ring *ring, struct relay_rea
         } else {
             r->at += moved;
         }
-        sink->moved += moved;
-        sink->last_ns = s->e->now_ns;
+        sink_took(s, sink, moved);
         s->given += moved;
         any = 1;
     }
