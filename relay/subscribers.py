@@ -1,9 +1,9 @@
 """The subscribers of a broadcast: readers of the ring at the end of its chain.
 
 The chain's last node moves the stream into a ring of memory (kernel/ring.c), and each subscriber is sent its bytes
-out of it, at its own position. So the ring is the backlog of all. A subscriber that is its `backlog` (needs.py) behind is full, and slow
-if it has not caught up in time; meanwhile the stream goes on into RESERVE, and only when that is full, too, is the
-source held. One that joins begins a `burst` back; one that leaves is taken off between sweeps.
+out of it, at its own position. So the ring is the backlog of all. A subscriber that is a backlog (needs.py) behind
+is full, and slow if it has not caught up in time; meanwhile the stream goes on into RESERVE, and only when that is
+full, too, is the source held. One that joins begins a `burst` back; one that leaves is taken off between sweeps.
 """
 
 from __future__ import annotations
