@@ -219,9 +219,9 @@ class Model:
                     moved |= self._give_readers(node.ring)
             if not moved or self._read >= self.budget or self._given >= GIVEN:
                 break
-        empty = not any(self._in_turn(node) for node in self.nodes)
+        waited_for = [node for node in self.nodes if self._in_turn(node)]
         still_open = any(n.sink and not n.sink.failed and not n.done for n in self.nodes)
-        if empty and self.tell_idle and (self.source_ended or not self.source):
+        if not waited_for and self.tell_idle and (self.source_ended or not self.source):
             self.tell_idle, self.idle = False, 0
             self._tell("IDLE", "pipeline")
         if not still_open and not self.done and not self.keep:
@@ -580,7 +580,8 @@ class Model:
                 self._tell("SLOW", reader.sink.name)
 
     def _give_readers(self, ring: Ring) -> bool:
-        return any(self._reader_turn(ring, r) for r in ring.readers if not (r.sink.failed or r.done))
+        moved = [self._reader_turn(ring, r) for r in ring.readers if not (r.sink.failed or r.done)]
+        return any(moved)
 
     def _reader_turn(self, ring: Ring, reader: Reader) -> bool:
         sink, moved = reader.sink, False
