@@ -45,6 +45,7 @@ class Outlet:
     blocked_before: int = 0
     moved_away: int = 0
     lost_before: int = 0
+    lost_earlier: int = 0
     away: int = 0
     backoff: Backoff | None = None
     settled: bool = False
@@ -79,7 +80,7 @@ class Outlet:
     @property
     def down(self) -> bool:
         """Whether its sink is not there, for the first time or again."""
-        return self.sink is not None and self.sink.state in ("opening", "failed")
+        return self.sink is not None and (self.sink.state in ("opening", "failed") or self.sink.away)
 
     @property
     def harmless(self) -> bool:
@@ -96,6 +97,7 @@ class Outlet:
         self.settled = False
         self.moved_before = self.sink.moved if self.sink and not self.per_turn else 0
         self.moved_away = self.lost_before = self.away = 0
+        self.lost_earlier = self.sink.lost if self.sink and not self.per_turn else 0
         self.dropped_before += self.dropped
         self.blocked_before += self.blocked
 
@@ -117,7 +119,7 @@ class Outlet:
         assert self.sink is not None
         self.backoff.lasted(self.sink.seconds if self.sink.opened_at else 0.0)
         self.away += 1
-        self.lost_before += self.sink.lost
+        self.lost_before += self.sink.lost - self.lost_earlier
         self.moved_away += self.sink.moved - self.moved_before
         return self.backoff.next()
 
@@ -127,7 +129,10 @@ class Outlet:
 
     def slow_words(self) -> str:
         """Why it is disconnected."""
-        return f"backlog of {show_size(self.node.pipe.capacity)} full for {self.slow.after or 0.0:.1f} s"
+        size = self.node.pipe.capacity + (
+            self.slow.max or 0 if self.slow.policy == "spill" else self.slow.buffer
+        )
+        return f"backlog of {show_size(size)} full for {self.slow.after or 0.0:.1f} s"
 
     def record(self, *, sendfile: bool) -> SinkRecord:
         """Its part of the session; `sendfile` says that its bytes came straight from a file."""
@@ -138,6 +143,7 @@ class Outlet:
         by_hand = "copy" if self.node.c.out_copies else "splice"
         method = sink.method if sink.c.kind == core.FERRY else by_hand
         failed = sink.state == "failed"
+        lost = self.lost_before + sink.lost - self.lost_earlier
         return SinkRecord(
             sink=self.name,
             address=sink.address,
@@ -145,10 +151,11 @@ class Outlet:
             seconds=sink.seconds,
             method="sendfile" if sendfile else method,
             why_method=self.node.why or sink.copies,
-            result="failed" if failed or self.lost_before else "delivered",
+            result="failed" if failed or lost else "delivered",
             reason=sink.reason,
-            lost=self.lost_before + (sink.lost if failed else 0),
-            reconnects=self.away,
+            lost=lost,
+            reconnects=self.away + sink.reconnects,
+            twice=sink.twice,
             dropped=self.dropped,
             blocked_seconds=self.blocked / 1e9,
             path=sink.result_path,

@@ -70,6 +70,7 @@ class Pipeline:
         quiet: bool = False,
         wait: float = 0.0,
         limits: Limits | None = None,
+        in_place: bool = False,
     ) -> None:
         self.engine = engine
         self.route = route
@@ -80,7 +81,7 @@ class Pipeline:
         self._on_over = on_over
         self._on_closed = on_closed
         self.c = core.new("pipeline", keep=int(persistent))
-        self._makes = SinkMaker(engine, route, ways, patience, spill, persistent=persistent)
+        self._makes = SinkMaker(engine, route, ways, patience, spill, persistent, in_place)
         self.chain = Chain(engine, stages, sink, ways, persistent=persistent)
         self._wait = SinkWait(engine, route, self.chain.outlets, wait, self._go_on)
         self.c.token = engine.register(self._event)
@@ -215,7 +216,8 @@ class Pipeline:
     @property
     def busy(self) -> bool:
         """Whether a source is connected or bytes wait to be delivered."""
-        return self.source is not None or any(node.c.held for node in self.chain.nodes)
+        waiting = any(o.sink is not None and o.sink.backlog for o in self.chain.outlets)
+        return self.source is not None or waiting or any(node.c.held for node in self.chain.nodes)
 
     @property
     def closed(self) -> bool:

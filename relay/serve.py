@@ -19,7 +19,7 @@ from relay.errors import RelayError
 from relay.news import News
 from relay.record import SessionRecord
 from relay.route import RunningRoute
-from relay.spill import Spills
+from relay.spills import Spills
 
 log = logging.getLogger("relay.serve")
 

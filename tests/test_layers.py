@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "bench",
     ),
     ("plan", "config"),
-    ("spill", "delivery"),
+    ("spills", "spill", "delivery", "log_source"),
     (
         "pipeline",
         "subscribers",
@@ -46,7 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "intake",
         "account",
     ),
-    ("needs", "ways", "record", "news", "logs", "log", "progress", "stages", "endpoints"),
+    ("needs", "ways", "record", "news", "logs", "log", "spill_directory", "progress", "stages", "endpoints"),
     ("engine", "backoff"),
     ("kernel",),
     ("settings", "units"),

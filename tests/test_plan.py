@@ -33,7 +33,7 @@ from relay.kernel.probe import Machine, machine
 from relay.pipeline import Pipeline
 from relay.plan import Plan, RoutePlan, hops, make_plan
 from relay.record import SessionRecord
-from relay.spill import Spills
+from relay.spills import Spills
 from relay.stages.stage import Turn
 from relay.ways import Ways
 
