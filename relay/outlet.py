@@ -92,6 +92,12 @@ class Outlet:
         """What happens now if it is slow: a spill is only slow when its log is full."""
         return str(self.slow.then if self.slow.policy == "spill" else self.slow.policy)
 
+    def keep_place(self) -> None:
+        """A standing sink that connects is connected again when it broke; a spill does that behind its log."""
+        if self.settings is not None and self.settings.verb == "connect" and self.slow.policy != "spill":
+            self.backoff = Backoff()
+            self.node.c.hold = 1
+
     def begin_turn(self) -> None:
         """Counts from here."""
         self.settled = False

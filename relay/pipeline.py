@@ -20,7 +20,6 @@ from collections.abc import Callable
 from functools import partial
 
 from relay.account import account
-from relay.backoff import Backoff
 from relay.chain import Chain
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.broadcast import Broadcast
@@ -109,9 +108,7 @@ class Pipeline:
                 self.subscribers.append(Subscribers(self.engine, self, broadcast, outlet))
                 self._stand(outlet, broadcast)
             elif not outlet.per_turn:
-                if settings is not None and settings.verb == "connect" and outlet.slow.policy != "spill":
-                    outlet.backoff = Backoff()
-                    outlet.node.c.hold = 1
+                outlet.keep_place()
                 self._stand(outlet, self._makes.sink(outlet, self.turn))
 
     def begin(self, source: Source, turn: Turn) -> None:
