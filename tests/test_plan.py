@@ -322,7 +322,7 @@ def test_a_spills_figures_are_real(where: str, places: dict[str, str], fds: Desc
     slow = "on_slow: {policy: spill, " + where + "max: 16MiB}"
     body = (
         "source: 'tcp://:0', sink: {connect: %(tcp)s, " + slow + "}, "
-        "stages: [tee: {to: %(unix)s, stages: [meter, checksum], " + slow + "}]"
+        "stages: [tee: {to: %(unix)s, stages: [meter, throttle: 1GB/s], " + slow + "}]"
     )
     config = loads(f"routes: {{r: {{{body % places}}}}}")
     plan = make_plan(config, machine()).routes[0]
