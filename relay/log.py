@@ -245,7 +245,7 @@ class Log:
         with self._lock:
             return self._room()
 
-    def _room(self) -> int:
+    def _room(self, *, bounded: bool = True) -> int:
         if self._segments[-1].size >= self._segment_size:
             try:
                 self._begin_segment(self._segments[-1].end)
@@ -255,7 +255,7 @@ class Log:
                 return 0
             self._trim()
         left = self._segment_size - self._segments[-1].size
-        if self.largest:
+        if self.largest and bounded:
             left = min(left, self.largest - (self._segments[-1].end - self._segments[0].start))
         if self.directory is not None:
             space = os.statvfs(self.directory)
@@ -263,10 +263,11 @@ class Log:
         return max(left, 0)
 
     def wait_for_room(self, stopped: Callable[[], bool], *, drain: bool = False, timeout: float = 0.2) -> int:
-        """Blocks the writer until something fits; how many bytes do, 0 if it was stopped and nothing does.
+        """Blocks the writer until something fits; how many bytes do.
 
-        `drain`: once full, it waits until readers have had all. Free space that others make is noticed after
-        `timeout` seconds at the latest.
+        Once stopped it waits no more: what the writer has in its hands may go beyond `largest`, as far as the
+        filesystem lets it (0: not at all). `drain`: once full, it waits until readers have had all. Free space that
+        others make is noticed after `timeout` seconds at the latest.
         """
         with self._space:
             while True:
@@ -276,7 +277,7 @@ class Log:
                     return room
                 self._was_full = True
                 if stopped():
-                    return 0
+                    return self._room(bounded=False)
                 self._space.wait(timeout)
 
     def refused(self, timeout: float = 0.2) -> None:

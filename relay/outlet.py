@@ -114,7 +114,7 @@ class Outlet:
 
     def cut_off(self) -> None:
         """The branch gets nothing more: its head discards, what is in it sees the end of the stream."""
-        self.gate.c.left = 0
+        self.gate.c.left, self.gate.c.cut = 0, 1
         self.gate.c.after_ns = 0
         if self.gate.c.into != core.ffi.NULL:
             self.gate.c.into.ended = 1

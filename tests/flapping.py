@@ -9,7 +9,7 @@ import struct
 import termios
 from pathlib import Path
 
-from peers import accept, receive_exactly, refused_address
+from peers import accept, receive_all, receive_exactly, refused_address
 
 MATCH = 24  # bytes that stand at one place of a random payload only
 
@@ -46,6 +46,14 @@ class Receiver:
     def read(self, count: int) -> bytes:
         """So many bytes, from a new connection if there is none."""
         return receive_exactly(self.connection or self.accept(), count)
+
+    def rest(self) -> bytes:
+        """All that still comes, to the end of the stream; then it closes as a good receiver does."""
+        connection = self.connection or self.accept()
+        got = receive_all(connection)
+        connection.close()
+        self.connection = None
+        return got
 
     def waiting(self) -> int:
         """Bytes that its kernel has acknowledged and it has not read."""

@@ -123,6 +123,7 @@ class Model:
             moved = self._fill()
             for node in self.nodes:
                 moved |= self._turn(node)
+                moved |= self._end_next(node)
             if not moved or self._read >= self.budget:
                 break
         empty = not any(node.keeps for node in self.nodes)
@@ -430,6 +431,17 @@ class Model:
         if node.stash:
             size = min(size, len(node.stash))
         return moved | self._move_out(node, size)
+
+    @staticmethod
+    def _end_next(node: Node) -> bool:
+        """What is teed onwards ends when all was teed, however long the branch takes over its own part."""
+        following = node.next
+        if not node.ended or not following or following.ended:
+            return False
+        if node.held != node.owed or node.prefix or node.untold:
+            return False
+        following.ended = True
+        return True
 
     def _pass_end_on(self, node: Node) -> None:
         node.done = True
