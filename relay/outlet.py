@@ -85,7 +85,7 @@ class Outlet:
     @property
     def harmless(self) -> bool:
         """Whether the source need not know how its sink ended: all is well, or its policy lets it fail."""
-        return self.sink is None or self.sink.state != "failed" or self.slow.policy != "block"
+        return self.sink is None or self.sink.state != "failed" or self.policy != "block"
 
     @property
     def policy(self) -> str:
