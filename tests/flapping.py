@@ -9,7 +9,7 @@ import struct
 import termios
 from pathlib import Path
 
-from peers import accept, receive_all, receive_exactly, refused_address
+from peers import accept, receive_all, receive_exactly
 
 MATCH = 24  # bytes that stand at one place of a random payload only
 
@@ -18,8 +18,12 @@ class Receiver:
     """Listens at one tcp or unix address whenever it is `up`; owns its sockets. `buffer`: of its connections."""
 
     def __init__(self, unix: Path | None = None, buffer: int = 0) -> None:
-        self.address = f"unix://{unix}" if unix else refused_address()
         self._unix = unix
+        self._holder = socket.socket()  # bound and not listening: the port stays its own, and refuses
+        self._holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._holder.bind(("127.0.0.1", 0))
+        self._place = self._holder.getsockname()
+        self.address = f"unix://{unix}" if unix else f"tcp://127.0.0.1:{self._place[1]}"
         self._buffer = buffer
         self._listener: socket.socket | None = None
         self.connection: socket.socket | None = None
@@ -33,8 +37,8 @@ class Receiver:
             self._unix.unlink(missing_ok=True)
             self._listener.bind(str(self._unix))
         else:
-            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._listener.bind(("127.0.0.1", int(self.address.rpartition(":")[2])))
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            self._listener.bind(self._place)
         self._listener.listen(8)
 
     def accept(self) -> socket.socket:
@@ -82,6 +86,7 @@ class Receiver:
 
     def __exit__(self, *_error: object) -> None:
         self.down()
+        self._holder.close()
         if self._unix:
             self._unix.unlink(missing_ok=True)
 

@@ -45,11 +45,13 @@ class Collector:
         self._receiver = receiver
         self.pieces: list[bytearray] = []
         self._thread: threading.Thread | None = None
-        self._stop = False
+        self._stop = self._reading = False
+        self.go = threading.Event()
 
-    def up(self) -> None:
-        """Listens and reads."""
-        self._stop = False
+    def up(self, *, stalled: bool = False) -> None:
+        """Listens and reads; `stalled`: only once it is told to `go`."""
+        self._stop = self._reading = False
+        self.go.clear() if stalled else self.go.set()
         self._receiver.up()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -65,8 +67,10 @@ class Collector:
                 continue
             piece = bytearray()
             self.pieces.append(piece)
+            self._reading = True
             with connection:
                 connection.settimeout(0.05)
+                self.go.wait()
                 while True:
                     try:
                         got = connection.recv(1 << 20)
@@ -79,6 +83,15 @@ class Collector:
                     if not got:
                         break
                     piece += got
+            self._reading = False
+
+    def has(self, end: bytes) -> bool:
+        """Whether the last bytes that came are those."""
+        return not end or any(piece.endswith(end[-MATCH:]) for piece in self.pieces)
+
+    def idle(self) -> bool:
+        """Whether every connection has come to its end."""
+        return not self._reading
 
     def down(self) -> None:
         """Neither listens nor reads."""
@@ -102,6 +115,18 @@ def source_of(port: int, data: bytes) -> threading.Thread:
     return thread
 
 
+def sending(sock: socket.socket, data: bytes) -> threading.Thread:
+    """Sends all of `data`, or as much as relay takes before it dies."""
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            send_all(sock, data)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
 def kill(served: Process) -> None:
     """SIGKILL, and the wait for it."""
     served.signal(signal.SIGKILL)
@@ -116,7 +141,7 @@ def test_nothing_that_is_in_the_log_is_lost(tmp_path: Path, capsys: object) -> N
     have = 0  # how much of it the receiver has, without a gap
     doubled: list[int] = []
     largest_down = 0
-    with Receiver() as receiver:
+    with Receiver(buffer=64 << 10) as receiver:
         config = CONFIG.format(connections="one", address=receiver.address)
         collector = Collector(receiver)
 
@@ -135,28 +160,42 @@ def test_nothing_that_is_in_the_log_is_lost(tmp_path: Path, capsys: object) -> N
                 have = max(have, begun + len(piece))
             collector.pieces.clear()
 
-        was_down = True
+        exactly = True  # whether the last connection broke while relay was there to see it
         for turn in range(KILLS):
             data = payload(SEED * 100_000 + turn, MOST)
-            up = chance.random() < 0.5
-            log = tmp_path / "spill"
+            mode = chance.choice(["down", "up", "stalled", "left"])
             before = len(stream)
             with serving(config, tmp_path) as served:
                 port = served.port()
-                if up:
-                    collector.up()
-                sender = source_of(port, data)
-                wanted = before + chance.randrange(MOST)
-                (name,) = [path for path in log.iterdir() if path.is_dir()]
-                eventually(lambda name=name, wanted=wanted: end_of(name) >= wanted, "the log has grown")
-                kill(served)
-                sender.join()
-            stream += data[: end_of(name) - before]
+                (log,) = [path for path in (tmp_path / "spill").iterdir() if path.is_dir()]
+                if mode != "down":
+                    collector.up(stalled=mode == "stalled")
+                sent = chance.randrange(MOST)
+                wanted = before + sent
+                if mode == "left":
+                    with socket.create_connection(("127.0.0.1", port)) as source:
+                        send_all(source, data[:sent])
+                        eventually(lambda end=data[:sent]: collector.has(end), "the receiver has all")
+                        collector.down()
+                        wanted += chance.randrange(MOST - sent)
+                        sender = sending(source, data[sent:])
+                        served.said("is away")
+                        eventually(lambda log=log, wanted=wanted: end_of(log) >= wanted, "the log has grown")
+                        kill(served)
+                        sender.join()
+                else:
+                    sender = source_of(port, data)
+                    eventually(lambda log=log, wanted=wanted: end_of(log) >= wanted, "the log has grown")
+                    kill(served)
+                    sender.join()
+            stream += data[: end_of(log) - before]
             assert len(stream) >= wanted
-            if up:
+            collector.go.set()
+            if mode in ("up", "stalled"):
+                eventually(collector.idle, "what the kernel still had was read")
                 collector.down()
-            checked(exactly=was_down)
-            was_down = not up
+            checked(exactly)
+            exactly = mode == "left" or (mode == "down" and exactly)
         with serving(config, tmp_path) as served:
             served.port()
             collector.up()
@@ -166,7 +205,7 @@ def test_nothing_that_is_in_the_log_is_lost(tmp_path: Path, capsys: object) -> N
             served.signal(signal.SIGTERM)
             assert served.wait() == 0
         collector.down()
-        checked(exactly=was_down)
+        checked(exactly)
     assert have == len(stream)
     assert largest_down == 0, "something came twice though the receiver was down"
     assert max(doubled, default=0) <= SEND_QUEUE
