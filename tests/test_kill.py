@@ -13,6 +13,7 @@ import socket
 import threading
 from pathlib import Path
 
+import pytest
 from flapping import MATCH, Receiver
 from peers import assert_same, eventually, payload, receive_all, send_all
 from relays import Process, serving
@@ -133,7 +134,8 @@ def kill(served: Process) -> None:
     served.process.wait(20)
 
 
-def test_nothing_that_is_in_the_log_is_lost(tmp_path: Path, capsys: object) -> None:
+@pytest.mark.timeout(60 + 3 * KILLS)
+def test_nothing_that_is_in_the_log_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed over and over while a source sends: what reached the log reaches the receiver, in order, by itself;
     nothing comes twice if the receiver was down, and at most one send queue if it was up."""
     chance = random.Random(SEED)
@@ -209,7 +211,7 @@ def test_nothing_that_is_in_the_log_is_lost(tmp_path: Path, capsys: object) -> N
     assert have == len(stream)
     assert largest_down == 0, "something came twice though the receiver was down"
     assert max(doubled, default=0) <= SEND_QUEUE
-    with capsys.disabled():  # type: ignore[attr-defined] # pytest's fixture
+    with capsys.disabled():
         print(
             f"\n{KILLS} kills: {len(stream)} bytes in the log, {have} received, 0 lost; "
             f"{sum(1 for count in doubled if count)} connections began with {sum(doubled)} bytes that had come, "
