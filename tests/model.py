@@ -217,6 +217,7 @@ class Model:
                 moved |= self._turn(node)
                 if node.ring:
                     moved |= self._give_readers(node.ring)
+                moved |= self._end_next(node)
             if not moved or self._read >= self.budget or self._given >= GIVEN:
                 break
         empty = not any(self._in_turn(node) for node in self.nodes)
@@ -537,6 +538,17 @@ class Model:
         if node.stash:
             size = min(size, len(node.stash))
         return moved | self._move_out(node, size)
+
+    @staticmethod
+    def _end_next(node: Node) -> bool:
+        """What is teed onwards ends when all was teed, however long the branch takes over its own part."""
+        following = node.next
+        if not node.ended or not following or following.ended:
+            return False
+        if node.held != node.owed or node.prefix or node.untold:
+            return False
+        following.ended = True
+        return True
 
     def _pass_end_on(self, node: Node) -> None:
         node.done = True
