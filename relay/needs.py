@@ -48,6 +48,8 @@ PROCESS = Need(
     5, 1, FRESH // PAGE
 )  # stdin, stdout, stderr, and the pipe by which signals wake the main thread
 ENGINE = Need(3)  # epoll, its wake-up, /dev/null
+BACKLOG = 8 << 20  # bytes a subscriber may be behind, beside `buffer` and `burst`: one memory for all
+RESERVE = 8 << 20  # bytes that come while it is found out whether a full subscriber is slow
 WAITING = Need(1)  # a connection that waits for its turn
 
 
@@ -79,6 +81,15 @@ def ferry(machine: Machine) -> Need:
 def subscriber() -> Need:
     """One subscriber of a broadcast: its socket (subscribers.Member); the ring is memory."""
     return Need(1)
+
+
+def backlog(slow: OnSlow, burst: int) -> int:
+    """By how many bytes a subscriber may be behind before it is full; it begins a burst behind.
+
+    A broadcast's log is its ring, which is memory: a spill's `max` makes it larger, one for a disk does not.
+    """
+    spilled = slow.max or 0 if slow.policy == "spill" and slow.directory is None else 0
+    return BACKLOG + slow.buffer + spilled + burst
 
 
 def listener(address: Address) -> Need:

@@ -294,7 +294,13 @@ class _Walk:
         address = sink.address
         if sink.verb == "listen":
             below = self._subscriber(slow, str(address))
-            self._held(f"each subscriber of {address}", "subscriber", slow, within)
+            self._held(
+                f"each subscriber of {address}",
+                "subscriber",
+                slow,
+                within,
+                room=needs.backlog(slow, sink.burst),
+            )
             choice = self._ways.to_ring()
             return Hop(
                 "sink",
@@ -346,8 +352,10 @@ class _Walk:
         reason = f"{choice.reason}; a terminal, a device or a socket found there is copied"
         return Choice(choice.method, reason), False
 
-    def _held(self, who: str, role: Role, slow: OnSlow | None, within: Within, how: str = "") -> None:
-        """Notes who can hold the source: until the first policy around it lets go."""
+    def _held(
+        self, who: str, role: Role, slow: OnSlow | None, within: Within, how: str = "", room: int = 0
+    ) -> None:
+        """Notes who can hold the source: until the first policy around it lets go. `room`: a subscriber's backlog."""
         policies = [(name, around, False) for name, around in within]
         if slow is not None:
             policies.insert(0, (who, slow, True))
@@ -372,7 +380,8 @@ class _Walk:
         seconds, by, own, policy = first
         does = "loses bytes, alone" if policy == "drop" else "is disconnected"
         beside = slow.buffer if slow is not None else 0
-        backlog = f"its backlog of {show_size(needs.granted(DEFAULT_CAPACITY, self._machine) + beside)}"
+        pipe = needs.granted(DEFAULT_CAPACITY, self._machine) + beside
+        backlog = f"its backlog of {show_size(room or pipe)}"
         place = backlog if own else f"the branch {by}"
         then = f"it {does}" if own else f"that branch {does}"
         words += f" until {place} has been full for {_seconds(seconds)}; then {then}"

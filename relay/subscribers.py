@@ -1,9 +1,9 @@
 """The subscribers of a broadcast: readers of the ring at the end of its chain.
 
 The chain's last node moves the stream into a ring of memory (kernel/ring.c), and each subscriber is sent its bytes
-out of it, at its own position. So the ring is the backlog of all. A subscriber that is BACKLOG behind is full, and slow
-if it has not caught up in time; meanwhile the stream goes on into RESERVE, and only when that is full, too, is the
-source held. One that joins begins a `burst` back; one that leaves is taken off between sweeps.
+out of it, at its own position. So the ring is the backlog of all. A subscriber that is a backlog (needs.py) behind
+is full, and slow if it has not caught up in time; meanwhile the stream goes on into RESERVE, and only when that is
+full, too, is the source held. One that joins begins a `burst` back; one that leaves is taken off between sweeps.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import socket
 from typing import TYPE_CHECKING
 
 from relay.endpoints.broadcast import Broadcast, Subscriber
-from relay.endpoints.options import OnSlow
 from relay.endpoints.socket import close_with_reset, peer_name
 from relay.engine import Engine
 from relay.errors import KernelError
 from relay.kernel import core
 from relay.kernel.ring import Reader, Ring
+from relay.needs import RESERVE, backlog
 from relay.outlet import Outlet
 from relay.units import show_size
 
@@ -26,17 +26,6 @@ if TYPE_CHECKING:
     from relay.pipeline import Pipeline
 
 log = logging.getLogger("relay.pipeline")
-
-BACKLOG = (
-    8 << 20
-)  # bytes by which a subscriber may be behind, beside `buffer` and `burst`: one memory for all
-RESERVE = 8 << 20  # bytes that come while it is found out whether a full subscriber is slow
-
-
-def backlog(slow: OnSlow, burst: int) -> int:
-    """By how many bytes a subscriber may be behind before it is full; it begins a burst behind."""
-    log_in_memory = slow.max or 0 if slow.policy == "spill" and slow.directory is None else 0
-    return BACKLOG + slow.buffer + log_in_memory + burst
 
 
 class Member:
