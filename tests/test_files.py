@@ -56,6 +56,11 @@ def put(file: WrittenFile, data: bytes) -> None:
                 count -= file.written - before
 
 
+def length(path: Path) -> int:
+    """The size of a file, -1 while there is none."""
+    return path.stat().st_size if path.exists() else -1
+
+
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[object]:
     """A function that mounts a filesystem on a new directory; needs root. All are unmounted at the end."""
@@ -396,7 +401,7 @@ def test_a_stalled_file_stalls_nobody(tmp_path: Path) -> None:
     with serving(route("file: whole", more), tmp_path) as served:
         with socket.create_connection(("127.0.0.1", served.port())) as sock:
             sock.sendall(data)
-            eventually(lambda: (tmp_path / "whole").stat().st_size == len(data), "the other file has all")
+            eventually(lambda: length(tmp_path / "whole") == len(data), "the other file has all")
             served.signal(signal.SIGTERM)
             served.said("draining")
             served.signal(signal.SIGTERM)
@@ -427,7 +432,7 @@ def test_a_frozen_disk_stalls_nobody(tmp_path: Path) -> None:
                 frozen = run(["fsfreeze", "-f", place]).returncode == 0
                 assert frozen
                 sock.sendall(data[1000:])
-                eventually(lambda: (tmp_path / "whole").stat().st_size == len(data), "the other file has all")
+                eventually(lambda: length(tmp_path / "whole") == len(data), "the other file has all")
                 assert run(["fsfreeze", "-u", place]).returncode == 0
                 frozen = False
                 sock.shutdown(socket.SHUT_WR)

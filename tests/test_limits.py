@@ -10,18 +10,21 @@ import itertools
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conformance import reset
 from forked import become, forked, needs_root
 from peers import assert_same, eventually, payload, receive_all, receive_exactly
-from relays import Process, serving
+from relays import Process, Relay, serving
 
 from relay.admission import Admission, host_of
 from relay.endpoints.options import Limits
@@ -210,7 +213,9 @@ def test_an_idle_connection_is_ended(tmp_path: Path) -> None:
         assert is_in(busy)
         served.sessions(2)
         end(served)
-    assert (tmp_path / "1.part").read_bytes() == b"few bytes"
+    path = record["sinks"][0]["path"]
+    assert path.endswith(".part")
+    assert (tmp_path / path).read_bytes() == b"few bytes"
 
 
 def test_a_lifetime_is_over_whatever_happens(tmp_path: Path) -> None:
@@ -298,68 +303,66 @@ def test_no_pipe_pages_are_smaller_pipes() -> None:
     assert 4096 <= least < 65536
 
 
-@needs_root
-def test_streams_flow_without_pipe_pages(tmp_path: Path) -> None:
-    """Run as a user whose budget is spent, relay carries streams through the smallest of pipes."""
-    tmp_path.chmod(0o777)
-    for folder in tmp_path.parents[:2]:
-        folder.chmod(0o755)
-    hog, go = os.pipe()
-    data = payload(2, 4 << 20)
+def stream(user: int, data: bytes, spoil: Callable[[], object]) -> dict[str, Any]:
+    """In a child: as `user`, one stream through a tee into two files, `spoil` called when relay is ready.
 
-    def spend() -> str:
-        become(64986)
+    What the two files hold is in `same`; the record's sinks are in `sinks`; the client's end is in `whole`.
+    """
+    become(user)
+    folder = Path(tempfile.mkdtemp())
+    try:
+        route: dict[str, Any] = {
+            "source": {"listen": "tcp://127.0.0.1:0"},
+            "stages": [{"tee": {"to": {"file": f"{folder}/a"}}}],
+            "sink": {"file": f"{folder}/b"},
+        }
+        with Relay(route) as relay:
+            kept = spoil()
+            with socket.create_connection(("127.0.0.1", int(relay.bound[0].rpartition(":")[2]))) as sock:
+                try:
+                    sock.sendall(data)
+                    sock.shutdown(socket.SHUT_WR)
+                    whole = receive_all(sock) == b""
+                except (ConnectionResetError, BrokenPipeError):
+                    whole = False
+            record = relay.wait()
+            assert record is not None
+            del kept
+        found = [path.read_bytes() == data for path in sorted(folder.iterdir())]
+        return {"same": found, "sinks": [sink.as_dict() for sink in record.sinks], "whole": whole}
+    finally:
+        shutil.rmtree(folder)
+
+
+@needs_root
+def test_streams_flow_without_pipe_pages() -> None:
+    """A user whose budget of pipe pages is spent gets his streams through the smallest of pipes."""
+
+    def spend() -> list[Pipe]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
         pipes = [Pipe() for _ in range(1200)]
-        os.write(go, b"x")
-        signal.pause()
-        return str(len(pipes))
+        assert pipes[-1].capacity < 65536
+        return pipes
 
-    def drop() -> None:
-        become(64986)
-
-    with forked(spend):
-        assert os.read(hog, 1) == b"x"
-        config = 'routes: {r: {source: {listen: "tcp://127.0.0.1:0"}, stages: [{tee: {to: "a-{id}"}}], sink: {file: "b-{id}"}}}'
-        with serving(config, tmp_path, preexec_fn=drop) as served:
-            for _ in range(3):
-                sock = connect(served)
-                sock.sendall(data)
-                sock.shutdown(socket.SHUT_WR)
-                assert receive_all(sock) == b""
-                sock.close()
-            served.sessions(3)
-            end(served)
-    os.close(hog)
-    os.close(go)
-    for number in (1, 2, 3):
-        assert_same((tmp_path / f"a-{number}").read_bytes(), data)
-        assert_same((tmp_path / f"b-{number}").read_bytes(), data)
+    data = payload(2, 4 << 20)
+    with forked(lambda: stream(64986, data, spend)) as child:
+        answer = child.answer()
+    assert answer["whole"]
+    assert answer["same"] == [True, True]
 
 
 @needs_root
-def test_no_threads_are_a_failed_sink(tmp_path: Path) -> None:
-    """A file needs a thread; where none is to be had its stream is refused, and the next one served once there is."""
-    tmp_path.chmod(0o777)
-    for folder in tmp_path.parents[:2]:
-        folder.chmod(0o755)
+def test_no_threads_are_a_failed_sink() -> None:
+    """A file needs a thread: where none is to be had it is that sink's failure, with its errno, and the end is told."""
 
-    def drop() -> None:
-        become(64985)
+    def spend() -> None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
 
-    config = 'routes: {r: {source: {listen: "tcp://127.0.0.1:0"}, sink: {file: "{id}"}}}'
-    with serving(config, tmp_path, preexec_fn=drop) as served:
-        served.said("ready")
-        limits = resource.prlimit(served.pid, resource.RLIMIT_NPROC)
-        resource.prlimit(served.pid, resource.RLIMIT_NPROC, (1, limits[1]))
-        assert not is_in(connect(served))
-        (record,) = served.sessions(1)
-        assert "EAGAIN" in record["sinks"][0]["reason"]
-        resource.prlimit(served.pid, resource.RLIMIT_NPROC, limits)
-        assert is_in(connect(served))
-        served.sessions(2)
-        end(served)
-    assert (tmp_path / "2").read_bytes() == b"x"
+    with forked(lambda: stream(64985, b"content", spend)) as child:
+        answer = child.answer()
+    assert not answer["whole"]
+    assert [sink["result"] for sink in answer["sinks"]] == ["failed", "failed"]
+    assert all("EAGAIN" in sink["reason"] for sink in answer["sinks"])
 
 
 # --- churn ------------------------------------------------------------------------------------------------
@@ -395,10 +398,14 @@ def test_churn_leaves_nothing_behind(tmp_path: Path) -> None:
         ' stages: [{tee: {to: {file: "x-{id}"}}}], sink: "null:"}}'
     )
     with serving(config, tmp_path) as served:
-        before = None
+        for _ in range(20):
+            assert is_in(connect(served))
+        served.sessions(20)
+        eventually(lambda: footprint(served)[1] <= 5, "the threads of the first files have ended")
+        before = footprint(served)
         until = time.monotonic() + seconds
         open_now: list[socket.socket] = []
-        while time.monotonic() < until or before is None:
+        while time.monotonic() < until:
             for _ in range(100):
                 with contextlib.suppress(OSError):
                     sock = connect(served)
@@ -410,13 +417,12 @@ def test_churn_leaves_nothing_behind(tmp_path: Path) -> None:
                         reset(leaving) if generator.random() < 0.5 else leaving.close()
             for path in tmp_path.glob("x-*"):
                 path.unlink(missing_ok=True)
-            before = before or footprint(served)
         for sock in open_now:
             sock.close()
         eventually(lambda: footprint(served)[0] <= before[0], "descriptors are given back")
         eventually(lambda: footprint(served)[1] <= before[1], "threads have ended")
         eventually(lambda: footprint(served)[2] <= before[2] + 16_384, "memory is given back")
-        assert is_in(connect(served))
+        eventually(lambda: is_in(connect(served)), "newcomers are served")
         end(served)
 
 
@@ -428,15 +434,19 @@ def test_idle_connections_cost_little(tmp_path: Path, many: int) -> None:
             assert is_in(connect(served))
         served.sessions(20)
         before = footprint(served)
-        socks = [connect(served) for _ in range(many)]
-        eventually(lambda: footprint(served)[0] >= before[0] + many, "all of them are in", 60.0)
-        there = footprint(served)
-        for sock in socks:
-            sock.close()
-        eventually(lambda: footprint(served)[0] <= before[0], "descriptors are given back", 60.0)
-        after = footprint(served)
+        rounds = []
+        for _ in range(2):
+            socks = [connect(served) for _ in range(many)]
+            eventually(lambda: footprint(served)[0] >= before[0] + many, "all of them are in", patience=60.0)
+            rounds.append(footprint(served))
+            for sock in socks:
+                sock.close()
+            eventually(lambda: footprint(served)[0] <= before[0], "descriptors are given back", patience=60.0)
         assert is_in(connect(served))
         end(served)
-    assert there[1] == before[1]
-    assert (there[2] - before[2]) / many < 64  # KiB a connection
-    assert after[2] <= there[2]
+    first, second = rounds
+    assert first[1] == second[1] == before[1]
+    assert (first[2] - before[2]) / many < 64  # KiB a connection
+    assert (
+        second[2] - first[2] < 4096 + many
+    )  # the queue of log lines, which nobody reads here, and the allocator
