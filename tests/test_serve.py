@@ -361,7 +361,7 @@ def test_a_stream_under_way_may_finish(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stages", ["", "stages: [{tee: {to: 'null:'}}],"])
 def test_a_stream_with_viewers_may_finish(tmp_path: Path, stages: str) -> None:
-    """After SIGTERM the stream under way reaches its viewers, who then see its end; relay does not wait for its time."""
+    """After SIGTERM the stream under way reaches its viewers, who see its end; relay does not wait for its time."""
     config = f'routes: {{r: {{source: {{listen: "tcp://127.0.0.1:0"}}, {stages} sink: {{listen: "tcp://127.0.0.1:0"}}}}}}'
     with serving(config, tmp_path) as served:
         live, port = (int(address.rpartition(":")[2]) for address in served.addresses(2))
