@@ -161,6 +161,8 @@ class Chain:
         )
         if sink.verb != "listen":
             guard(gate, slow)
+        if node is not gate and not per_turn and slow.policy in ("drop", "disconnect"):
+            node.c.apart_ns = gate.c.after_ns  # a sink that may hold nobody does not hold a turn's end either
         self.outlets.append(outlet)
 
     def reopen(self) -> None:

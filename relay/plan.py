@@ -127,10 +127,10 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
     walk = _Walk(Ways(machine, route.method), machine)
     chain = walk.chain(route.stages, route.sink, route.sink.slow, gated=False, within=())
-    finite = route.source.verb != "listen"
+    finite = route.source.verb == "read"
     turns: Literal["each", "one", "once"] = "once" if finite else route.turns()
     address = route.source.address
-    standing = needs.listener(address) if not finite else needs.NOTHING
+    standing = needs.listener(address) if route.source.verb == "listen" else needs.NOTHING
     if finite and address.scheme in ("file", *INHERITED):
         standing += needs.ENGINE  # a reader of its own: reading may wait for the disk
     listening = [sink for _place, sink in route.sinks() if sink.verb == "listen"]
@@ -152,7 +152,7 @@ def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
         holds=tuple(walk.holds),
         standing=standing,
         stream=stream,
-        subscriber=needs.subscriber(machine) if listening else None,
+        subscriber=needs.subscriber() if listening else None,
         streams=most if turns == "each" else 1,
         waiting=0 if turns != "one" else None if most is None else most - 1,
     )
@@ -258,18 +258,19 @@ class _Walk:
         entry: Choice | None,
         within: Within,
     ) -> Hop:
-        """A log and the chain that reads it: whoever is slow there holds the log, not the source."""
+        """A log, or a buffer, and the chain that reads it: whoever is slow there holds the log, not the source."""
         self._held(name, "log", slow, within)
         behind = _Walk(self._ways, self._machine)
         block = OnSlow(policy="block").effective(listening=False)
         choice, chain = self._read("file", behind.chain(stages, sink, block, gated=False, within=()))
         if slow.directory is not None:
             self.directories.add(slow.directory)
-        most = f"up to {show_size(slow.max)}" if slow.max is not None else "as large as its disk lets it"
+        bound = slow.max if slow.policy == "spill" else slow.buffer
+        most = f"up to {show_size(bound)}" if bound is not None else "as large as its disk lets it"
         return Hop(
             "log", "memory" if slow.directory is None else "disk", name, choice,
             need + needs.log(slow, self._machine), slow.directory or "", detail=most, entry=entry,
-            policy="spill", branch=chain,
+            policy=slow.policy or "", branch=chain,
         )  # fmt: skip
 
     def _checksum(self, stage: Checksum, within: Within, settings: StageSettings | None = None) -> Hop:
@@ -294,7 +295,7 @@ class _Walk:
         if sink.verb == "listen":
             below = self._subscriber(slow, str(address))
             self._held(f"each subscriber of {address}", "subscriber", slow, within)
-            choice = self._ways.to_sink("null")
+            choice = self._ways.to_ring()
             return Hop(
                 "sink",
                 address.scheme,
@@ -309,6 +310,8 @@ class _Walk:
             )
         if address.scheme == "stdio":
             name = "stdout"
+        if slow.buffer:
+            return self._log((), sink, slow, name, need, entry, within)
         self._held(name, "sink", slow, within)
         copies = APPENDING if sink.append else ""
         choice, sure = self._sure(address.scheme, self._ways.to_sink(address.scheme, copies=copies))
@@ -326,21 +329,14 @@ class _Walk:
         )
 
     def _subscriber(self, slow: OnSlow, address: str) -> Hop:
-        tee = self._ways.tee()
-        copied = tee.method == "copy"
-        entry = tee if copied else self._ways.between()
-        out = tee if copied else self._ways.to_sink("tcp")
-        need = needs.subscriber(self._machine)
-        end = Hop(
-            "sink",
+        return Hop(
+            "subscriber",
             "socket",
-            f"subscriber of {address}",
-            out,
-            needs.NOTHING,
-            entry=entry,
+            f"each subscriber of {address}",
+            self._ways.from_ring(),
+            needs.subscriber(),
             policy=slow.policy or "",
         )
-        return Hop("subscriber", "tee", "each subscriber", tee, need, branch=(end,))
 
     @staticmethod
     def _sure(scheme: str, choice: Choice) -> tuple[Choice, bool]:
@@ -365,6 +361,8 @@ class _Walk:
         if slow is not None and slow.policy == "spill":
             full = f"has {show_size(slow.max)}" if slow.max is not None else "has filled its disk"
             words = f"reads from a log of its own; once that {full}, it {words}"
+        elif slow is not None and slow.buffer:
+            words = f"reads from a buffer of its own; once that has {show_size(slow.buffer)}, it {words}"
         if first is None:
             words += ", and with it everybody on the route"
             if slow is not None:
@@ -373,7 +371,8 @@ class _Walk:
             return
         seconds, by, own, policy = first
         does = "loses bytes, alone" if policy == "drop" else "is disconnected"
-        backlog = f"its backlog of {show_size(needs.granted(DEFAULT_CAPACITY, self._machine))}"
+        beside = slow.buffer if slow is not None else 0
+        backlog = f"its backlog of {show_size(needs.granted(DEFAULT_CAPACITY, self._machine) + beside)}"
         place = backlog if own else f"the branch {by}"
         then = f"it {does}" if own else f"that branch {does}"
         words += f" until {place} has been full for {_seconds(seconds)}; then {then}"

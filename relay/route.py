@@ -19,7 +19,6 @@ from functools import partial
 from relay import logs
 from relay.admission import Admission
 from relay.config.models import Route
-from relay.delivery import Delivery
 from relay.endpoints import tcp, unix
 from relay.endpoints.address import Address
 from relay.endpoints.base import Source
@@ -33,7 +32,9 @@ from relay.errors import EndpointError, RelayError
 from relay.kernel.probe import machine
 from relay.pipeline import Pipeline
 from relay.record import SessionRecord
-from relay.spill import Spills
+from relay.redial import Redial
+from relay.spill import Resumed
+from relay.spills import Spills
 from relay.stages.base import StageSettings
 from relay.stages.stage import Branch, Turn
 from relay.ways import Ways
@@ -73,7 +74,7 @@ class RunningRoute:
         self.route = route
         self.home = home
         self.records: list[SessionRecord] = []
-        self.finite = once or route.source.verb != "listen"
+        self.finite = once or route.source.verb == "read"
         self.cut_short = False
         self.failed: RelayError | None = None
         self.bound: list[str] = []
@@ -91,7 +92,8 @@ class RunningRoute:
         self._starting: dict[Source, Engine] = {}  # accepted or opening, without a pipeline so far
         self._aborted = ""
         self._own: Engine | None = None
-        self._resumed: list[Delivery] = []
+        self._redial: Redial | None = None
+        self._resumed: set[Resumed] = set()
         self._admission = Admission(name, route.source.limits)
         self._ending = False
         self._done = False
@@ -109,6 +111,9 @@ class RunningRoute:
             self._standing.open(self._broadcasts)
         if self.route.source.verb == "listen":
             self._listen_to_sources()
+        elif self.route.source.verb == "connect" and not self.finite:
+            self._redial = Redial(self.home, self.name, self._new_source, self._connected)
+            self.home.post(self._redial.start)
         else:
             self._read()
 
@@ -120,6 +125,9 @@ class RunningRoute:
 
     def _resume(self) -> None:
         """What an earlier run left in logs on disk goes on before any new source connects."""
+        for _place, _settings, slow, _stages in spilling(self.route):
+            if slow.directory is not None:
+                self._spills.claim(slow.directory)
         if self._persistent:
             return  # the standing sink's own log has it
 
@@ -127,7 +135,15 @@ class RunningRoute:
             return Turn(self.name, str(next(_ids)), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "log")
 
         for _place, settings, slow, stages in spilling(self.route):
-            self._resumed += self._spills.resume(self.name, stages, settings, slow, self._ways, turn)
+            self._resumed.update(
+                self._spills.resume(
+                    self.home, self.name, stages, settings, slow, self._ways, turn, self._resumption_over
+                )
+            )
+
+    def _resumption_over(self, resumed: Resumed) -> None:
+        self._resumed.discard(resumed)
+        self._look_whether_done()
 
     def _listen_to_subscribers(self) -> None:
         for _place, sink in self.route.sinks():
@@ -145,6 +161,7 @@ class RunningRoute:
 
     def _pipeline(self, engine: Engine) -> Pipeline:
         pipeline: Pipeline
+        waits = self.route.wait_for_sinks or 0.0
 
         def over(record: SessionRecord) -> None:
             self.home.post(lambda: self._over(record))
@@ -161,7 +178,8 @@ class RunningRoute:
             persistent=self._persistent,
             on_over=over,
             spill=partial(self._spills.sink, self._ways),
-            wait=self.route.wait_for_sinks or 0.0,
+            wait=waits,
+            patience=0.0 if self._persistent else waits,  # standing sinks are tried again in any case
             limits=self.route.source.limits,
             on_closed=closed,
         )
@@ -203,9 +221,24 @@ class RunningRoute:
         if address.scheme in ("file", "stdio", "fd"):
             engine = self._own = Engine(f"{self.name}-reader")
             engine.start()
-        source = make_source(engine, address)
+        source = self._new_source(engine)
         source.on_fail = lambda error: self.home.post(lambda: self._source_failed(source, error))
         self._start(engine, source)
+
+    def _new_source(self, engine: Engine) -> Source:
+        return make_source(engine, self.route.source.address, dead_after=self.route.source.dead_after)
+
+    def _connected(self, source: Source) -> None:
+        """The source that connects is open: a turn begins, or a pipeline of its own."""
+        if self._ending:
+            source.close(reset=True)
+        elif self._standing is None:
+            self._starting[source] = self.home
+            self._start_here(self.home, source)
+        elif self._standing.closed:
+            source.close(reset=True)
+        else:
+            self._standing.begin(source, new_turn(self.name, source))
 
     def _source_failed(self, source: Source, error: EndpointError) -> None:
         self.failed = error
@@ -289,11 +322,14 @@ class RunningRoute:
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
+        if self._redial is not None:
+            self._redial.stop()
 
     @property
     def under_way(self) -> bool:
         """Whether a source connection is open or bytes wait; idle subscribers do not count."""
-        return bool(self._waiting or self._starting) or any(p.busy for p in self._pipelines if not p.closed)
+        waiting = self._waiting or self._starting or self._resumed
+        return bool(waiting) or any(p.busy for p in self._pipelines if not p.closed)
 
     def drain(self) -> None:
         """No new streams; those under way go on. What has none is finished at once."""
@@ -316,6 +352,9 @@ class RunningRoute:
             engine.post(partial(self._give_up, source))
         for pipeline in self._pipelines:
             self._abort_pipeline(pipeline)
+        for resumed in self._resumed:
+            self.cut_short = True
+            resumed.stop(reason)
         self._look_whether_done()
 
     def _abort_pipeline(self, pipeline: Pipeline) -> None:
@@ -329,7 +368,7 @@ class RunningRoute:
             self.home.post(lambda: self._started(source))
 
     def _look_whether_done(self) -> None:
-        if self._done or self._pipelines or self._waiting or self._starting:
+        if self._done or self._pipelines or self._waiting or self._starting or self._resumed:
             return
         if self._ending or (self.finite and (self.failed or self.records)):
             self._done = True
@@ -354,7 +393,7 @@ def listen(
 ) -> list[Listener]:
     """Listeners for a tcp or unix address, with the unix options of the endpoint's settings."""
     if address.scheme == "tcp":
-        return tcp.listen(engine, address, accepted)
+        return tcp.listen(engine, address, accepted, dead_after=settings.dead_after)
     return unix.listen(
         engine,
         address,

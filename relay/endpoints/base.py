@@ -195,12 +195,15 @@ class Sink(End):
         self.close()
         self.on_finish(self)
 
-    def broke(self, code: int) -> None:
-        """The pump met `code` while giving it bytes."""
-        self.fail(self.error("writing to", code))
+    def broke(self, code: int, reason: str = "") -> None:
+        """The pump met `code` while giving it bytes; `reason` says it better than the errno's own words."""
+        self.fail(self.error("writing to", code, reason=reason))
 
     def peer_ended(self) -> None:
         """The peer of a one-way sink shut its write side: noted, not acted on."""
+
+    def busy(self) -> None:
+        """Bytes went out to it, the first after it had asked to be told."""
 
     def fail(self, error: EndpointError) -> None:
         """It failed; closes it and says so once."""
@@ -236,6 +239,21 @@ class Sink(End):
     def backlog(self) -> int:
         """Bytes that wait in this sink's log; only a spill has one."""
         return 0
+
+    @property
+    def reconnects(self) -> int:
+        """How often it was connected again; only one with a log does that by itself."""
+        return 0
+
+    @property
+    def twice(self) -> int:
+        """Bytes sent again after a connection broke; only a spill does that."""
+        return 0
+
+    @property
+    def away(self) -> bool:
+        """Whether one that is connected again by itself is not there."""
+        return False
 
     def under_way(self) -> int:
         """Bytes handed over that the receiver's kernel has not acknowledged, where that can be told."""

@@ -15,6 +15,7 @@ from relay.units import Duration, PositiveDuration, PositiveSize, Size, parse_du
 Policy = Literal["block", "drop", "disconnect", "spill"]
 Network = IPv4Network | IPv6Network
 
+DEAD_AFTER = 15.0  # seconds of silence after which a tcp peer is given up
 MEMORY_SPILL = 64 << 20  # bytes that a spill without directory may hold
 
 _AFTER = {"block": 1.0, "drop": 0.2, "disconnect": 5.0}  # seconds
@@ -104,6 +105,8 @@ class OnSlow(FrozenModel):
         for key in ("directory", "max", "then"):
             if key in given and policy != "spill":
                 yield Problem(f"'{key}' belongs to policy spill, {_this(policy)}", (key,), at_key=True)
+        if given.get("buffer") and policy == "spill":
+            yield Problem("a spill's log is its backlog; 'max' bounds it", ("buffer",), at_key=True)
         if "align" in given and policy != "drop" and given.get("then") != "drop":
             yield Problem(f"'align' belongs to policy drop, {_this(policy)}", ("align",), at_key=True)
 

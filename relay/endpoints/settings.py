@@ -14,7 +14,16 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from relay.endpoints.address import Address, AddressError
-from relay.endpoints.options import Account, Limits, Mode, OnSlow, Rotate, read_fsync, read_sidecar
+from relay.endpoints.options import (
+    DEAD_AFTER,
+    Account,
+    Limits,
+    Mode,
+    OnSlow,
+    Rotate,
+    read_fsync,
+    read_sidecar,
+)
 from relay.endpoints.template import check_path, placeholders
 from relay.settings import FrozenModel, Problem, list_of
 from relay.units import PositiveDuration, Size, show
@@ -184,7 +193,7 @@ class EndpointSettings(FrozenModel):
     owner: Account | None = Field(default=None, description="owner of the unix socket, by name or number")
     group: Account | None = Field(default=None, description="group of the unix socket, by name or number")
     dead_after: PositiveDuration = Field(
-        default=15.0, description="tcp: give up on a peer that has left data unanswered for so long"
+        default=DEAD_AFTER, description="tcp: give up on a peer that has left data unanswered for so long"
     )
 
     @classmethod
@@ -334,6 +343,21 @@ class SinkSettings(EndpointSettings):
             if given.get("sidecar"):
                 said = "'sidecar' covers one file; with 'rotate' the stream is in many"
                 yield Problem(said, ("sidecar",), at_key=True)
+
+    def check_made(self) -> Iterator[Problem]:
+        """A policy that this kind of sink cannot have."""
+        yield from (problem.within("on_slow") for problem in self.cannot(self.on_slow))
+
+    def cannot(self, slow: OnSlow) -> Iterator[Problem]:
+        """What in a policy that covers this sink it cannot have, each at its key in the policy."""
+        scheme = self.address.scheme
+        if slow.directory is not None and self.verb != "listen" and scheme not in ("tcp", "unix", "fifo"):
+            said = f"a log on disk waits for a sink that can be reached again; {str(self.address)!r} is none"
+            hint = "leave 'directory' out: the log is then in memory"
+            yield Problem(f"{said}; {hint}", ("directory",), at_key=True)
+        if slow.buffer and self.verb == "listen":
+            said = "a listening sink has no buffer: each subscriber's backlog is a pipe of its own"
+            yield Problem(said, ("buffer",), at_key=True)
 
     @property
     def verb(self) -> Literal["listen", "connect", "write"]:
