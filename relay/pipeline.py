@@ -15,7 +15,6 @@ closed last: cleanly when every sink that may hold it has the stream whole, with
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Callable
 from functools import partial
