@@ -199,9 +199,11 @@ class Pipeline:
                 outlet.sink.abort(reason)
         for group in self.subscribers:
             group.abort(reason)
+        between = self.persistent and self.source is None  # no stream: nothing to tell of
         record = self._turn_over()
         self.close()
-        self._on_over(record)
+        if not between:
+            self._on_over(record)
 
     @property
     def source(self) -> Source | None:
