@@ -592,7 +592,11 @@ class Model:
                 self._tell("SLOW", reader.sink.name)
 
     def _give_readers(self, ring: Ring) -> bool:
-        return any(self._reader_turn(ring, r) for r in ring.readers if not (r.sink.failed or r.done))
+        moved = False
+        for reader in ring.readers:  # every reader has its turn, whatever moved before
+            if not (reader.sink.failed or reader.done):
+                moved |= self._reader_turn(ring, reader)
+        return moved
 
     def _reader_turn(self, ring: Ring, reader: Reader) -> bool:
         sink, moved = reader.sink, False
