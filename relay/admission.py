@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from ipaddress import IPv6Address, ip_address
 
 from relay.endpoints.options import Limits
+from relay.seldom import Seldom
 
 log = logging.getLogger("relay.serve")
 
@@ -30,8 +30,7 @@ class Admission:
         self._limits = limits
         self._open: Counter[str] = Counter()
         self.refused = 0
-        self._untold = 0
-        self._told_at = 0.0
+        self._told = Seldom(BETWEEN)
 
     @property
     def connections(self) -> int:
@@ -46,9 +45,7 @@ class Admission:
             self._open[host] += 1
             return True
         self.refused += 1
-        self._untold += 1
-        now = time.monotonic()
-        if now - self._told_at >= BETWEEN:
+        if count := self._told():
             log.warning(
                 "%s: %s refused: %s (%d refused so far)",
                 self._route,
@@ -60,11 +57,9 @@ class Admission:
                     "route": self._route,
                     "peer": peer,
                     "reason": reason,
-                    "count": self._untold,
+                    "count": count,
                 },
             )
-            self._untold = 0
-            self._told_at = now
         return False
 
     def leave(self, peer: str) -> None:

@@ -161,7 +161,15 @@ class Chain:
         )
         if sink.verb != "listen":
             guard(gate, slow)
+        if node is not gate and not per_turn and slow.policy in ("drop", "disconnect"):
+            node.c.apart_ns = gate.c.after_ns  # a sink that may hold nobody does not hold a turn's end either
         self.outlets.append(outlet)
+
+    def reopen(self) -> None:
+        """Files that were moved away are opened anew."""
+        for outlet in self.outlets:
+            if outlet.sink is not None:
+                outlet.sink.reopen()
 
     def close(self) -> None:
         """Closes every node and stage. No engine may have the pipeline any more. Safe to call again."""

@@ -230,6 +230,11 @@ class Delivery:
         self._backoff.lasted(lasted)
         self._timer = self.engine.later(self._backoff.next(), self.start)
 
+    def reopen(self) -> None:
+        """A file that was moved away is opened anew."""
+        if self._pipeline is not None and not self._pipeline.closed:
+            self._pipeline.chain.reopen()
+
     def _cancel(self) -> None:
         for timer in (self._timer, self._looker):
             if timer is not None:

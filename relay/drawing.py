@@ -230,7 +230,7 @@ def _branch_edges(names: dict[int, str], hop: Hop) -> Iterator[str]:
         return
     first = hop.branch[0]
     into: list[str] = [hop.entry.method] if hop.entry is not None and hop.role == "stage" else []
-    if first.role == "subscriber":  # they tee what comes to the broadcast
+    if first.role == "subscriber":  # they are served out of the ring
         into = [first.choice.method]
     else:
         into += ([hop.choice.method] if hop.role == "log" else []) + _into(first)

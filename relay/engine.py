@@ -9,6 +9,7 @@ belongs to an engine needs no locks; other threads reach it by `post` alone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import heapq
 import itertools
 import logging
@@ -18,7 +19,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any, TypeVar
 
 from relay.errors import KernelError, RelayBug
 from relay.kernel import core
@@ -27,6 +30,7 @@ log = logging.getLogger("relay.engine")
 
 # (what, error, mask): one of core's event kinds, an errno or 0, and for WATCHED epoll's mask
 Target = Callable[[int, int, int], None]
+Answer = TypeVar("Answer")
 
 SCRATCH = 1 << 20  # bytes a copying hop may read at once; shared by all pipelines of an engine
 BUDGET = 4 << 20  # bytes one pipeline may read before the others have their turn
@@ -113,6 +117,27 @@ class Engine:
         with contextlib.suppress(OSError, ValueError):
             os.eventfd_write(self._wake, 1)
 
+    def call(self, action: Callable[[], Answer], patience: float = 30.0) -> Answer:
+        """Runs `action` on the engine's thread, which is another one and runs, and waits for its answer or its error.
+
+        Raises RelayBug when there is none within `patience` seconds.
+        """
+        answer: Future[Answer] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(action())
+            except BaseException as error:  # whoever asked gets it, whatever it is
+                answer.set_exception(error)
+
+        self.post(run)
+        try:
+            return answer.result(patience)
+        except FutureTimeout as error:
+            if answer.done():
+                raise  # it is the action's own
+            raise RelayBug(f"{self.name} did not answer within {patience:g} s") from error
+
     def stop(self) -> None:
         """Ends the loop after what is posted has run, waits for the thread, closes the engine's descriptors."""
         self.post(self._stop)
@@ -166,7 +191,11 @@ class Engine:
                 result, failed = None, error
             self.post(lambda: then(result, failed))
 
-        threading.Thread(target=run, name=f"{self.name}-work", daemon=True).start()
+        try:
+            threading.Thread(target=run, name=f"{self.name}-work", daemon=True).start()
+        except RuntimeError as error:  # no thread is to be had
+            refused = OSError(errno.EAGAIN, str(error))
+            self.post(lambda: then(None, refused))
 
     def add_end(self, end: core.Struct, mask: int) -> int:
         """Registers a pipeline's end, edge-triggered: 0 or the errno (EPERM: epoll refuses such a file)."""

@@ -105,6 +105,7 @@ class Log:
         self._segments: list[_Segment] = []
         self._cursors: list[Cursor] = []
         self._map: mmap.mmap | None = None
+        self.closed = threading.Event()  # nothing of it is open any more
         self._closed = False
         self._was_full = False
         self._word: core.Struct = core.ffi.new("int64_t *")
@@ -383,14 +384,19 @@ class Log:
             self._closed = True
             self._let_go()
             self._space.notify_all()
-        if self.directory is None or keep:
-            return
+        try:
+            if self.directory is not None and not keep:
+                self._remove(self.directory)
+        finally:
+            self.closed.set()
+
+    def _remove(self, directory: Path) -> None:
         for segment in self._segments:
             if segment.path is not None:
                 segment.path.unlink(missing_ok=True)
-        (self.directory / "cursor").unlink(missing_ok=True)
+        (directory / "cursor").unlink(missing_ok=True)
         try:
-            self.directory.rmdir()
+            directory.rmdir()
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):  # somebody else's files stay
                 raise

@@ -13,6 +13,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from relay.log_lines import handler_for
 from relay.record import SessionRecord
 
 Format = Literal["auto", "text", "json"]
@@ -61,9 +62,12 @@ class TextLines(logging.Formatter):
 
 
 def set_up(form: Format = "auto", level: str = "info") -> None:
-    """Sends relay's log to stderr; what a `form` of auto means is decided by whether that is a terminal."""
-    terminal = sys.stderr.isatty()
-    handler = logging.StreamHandler(sys.stderr)
+    """Sends relay's log to stderr; what a `form` of auto means is decided by whether that is a terminal.
+
+    Whoever logs never waits for whoever reads (relay.log_lines).
+    """
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    handler = handler_for(sys.stderr)
     if form == "json" or (form == "auto" and not terminal):
         handler.setFormatter(JsonLines())
     else:

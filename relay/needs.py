@@ -48,6 +48,8 @@ PROCESS = Need(
     5, 1, FRESH // PAGE
 )  # stdin, stdout, stderr, and the pipe by which signals wake the main thread
 ENGINE = Need(3)  # epoll, its wake-up, /dev/null
+BACKLOG = 8 << 20  # bytes a subscriber may be behind, beside `buffer` and `burst`: one memory for all
+RESERVE = 8 << 20  # bytes that come while it is found out whether a full subscriber is slow
 WAITING = Need(1)  # a connection that waits for its turn
 
 
@@ -76,9 +78,18 @@ def ferry(machine: Machine) -> Need:
     return pipe(LARGEST_CAPACITY, machine).times(2) + Need(2)
 
 
-def subscriber(machine: Machine) -> Need:
-    """One subscriber of a broadcast: a node to tee from, its backlog, its socket (subscribers.Member)."""
-    return node(machine).times(2) + Need(1)
+def subscriber() -> Need:
+    """One subscriber of a broadcast: its socket (subscribers.Member); the ring is memory."""
+    return Need(1)
+
+
+def backlog(slow: OnSlow, burst: int) -> int:
+    """By how many bytes a subscriber may be behind before it is full; it begins a burst behind.
+
+    A broadcast's log is its ring, which is memory: a spill's `max` makes it larger, one for a disk does not.
+    """
+    spilled = slow.max or 0 if slow.policy == "spill" and slow.directory is None else 0
+    return BACKLOG + slow.buffer + spilled + burst
 
 
 def listener(address: Address) -> Need:
@@ -101,6 +112,8 @@ def source(address: Address, machine: Machine) -> Need:
 
 def sink(settings: SinkSettings, machine: Machine) -> Need:
     """An open sink; one that listens without its listeners and subscribers."""
+    if settings.verb == "listen":
+        return NOTHING
     match settings.address.scheme:
         case "file":
             return ferry(machine) + Need(1)

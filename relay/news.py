@@ -12,14 +12,18 @@ import contextlib
 import os
 import select
 import signal
+import time
 from collections import deque
+from typing import Generic, TypeVar
+
+Word = TypeVar("Word")
 
 
-class News:
+class News(Generic[Word]):
     """Owns a pipe and the process's signal wake-up descriptor, from `listen` to `close`. `tell` from any thread."""
 
     def __init__(self) -> None:
-        self._words: deque[str] = deque()
+        self._words: deque[Word] = deque()
         self._read = self._write = -1
         self._previous = -1
         self._listening = False
@@ -30,16 +34,20 @@ class News:
         self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._listening = True
 
-    def tell(self, word: str) -> None:
+    def tell(self, word: Word) -> None:
         """Hands `word` to whoever waits. May be called from a signal handler."""
         self._words.append(word)
         with contextlib.suppress(OSError):  # full: it wakes all the same; closed: nobody waits any more
             os.write(self._write, b"\0")
 
-    def wait(self, timeout: float | None = None) -> str | None:
+    def wait(self, timeout: float | None = None) -> Word | None:
         """The next word; None when `timeout` seconds pass without one."""
+        poll = select.poll()  # select(2) knows no descriptor above 1023
+        poll.register(self._read, select.POLLIN)
+        until = None if timeout is None else time.monotonic() + timeout
         while not self._words:
-            if not select.select([self._read], [], [], timeout)[0]:
+            left = None if until is None else max(0.0, until - time.monotonic()) * 1000
+            if not poll.poll(left):
                 return None
             with contextlib.suppress(BlockingIOError):
                 os.read(self._read, 4096)

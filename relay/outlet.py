@@ -25,7 +25,8 @@ class Outlet:
     """Where a sink stands: `node` moves bytes into it, the policy `slow` stands at `gate`.
 
     `branch` holds stages behind a spill's log. `hidden` outlets are a stage's own (a checksum). `per_turn`: every
-    stream gets a sink of its own. `backoff` is there for one that is connected again whenever it is away.
+    stream gets a sink of its own. `backoff` is there for one that is connected again whenever it is away: `away` says
+    how often that was in this turn, `absent` that it is so now.
     `gates` are the heads of the branches it is in, outermost first: a policy there covers this outlet too.
     """
 
@@ -47,6 +48,8 @@ class Outlet:
     lost_before: int = 0
     lost_earlier: int = 0
     away: int = 0
+    absent: bool = False
+    why_away: str = ""
     backoff: Backoff | None = None
     settled: bool = False
 
@@ -92,17 +95,18 @@ class Outlet:
         """What happens now if it is slow: a spill is only slow when its log is full."""
         return str(self.slow.then if self.slow.policy == "spill" else self.slow.policy)
 
-    def keep_place(self) -> None:
-        """A standing sink that connects is connected again when it broke; a spill does that behind its log."""
-        if self.settings is not None and self.settings.verb == "connect" and self.slow.policy != "spill":
-            self.backoff = Backoff()
-            self.node.c.hold = 1
+    @property
+    def rejoins(self) -> bool:
+        """Whether it is connected again when it broke; a spill does that behind its log."""
+        settings = self.settings
+        return settings is not None and settings.verb == "connect" and self.slow.policy != "spill"
 
     def begin_turn(self) -> None:
         """Counts from here."""
         self.settled = False
         self.moved_before = self.sink.moved if self.sink and not self.per_turn else 0
         self.moved_away = self.lost_before = self.away = 0
+        self.why_away = ""
         self.lost_earlier = self.sink.lost if self.sink and not self.per_turn else 0
         self.dropped_before += self.dropped
         self.blocked_before += self.blocked
@@ -125,8 +129,11 @@ class Outlet:
         assert self.sink is not None
         self.backoff.lasted(self.sink.seconds if self.sink.opened_at else 0.0)
         self.away += 1
+        self.absent = True
+        self.why_away = self.sink.reason
         self.lost_before += self.sink.lost - self.lost_earlier
         self.moved_away += self.sink.moved - self.moved_before
+        self.moved_before = self.sink.moved  # it has been counted
         return self.backoff.next()
 
     def caught_up(self, route: str) -> None:
@@ -147,9 +154,10 @@ class Outlet:
         if sink is None:
             return SinkRecord(self.name, str(self.settings.address), 0, 0.0, "", "failed")
         by_hand = "copy" if self.node.c.out_copies else "splice"
-        method = sink.method if sink.c.kind == core.FERRY else by_hand
-        failed = sink.state == "failed"
-        lost = self.lost_before + sink.lost - self.lost_earlier
+        method = sink.method if sink.c.kind == core.FERRY or self.listens else by_hand
+        failed = sink.state == "failed" and not self.absent
+        lost = self.lost_before + (0 if self.absent else sink.lost - self.lost_earlier)
+        missed = lost or (self.backoff is not None and self.down and self.dropped)
         return SinkRecord(
             sink=self.name,
             address=sink.address,
@@ -157,15 +165,15 @@ class Outlet:
             seconds=sink.seconds,
             method="sendfile" if sendfile else method,
             why_method=self.node.why or sink.copies,
-            result="failed" if failed or lost else "delivered",
-            reason=sink.reason,
+            result="failed" if failed or missed else "delivered",
+            reason=sink.reason or self.why_away,
             lost=lost,
             reconnects=self.away + sink.reconnects,
             twice=sink.twice,
             dropped=self.dropped,
             blocked_seconds=self.blocked / 1e9,
             path=sink.result_path,
-            backlog=sink.backlog,
+            backlog=sink.backlog + (int(self.node.c.held) if self.node.c.apart_ns else 0),
         )
 
 
@@ -183,5 +191,8 @@ def judge(route: str, outlet: Outlet, outlets: list[Outlet], *, slow: bool) -> N
         for each in [outlet, *(other for other in outlets if outlet.gate in other.gates)]:
             if each.sink is not None:
                 each.sink.abort(reason)
+        if outlet.backoff is not None:
+            outlet.drop()  # until it is back, and has taken what waits for it
     else:
-        log.warning("%s: sink %s is slow: it holds the source", route, outlet.name)
+        how = "away" if outlet.down else "slow"
+        log.warning("%s: sink %s is %s: it holds the source", route, outlet.name, how)

@@ -19,6 +19,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
+from relay.absences import Absences
 from relay.account import account
 from relay.chain import Chain
 from relay.endpoints.base import Sink, Source
@@ -82,6 +83,7 @@ class Pipeline:
         self.c = core.new("pipeline", keep=int(persistent))
         self._makes = SinkMaker(engine, route, ways, patience, spill, persistent, in_place)
         self.chain = Chain(engine, stages, sink, ways, persistent=persistent)
+        self._absences = Absences(engine, route, self._stand_again, self._given_up, self._wake)
         self._wait = SinkWait(engine, route, self.chain.outlets, wait, self._go_on)
         self.c.token = engine.register(self._event)
         self.c.head = self.chain.head.c
@@ -108,7 +110,8 @@ class Pipeline:
                 self.subscribers.append(Subscribers(self.engine, self, broadcast, outlet))
                 self._stand(outlet, broadcast)
             elif not outlet.per_turn:
-                outlet.keep_place()
+                if outlet.rejoins:
+                    self._absences.forgive(outlet)
                 self._stand(outlet, self._makes.sink(outlet, self.turn))
 
     def begin(self, source: Source, turn: Turn) -> None:
@@ -118,8 +121,10 @@ class Pipeline:
         self.intake = Intake(
             self.engine, self.route, source, self.chain, self.ways, self._limits, self.break_off
         )
-        for outlet in self.chain.outlets:
-            outlet.begin_turn()
+        self._absences.next_turn(self.chain.outlets)
+        parts: list[Outlet | Subscribers] = [*self.chain.outlets, *self.subscribers]
+        for part in parts:
+            part.begin_turn()
         try:
             for stage in self.chain.stages:
                 stage.begin(turn)
@@ -142,7 +147,7 @@ class Pipeline:
         self._ended_by = "relay"
         self.c.source_ended = 1
         if not self.c.keep:
-            self.chain.head.c.ended = 1
+            self.c.head.ended = 1
         self._source_is_over(0, reason)
         self.engine.ready(self.c)
 
@@ -174,9 +179,10 @@ class Pipeline:
         if self.source is None:
             for outlet in self.chain.outlets:
                 outlet.settled = outlet.sink is None or outlet.sink.state in ("failed", "finished")
-        self.chain.head.c.ended = 1
+        self.c.head.ended = 1
         self.c.source_ended = 1
-        self.engine.ready(self.c)
+        self._absences.finish(self.chain.outlets)
+        self._wake()
 
     def abort(self, reason: str) -> None:
         """Ends at once: sinks are aborted, the source is reset, what is under way is gone."""
@@ -193,9 +199,11 @@ class Pipeline:
                 outlet.sink.abort(reason)
         for group in self.subscribers:
             group.abort(reason)
+        between = self.persistent and self.source is None  # no stream: nothing to tell of
         record = self._turn_over()
         self.close()
-        self._on_over(record)
+        if not between:
+            self._on_over(record)
 
     @property
     def source(self) -> Source | None:
@@ -227,6 +235,7 @@ class Pipeline:
         """`sink` stands at `outlet` from now on."""
         outlet.sink = sink
         outlet.moved_before = 0
+        outlet.absent = False
         sink.c.token = self.engine.register(
             lambda what, error, _mask: self._sink_event(outlet, sink, what, error)
         )
@@ -234,7 +243,7 @@ class Pipeline:
         sink.on_open = lambda _sink: self._opened(outlet)
         sink.on_finish = lambda _sink: self._settled(outlet, sink)
         sink.on_fail = lambda _sink: self._settled(outlet, sink)
-        if not outlet.hidden and outlet.settings is not None and sink.c.kind != core.FERRY:
+        if outlet.settings is not None and not outlet.listens and sink.c.kind != core.FERRY:
             choice = self.ways.to_sink(outlet.settings.address.scheme, copies=sink.copies)
             if choice.method == "copy":
                 outlet.node.copies(choice.reason)
@@ -245,10 +254,23 @@ class Pipeline:
             code = error.errno or 0 if isinstance(error, OSError) else 0
             sink.fail(sink.error("opening", code, reason="" if code else str(error)))
 
+    def _stand_again(self, outlet: Outlet) -> None:
+        self._stand(outlet, self._makes.sink(outlet, self.turn))
+        self._wake()
+
+    def _given_up(self, outlet: Outlet) -> None:
+        outlet.node.c.sink = core.ffi.NULL
+        self._wake()
+        self.look_whether_over()
+
+    def _wake(self) -> None:
+        if not self._closed:
+            self.engine.ready(self.c)
+
     def _opened(self, outlet: Outlet) -> None:
         log.debug("%s: sink %s is open", self.route, outlet.name)
-        if outlet.backoff is not None:
-            outlet.gate.c.dropping = 0
+        if outlet.backoff is not None and outlet.sink is not None:
+            outlet.node.c.sink = outlet.sink.c  # a turn may have ended without it meanwhile
         self._wait.look()
         self.engine.ready(self.c)
 
@@ -271,6 +293,7 @@ class Pipeline:
     def _source_is_over(self, error: int, broken_off: str = "") -> None:
         assert self.intake is not None
         self.intake.ended(error, broken_off)
+        self._absences.source_ended(self.chain.outlets)
         if self.c.keep:
             self.c.tell_idle = 1
             self.engine.ready(self.c)
@@ -299,6 +322,8 @@ class Pipeline:
             sink.broke(error)
         elif what == core.PEER_ENDED:
             sink.peer_ended()
+        elif what == core.SINK_BUSY:
+            sink.busy()
 
     def _end_sink(self, outlet: Outlet, sink: Sink) -> None:
         """All this sink will get was handed to it: it is finished, after its checksum if it wants one."""
@@ -330,9 +355,10 @@ class Pipeline:
 
     def _settled(self, outlet: Outlet, sink: Sink) -> None:
         """A sink finished or failed."""
-        self._wait.look()
-        if outlet.sink is sink and sink.state == "failed" and self._away(outlet, sink):
+        broke = outlet.sink is sink and sink.state == "failed" and not self._aborting and not self._closed
+        if broke and self._absences.begin(outlet, sink):
             return
+        self._wait.look()
         if outlet.sink is not sink or outlet.settled:
             return
         outlet.settled = True
@@ -355,36 +381,6 @@ class Pipeline:
                 if other.digest is outlet.stage and other.sink is not None and self._drained(other):
                     self._end_sink(other, other.sink)
         self.look_whether_over()
-
-    def _away(self, outlet: Outlet, sink: Sink) -> bool:
-        """A standing sink broke: it is down, which is a slow sink, until it is connected again."""
-        if outlet.backoff is None or self._ending or self._aborting or self._closed:
-            return False
-        wait = outlet.went_away()
-        log.warning(
-            "%s: sink %s is away (%s); it is tried again in %.1f s",
-            self.route,
-            outlet.name,
-            sink.reason,
-            wait,
-            extra={"route": self.route, "sink": outlet.name, "lost": sink.lost, "reconnects": outlet.away},
-        )
-        self.engine.forget_token(sink.c.token)
-        self.engine.later(wait, lambda: self._again(outlet, sink))
-        return True
-
-    def _again(self, outlet: Outlet, sink: Sink) -> None:
-        if self._closed or outlet.sink is not sink:
-            return
-        if self._ending:
-            outlet.settled = True
-            outlet.node.c.sink = core.ffi.NULL
-            self.engine.ready(self.c)
-            self.look_whether_over()
-            return
-        sink.unwire()
-        self._stand(outlet, self._makes.sink(outlet, self.turn))
-        self.engine.ready(self.c)
 
     def _drained(self, outlet: Outlet) -> bool:
         return bool(outlet.node.c.done) or (self._over and not outlet.node.c.held)
@@ -434,6 +430,7 @@ class Pipeline:
         if self._closed:
             return
         self._closed = True
+        self._absences.close()
         self.engine.forget(self.c)
         self.engine.forget_token(self.c.token)
         for group in self.subscribers:

@@ -127,10 +127,10 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
     walk = _Walk(Ways(machine, route.method), machine)
     chain = walk.chain(route.stages, route.sink, route.sink.slow, gated=False, within=())
-    finite = route.source.verb != "listen"
+    finite = route.source.verb == "read"
     turns: Literal["each", "one", "once"] = "once" if finite else route.turns()
     address = route.source.address
-    standing = needs.listener(address) if not finite else needs.NOTHING
+    standing = needs.listener(address) if route.source.verb == "listen" else needs.NOTHING
     if finite and address.scheme in ("file", *INHERITED):
         standing += needs.ENGINE  # a reader of its own: reading may wait for the disk
     listening = [sink for _place, sink in route.sinks() if sink.verb == "listen"]
@@ -152,7 +152,7 @@ def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
         holds=tuple(walk.holds),
         standing=standing,
         stream=stream,
-        subscriber=needs.subscriber(machine) if listening else None,
+        subscriber=needs.subscriber() if listening else None,
         streams=most if turns == "each" else 1,
         waiting=0 if turns != "one" else None if most is None else most - 1,
     )
@@ -294,8 +294,14 @@ class _Walk:
         address = sink.address
         if sink.verb == "listen":
             below = self._subscriber(slow, str(address))
-            self._held(f"each subscriber of {address}", "subscriber", slow, within)
-            choice = self._ways.to_sink("null")
+            self._held(
+                f"each subscriber of {address}",
+                "subscriber",
+                slow,
+                within,
+                room=needs.backlog(slow, sink.burst),
+            )
+            choice = self._ways.to_ring()
             return Hop(
                 "sink",
                 address.scheme,
@@ -329,21 +335,14 @@ class _Walk:
         )
 
     def _subscriber(self, slow: OnSlow, address: str) -> Hop:
-        tee = self._ways.tee()
-        copied = tee.method == "copy"
-        entry = tee if copied else self._ways.between()
-        out = tee if copied else self._ways.to_sink("tcp")
-        need = needs.subscriber(self._machine)
-        end = Hop(
-            "sink",
+        return Hop(
+            "subscriber",
             "socket",
-            f"subscriber of {address}",
-            out,
-            needs.NOTHING,
-            entry=entry,
+            f"each subscriber of {address}",
+            self._ways.from_ring(),
+            needs.subscriber(),
             policy=slow.policy or "",
         )
-        return Hop("subscriber", "tee", "each subscriber", tee, need, branch=(end,))
 
     @staticmethod
     def _sure(scheme: str, choice: Choice) -> tuple[Choice, bool]:
@@ -353,8 +352,10 @@ class _Walk:
         reason = f"{choice.reason}; a terminal, a device or a socket found there is copied"
         return Choice(choice.method, reason), False
 
-    def _held(self, who: str, role: Role, slow: OnSlow | None, within: Within, how: str = "") -> None:
-        """Notes who can hold the source: until the first policy around it lets go."""
+    def _held(
+        self, who: str, role: Role, slow: OnSlow | None, within: Within, how: str = "", room: int = 0
+    ) -> None:
+        """Notes who can hold the source: until the first policy around it lets go. `room`: a subscriber's backlog."""
         policies = [(name, around, False) for name, around in within]
         if slow is not None:
             policies.insert(0, (who, slow, True))
@@ -379,7 +380,8 @@ class _Walk:
         seconds, by, own, policy = first
         does = "loses bytes, alone" if policy == "drop" else "is disconnected"
         beside = slow.buffer if slow is not None else 0
-        backlog = f"its backlog of {show_size(needs.granted(DEFAULT_CAPACITY, self._machine) + beside)}"
+        pipe = needs.granted(DEFAULT_CAPACITY, self._machine) + beside
+        backlog = f"its backlog of {show_size(room or pipe)}"
         place = backlog if own else f"the branch {by}"
         then = f"it {does}" if own else f"that branch {does}"
         words += f" until {place} has been full for {_seconds(seconds)}; then {then}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from relay.errors import EndpointError, RelayError
 from relay.kernel.probe import machine
 from relay.pipeline import Pipeline
 from relay.record import SessionRecord
+from relay.redial import Redial
 from relay.spill import Resumed
 from relay.spills import Spills
 from relay.stages.base import StageSettings
@@ -72,7 +74,7 @@ class RunningRoute:
         self.route = route
         self.home = home
         self.records: list[SessionRecord] = []
-        self.finite = once or route.source.verb != "listen"
+        self.finite = once or route.source.verb == "read"
         self.cut_short = False
         self.failed: RelayError | None = None
         self.bound: list[str] = []
@@ -90,38 +92,36 @@ class RunningRoute:
         self._starting: dict[Source, Engine] = {}  # accepted or opening, without a pipeline so far
         self._aborted = ""
         self._own: Engine | None = None
+        self._redial: Redial | None = None
         self._resumed: set[Resumed] = set()
         self._admission = Admission(name, route.source.limits)
         self._ending = False
         self._done = False
+        self.over = threading.Event()
 
     def open(self) -> None:
         """Binds every listener and opens the sinks that outlive a stream. Raises SourceError; see `bound`."""
         for _place, sink in self.route.sinks():
             if sink.verb == "listen":
-                self._broadcasts[id(sink)] = self._bind_broadcast(sink)
+                self._broadcasts[id(sink)] = Broadcast(self.home, str(sink.address))
+        self._listen_to_subscribers()
         self._resume()
         if self._persistent:
             self._standing = self._pipeline(self.home)
             self._standing.open(self._broadcasts)
-        source = self.route.source
-        if source.verb == "listen":
-            self._listeners = listen(self.home, source.address, self._accepted, source)
-            for listener in self._listeners:
-                self.bound.append(listener.address)
-                log.info(
-                    "%s: listening on %s",
-                    self.name,
-                    listener.address,
-                    extra={
-                        "event": "listening",
-                        "route": self.name,
-                        "role": "source",
-                        "address": listener.address,
-                    },
-                )
+        if self.route.source.verb == "listen":
+            self._listen_to_sources()
+        elif self.route.source.verb == "connect" and not self.finite:
+            self._redial = Redial(self.home, self.name, self._new_source, self._connected)
+            self.home.post(self._redial.start)
         else:
             self._read()
+
+    def _listen_to_sources(self) -> None:
+        source = self.route.source
+        self._listeners = listen(self.home, source.address, self._accepted, source)
+        for listener in self._listeners:
+            self._say_bound("listening", "source", listener.address)
 
     def _resume(self) -> None:
         """What an earlier run left in logs on disk goes on before any new source connects."""
@@ -145,21 +145,23 @@ class RunningRoute:
         self._resumed.discard(resumed)
         self._look_whether_done()
 
-    def _bind_broadcast(self, sink: SinkSettings) -> Broadcast:
-        broadcast = Broadcast(self.home, str(sink.address))
-        broadcast.listeners = listen(self.home, sink.address, broadcast.joined, sink)
-        for listener in broadcast.listeners:
-            self.bound.append(listener.address)
-            log.info(
-                "%s: broadcasting on %s",
-                self.name,
-                listener.address,
-                extra={"event": "listening", "route": self.name, "role": "sink", "address": listener.address},
-            )
-        return broadcast
+    def _listen_to_subscribers(self) -> None:
+        for _place, sink in self.route.sinks():
+            if sink.verb != "listen":
+                continue
+            broadcast = self._broadcasts[id(sink)]
+            broadcast.listeners = listen(self.home, sink.address, broadcast.joined, sink)
+            for listener in broadcast.listeners:
+                self._say_bound("broadcasting", "sink", listener.address)
+
+    def _say_bound(self, does: str, role: str, address: str) -> None:
+        self.bound.append(address)
+        told = {"event": "listening", "route": self.name, "role": role, "address": address}
+        log.info("%s: %s on %s", self.name, does, address, extra=told)
 
     def _pipeline(self, engine: Engine) -> Pipeline:
         pipeline: Pipeline
+        waits = self.route.wait_for_sinks or 0.0
 
         def over(record: SessionRecord) -> None:
             self.home.post(lambda: self._over(record))
@@ -176,7 +178,8 @@ class RunningRoute:
             persistent=self._persistent,
             on_over=over,
             spill=partial(self._spills.sink, self._ways),
-            wait=self.route.wait_for_sinks or 0.0,
+            wait=waits,
+            patience=0.0 if self._persistent else waits,  # standing sinks are tried again in any case
             limits=self.route.source.limits,
             on_closed=closed,
         )
@@ -218,9 +221,24 @@ class RunningRoute:
         if address.scheme in ("file", "stdio", "fd"):
             engine = self._own = Engine(f"{self.name}-reader")
             engine.start()
-        source = make_source(engine, address)
+        source = self._new_source(engine)
         source.on_fail = lambda error: self.home.post(lambda: self._source_failed(source, error))
         self._start(engine, source)
+
+    def _new_source(self, engine: Engine) -> Source:
+        return make_source(engine, self.route.source.address, dead_after=self.route.source.dead_after)
+
+    def _connected(self, source: Source) -> None:
+        """The source that connects is open: a turn begins, or a pipeline of its own."""
+        if self._ending:
+            source.close(reset=True)
+        elif self._standing is None:
+            self._starting[source] = self.home
+            self._start_here(self.home, source)
+        elif self._standing.closed:
+            source.close(reset=True)
+        else:
+            self._standing.begin(source, new_turn(self.name, source))
 
     def _source_failed(self, source: Source, error: EndpointError) -> None:
         self.failed = error
@@ -278,12 +296,34 @@ class RunningRoute:
         self._next_turn()
         self._look_whether_done()
 
+    # -- reload
+
+    def leave_addresses(self) -> None:
+        """Closes every listener, of subscribers too; streams and subscribers that are there stay."""
+        self._stop_listening()
+        for broadcast in self._broadcasts.values():
+            broadcast.stop_listening()
+
+    def listen_again(self) -> None:
+        """After `leave_addresses`: as before. Raises SourceError when somebody took an address meanwhile."""
+        self.bound.clear()
+        self._listen_to_subscribers()
+        if self.route.source.verb == "listen":
+            self._listen_to_sources()
+
+    def reopen(self) -> None:
+        """Files that were moved away are opened anew, by every stream that writes one."""
+        for pipeline in self._pipelines:
+            pipeline.engine.post(pipeline.chain.reopen)
+
     # -- ending
 
     def _stop_listening(self) -> None:
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
+        if self._redial is not None:
+            self._redial.stop()
 
     @property
     def under_way(self) -> bool:
@@ -332,6 +372,7 @@ class RunningRoute:
             return
         if self._ending or (self.finite and (self.failed or self.records)):
             self._done = True
+            self.over.set()
             self._stop_listening()
             for broadcast in self._broadcasts.values():
                 broadcast.close()
@@ -352,7 +393,7 @@ def listen(
 ) -> list[Listener]:
     """Listeners for a tcp or unix address, with the unix options of the endpoint's settings."""
     if address.scheme == "tcp":
-        return tcp.listen(engine, address, accepted)
+        return tcp.listen(engine, address, accepted, dead_after=settings.dead_after)
     return unix.listen(
         engine,
         address,

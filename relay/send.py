@@ -5,13 +5,12 @@ a fifo) is teed: one lane for all addresses. What was asked for is carried out i
 stream, the next run of files.
 
 The main thread waits for news: a stream is over, a checksum is there, a signal came. Everything else happens
-on the engines of the lanes, and what they tell is put into the queue of news.
+on the engines of the lanes, and what they tell is news (relay.news).
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from relay.checksums import Checksums, Summed
 from relay.endpoints.base import hint
 from relay.errors import SinkError
 from relay.lane import Document, Lane, Receiver
+from relay.news import News
 from relay.order import Order, order
 from relay.progress import Progress, Standing, make_progress
 from relay.record import SessionRecord, SinkRecord
@@ -38,7 +38,7 @@ class Sending:
     def __init__(self, order: Order, progress: Progress) -> None:
         self._order = order
         self._progress = progress
-        self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._news: News[Callable[[], None]] = News()
         self._documents = [Document(path, order) for path in order.files]
         self._receivers = [Receiver(settings) for settings in order.to]
         self._lanes: list[Lane] = []
@@ -46,7 +46,7 @@ class Sending:
         self._before = 0
         self._signalled = 0
         self._deadline = 0.0
-        self._checksums = Checksums(order, lambda summed: self._news.put(lambda: self._tell_summed(summed)))
+        self._checksums = Checksums(order, lambda summed: self._news.tell(lambda: self._tell_summed(summed)))
         self._unsummed: dict[Summed, list[tuple[SessionRecord, SinkRecord]]] = {}
         self._delivered = self._failed = 0
         self._source_failed = self._mismatch = False
@@ -56,6 +56,7 @@ class Sending:
 
     def run(self) -> int:
         """Sends everything, prints a line for each stream and address; see the exit codes of `relay send`."""
+        self._news.listen()
         previous = self._catch_signals()
         try:
             first = True
@@ -74,6 +75,7 @@ class Sending:
         finally:
             self._checksums.stop()
             self._progress.stop()
+            self._news.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return self._exit_code()
@@ -94,8 +96,8 @@ class Sending:
                 lane = Lane(
                     f"send-{number}", self._order, documents, group,
                     self._checksums.begin,
-                    lambda document, record: self._news.put(lambda: self._tell_over(document, record)),
-                    lambda _lane: self._news.put(self._lane_done),
+                    lambda document, record: self._news.tell(lambda: self._tell_over(document, record)),
+                    lambda _lane: self._news.tell(self._lane_done),
                 )  # fmt: skip
             except OSError as error:
                 self._stop_lanes()
@@ -121,10 +123,11 @@ class Sending:
                 left = self._deadline - time.monotonic()
                 if left <= 0:
                     return
-            try:
-                self._news.get(timeout=left)()
-            except queue.Empty:
+            news = self._news.wait(left)
+            if news is None:
                 self._show()
+            else:
+                news()
         self._show(last=True)
 
     def _show(self, *, last: bool = False) -> None:
@@ -203,7 +206,7 @@ class Sending:
         """SIGPIPE is ignored: splice has no MSG_NOSIGNAL. The others are news."""
 
         def caught(number: int, _frame: FrameType | None) -> None:
-            self._news.put(lambda: self._end(number))
+            self._news.tell(lambda: self._end(number))
 
         found: dict[int, Any] = {}
         for ends in (signal.SIGINT, signal.SIGTERM):

@@ -32,7 +32,7 @@ class SinkWait:
         return True
 
     def _late(self) -> list[str]:
-        return [outlet.name for outlet in self._outlets if outlet.opening]
+        return [outlet.name for outlet in self._outlets if outlet.opening or outlet.absent]
 
     def look(self) -> None:
         """A sink opened or failed."""

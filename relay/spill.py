@@ -223,6 +223,10 @@ class SpillSink(Sink):
         else:
             super().abort(reason)
 
+    def reopen(self) -> None:
+        """The file behind the log was moved away."""
+        self.delivery.engine.post(self.delivery.reopen)
+
     def unwire(self) -> None:
         """The pipeline is going away; the thread may still be at work."""
         super().unwire()

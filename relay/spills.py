@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 
 from relay.delivery import Delivery
@@ -36,6 +37,7 @@ class Spills:
         self._directories: dict[str, SpillDirectory] = {}
         self._readers: dict[str, Engine] = {}
         self._claimed: set[tuple[str, str]] = set()
+        self._lent: dict[tuple[str, str], tuple[str, Log]] = {}  # whose log it is, by where it lies
 
     def claim(self, path: str) -> SpillDirectory:
         """The directory at `path`, locked. Raises SinkError when it cannot be used."""
@@ -90,18 +92,28 @@ class Spills:
             if not persistent:
                 name = directory.free_name(f"{name}.{turn.time}-{turn.id}")
             key = (str(directory.path), name)
-            if key in self._claimed:
+            lent = self._lent.get(key)
+            if lent is not None and not lent[1].closed.is_set():
                 raise SinkError(
                     str(directory.path / name), "opening the log in", 0,
                     "give each of them a directory of its own", reason="another sink of this relay uses it",
                 )  # fmt: skip
             kept = directory.log(name, largest=largest)
             self._claimed.add(key)
+            self._lent = {where: one for where, one in self._lent.items() if not one[1].closed.is_set()}
+            self._lent[key] = (turn.route, kept)
         if persistent:
             kept.go_on()
             if left := kept.end - max(kept.acknowledged, kept.start):
                 _say_resumed(turn.route, sink, left)
         return kept
+
+    def wait_for_ends(self, route: str, patience: float) -> bool:
+        """Waits until every log that sinks of the route wrote is closed; False when that takes too long."""
+        deadline = time.monotonic() + patience
+        with self._lock:
+            lent = [kept for owner, kept in self._lent.values() if owner == route]
+        return all(kept.closed.wait(max(0.0, deadline - time.monotonic())) for kept in lent)
 
     def _reader(self, route: str) -> Engine:
         """The engine that reads the route's logs: reading a disk may wait, and then the chains should not."""

@@ -17,6 +17,7 @@ Method = Literal["splice", "tee", "sendfile", "vmsplice", "copy"]
 
 STRAIGHT = ("tcp", "unix", "fifo")  # sinks that a file reaches by sendfile when nothing else is on the way
 APPENDING = "a file opened to append refuses splice"
+DIRECT = "O_DIRECT takes whole, aligned blocks: bytes are gathered in memory first"
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,14 @@ class Ways:
         if scheme == "digest":
             return Choice("copy", "a checksum must see the bytes")
         return Choice("splice", "pages move to the end by reference")
+
+    def to_ring(self) -> Choice:
+        """How bytes come to a broadcast."""
+        return Choice("copy", "into one ring of memory for all subscribers; without any, bytes pass by")
+
+    def from_ring(self) -> Choice:
+        """How they go to its subscribers."""
+        return Choice("copy", "one send out of the ring, which costs less than pipes of references")
 
     def between(self) -> Choice:
         """How bytes go from one of relay's pipes to the next."""

@@ -14,6 +14,8 @@ from mmap import PAGESIZE
 from slots import Pipe
 
 PIECE = 1 << 20  # most bytes asked for in one call
+GIVEN = 16 << 20  # bytes to the readers of rings in one sweep
+FEWEST = 64 << 10  # bytes into a ring at a time, however many read it
 
 Event = tuple[str, str, int]  # what, the name of the node, sink or pipeline, errno
 
@@ -39,6 +41,94 @@ class Sink:
     writable: bool = False
     failed: bool = False
     moved: int = 0
+    last: int = 0  # when it took its last byte
+
+
+@dataclasses.dataclass(eq=False)
+class Reader:
+    """One subscriber. What it is still to get is the ring's stream from `at` on, after `rest`."""
+
+    sink: Sink
+    after: int
+    at: int = 0
+    dropped: int = 0
+    since: int = 0
+    blocked: int = 0
+    slow: bool = False
+    dropping: bool = False
+    done: bool = False
+    rest: bytes = b""
+    runs: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # what it was given, [from, to)
+
+    @property
+    def holding(self) -> bool:
+        """Whether room is kept for it."""
+        return not (self.sink.failed or self.done or self.dropping)
+
+
+@dataclasses.dataclass(eq=False)
+class Ring:
+    """A broadcast: here the whole stream is kept, and what the C core's memory holds of it is derived."""
+
+    size: int
+    full: int
+    keep: int
+    align: int
+    there: bool = False  # its memory
+    stream: bytearray = dataclasses.field(default_factory=bytearray)
+    start: int = 0
+    origins: list[int] = dataclasses.field(default_factory=lambda: [0])
+    ended: bool = False
+    readers: list[Reader] = dataclasses.field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Bytes that ever came."""
+        return len(self.stream)
+
+    @property
+    def room(self) -> int:
+        """Bytes that fit before the reader furthest behind, of those that hold."""
+        oldest = min((r.at for r in self.readers if r.holding), default=self.position)
+        return self.size - (self.position - min(oldest, self.position))
+
+    def border(self, at: int, *, down: bool = False) -> int:
+        """The first border at or behind `at`, or the last one at or before it."""
+        known = self.origins[-8:]
+        begun = [origin for origin in known if origin <= at]
+        if not begun:
+            return known[0]
+        over = (at - begun[-1]) % self.align
+        if down or not over:
+            return at - over
+        return min([at + self.align - over, *(origin for origin in known if origin > at)])
+
+    def join(self, reader: Reader) -> None:
+        """A newcomer, `keep` bytes back, from a border on."""
+        if not self.there:
+            self.there, self.start = True, self.position
+        reader.at = self.border(max(self.position - self.keep, self.start, self.position - self.size))
+        self.readers.insert(0, reader)
+
+    def leave(self, reader: Reader) -> None:
+        """It reads no more; with the last one the memory goes, unless something is to be kept."""
+        self.readers.remove(reader)
+        self.there = bool(self.readers or self.keep)
+
+    def drop(self, reader: Reader) -> None:
+        """A gap begins, once the piece that is under way is whole."""
+        to = self.border(reader.at)
+        reader.rest = bytes(self.stream[reader.at : to])
+        if reader.rest:
+            reader.runs.append((reader.at, to))
+        reader.at, reader.dropping = to, True
+
+    def new_stream(self) -> None:
+        """`align` is counted anew."""
+        if self.position != self.origins[-1]:
+            self.origins.append(self.position)
+        for reader in self.readers:
+            reader.at = min(reader.at, self.position)
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,10 +140,11 @@ class Node:
     next: Node | None = None
     into: Node | None = None
     sink: Sink | None = None
+    ring: Ring | None = None
     full: bool = False
     ended: bool = False
     done: bool = False
-    leaving: bool = False
+    apart: int = 0  # its sink holds a turn's end no longer than this, taking nothing
     hold: bool = False  # a failed sink will be replaced: what is meant for it is kept
     owed: int = 0
     passed: int = 0
@@ -110,43 +201,52 @@ class Model:
         self.source = source
         self.budget, self.scratch = budget, scratch
         self.source_ended = self.keep = self.tell_idle = self.done = False
+        self.idle = 0  # since when all but what is apart is empty
         self.wake = 0
         self.now = 0
         self.calls = 0
-        self._read = 0
+        self._read = self._given = 0
         self._events: list[Event] = []
 
     def sweep(self, now: int) -> tuple[list[Event], bool]:
         """Moves all that can move; the events, and whether the budget stopped it."""
-        self.now, self.wake, self._read, self._events = now, 0, 0, []
+        self.now, self.wake, self._read, self._given, self._events = now, 0, 0, 0, []
         while True:
             moved = self._fill()
             for node in self.nodes:
                 moved |= self._turn(node)
+                if node.ring:
+                    moved |= self._give_readers(node.ring)
                 moved |= self._end_next(node)
-            if not moved or self._read >= self.budget:
+            if not moved or self._read >= self.budget or self._given >= GIVEN:
                 break
-        empty = not any(node.keeps for node in self.nodes)
+        empty = not any(self._in_turn(node) for node in self.nodes)
         still_open = any(n.sink and not n.sink.failed and not n.done for n in self.nodes)
-        self._remove_leaving()
         if empty and self.tell_idle and (self.source_ended or not self.source):
-            self.tell_idle = False
+            self.tell_idle, self.idle = False, 0
             self._tell("IDLE", "pipeline")
         if not still_open and not self.done and not self.keep:
             self.done = True
             self._tell("DONE", "pipeline")
         return self._events, moved
 
-    def insert(self, before: Node, node: Node, leaf: Node) -> None:
-        """A newcomer in front of `before`: it tees into that and moves its own bytes to `leaf`."""
-        for other in self.nodes:
-            if other.next is before:
-                other.next = node
-            if other.into is before:
-                other.into = node
-        node.next, node.into, node.ended = before, leaf, before.ended
-        place = self.nodes.index(before)
-        self.nodes[place:place] = [node, leaf]
+    def _in_turn(self, node: Node) -> bool:
+        """Whether a turn's end waits for what the node keeps."""
+        leaf = node if node.apart else node.into
+        if not node.keeps:
+            return False
+        if not leaf or not leaf.apart or not self.tell_idle:
+            return True
+        if leaf is not node and (node.held or node.prefix or node.untold):
+            return True
+        if not leaf.sink or leaf.sink.failed:
+            return False
+        self.idle = self.idle or self.now
+        until = (leaf.sink.last or self.idle) + leaf.apart
+        if self.now >= until:
+            return False
+        self._wake_at(until)
+        return True
 
     def _tell(self, what: str, name: str, error: int = 0) -> None:
         self._events.append((what, name, error))
@@ -348,13 +448,19 @@ class Model:
         size = self._gate(node, size)
         if not size:
             return False
-        moved = self._give_to_sink(node, node.sink, size) if node.sink else self._give_to_node(node, size)
+        if node.ring:
+            moved = self._give_to_ring(node, node.ring, size)
+        else:
+            moved = self._give_to_sink(node, node.sink, size) if node.sink else self._give_to_node(node, size)
         if moved < 0:
             return True
         if not moved:
             self._blocked(node)
             return False
         node.passed += moved
+        if node.ring and node.sink:
+            node.sink.moved += moved
+            node.sink.last = self.now
         if node.rate:
             node.tokens -= moved
         if node.left > 0:
@@ -388,6 +494,7 @@ class Model:
             moved = self._move(node, sink.pipe, size)
             sink.writable = bool(moved)
         sink.moved += moved
+        sink.last = self.now if moved else sink.last
         return moved
 
     # -- a turn, and the whole chain
@@ -448,21 +555,105 @@ class Model:
         for following in (node.next, node.into):
             if following:
                 following.ended = True
+        if node.ring:
+            node.ring.ended = True
         if node.sink:
             self._tell("SINK_DRAINED", node.sink.name)
 
-    def _remove_leaving(self) -> None:
-        for node in list(self.nodes):
-            if not node.leaving or node.keeps or not node.next or (node.into and node.into.held):
+    # -- a ring and its readers
+
+    def _give_to_ring(self, node: Node, ring: Ring, size: int) -> int:
+        if not ring.there:
+            data = self._take(node, size)
+            ring.stream += data
+            ring.start = ring.position
+            return len(data)
+        size = min(size, max(GIVEN // max(1, len(ring.readers)), FEWEST))
+        room = ring.room
+        if room < size and room < ring.size // 8:
+            self._judge(ring)
+            return 0
+        data = self._take(node, min(size, room, ring.size - ring.position % ring.size))
+        ring.stream += data
+        self._judge(ring)
+        return len(data)
+
+    def _judge(self, ring: Ring) -> None:
+        for reader in ring.readers:
+            if not reader.holding or ring.position - reader.at <= ring.full:
                 continue
-            if node.into:
-                self.nodes.remove(node.into)
-            if node.ended:
-                node.next.ended = True
-            for other in self.nodes:
-                if other.next is node:
-                    other.next = node.next
-                if other.into is node:
-                    other.into = node.next
-            self.nodes.remove(node)
-            self._tell("REMOVED", node.name)
+            reader.since = reader.since or self.now
+            if reader.slow:
+                continue
+            if self.now - reader.since < reader.after:
+                self._wake_at(reader.since + reader.after)
+            else:
+                reader.slow = True
+                self._tell("SLOW", reader.sink.name)
+
+    def _give_readers(self, ring: Ring) -> bool:
+        moved = False
+        for reader in ring.readers:  # every reader has its turn, whatever moved before
+            if not (reader.sink.failed or reader.done):
+                moved |= self._reader_turn(ring, reader)
+        return moved
+
+    def _reader_turn(self, ring: Ring, reader: Reader) -> bool:
+        sink, moved = reader.sink, False
+        while sink.writable and sink.pipe:
+            if not reader.rest and reader.dropping:
+                if not self._end_gap(reader, ring.border(ring.position, down=True)):
+                    break
+                moved = True
+                continue
+            if reader.rest:
+                data = reader.rest
+            elif reader.at < ring.position:
+                upto = min(ring.position, (reader.at // ring.size + 1) * ring.size)
+                data = bytes(ring.stream[reader.at : upto])
+            else:
+                break
+            self.calls += 1
+            if sink.pipe.orphaned:
+                sink.failed, sink.writable = True, False
+                self._tell("SINK_FAILED", sink.name, EPIPE)
+                return True
+            given = sink.pipe.write(data)
+            if not given:
+                sink.writable = False
+                break
+            if reader.rest:
+                reader.rest = reader.rest[given:]
+            else:
+                reader.runs.append((reader.at, reader.at + given))
+                reader.at += given
+            sink.moved += given
+            sink.last = self.now
+            self._given += given
+            moved = True
+        if reader.dropping and not reader.rest and ring.ended:
+            moved |= self._end_gap(reader, ring.position)
+        if reader.at >= ring.position and not reader.rest and not reader.dropping:
+            self._reader_kept_up(reader)
+            if ring.ended:
+                reader.done = moved = True
+                self._tell("SINK_DRAINED", sink.name)
+        return moved
+
+    def _end_gap(self, reader: Reader, to: int) -> bool:
+        """It goes on at the last border that has come."""
+        if to < reader.at:
+            return False
+        reader.dropped += to - reader.at
+        reader.at, reader.dropping = to, False
+        self._reader_kept_up(reader)
+        return True
+
+    def _reader_kept_up(self, reader: Reader) -> None:
+        if not reader.since:
+            return
+        reader.blocked += self.now - reader.since
+        reader.since = 0
+        if reader.slow:
+            reader.slow = False
+            self._tell("CAUGHT_UP", reader.sink.name)

@@ -106,6 +106,7 @@ class Process:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
+        self.config = Path()  # the configuration it serves, where `serving` wrote it
         self.lines: list[dict[str, Any]] = []
         self.other: list[str] = []
         self._rest = b""
@@ -217,6 +218,7 @@ def serving(config: str, cwd: Path, **popen: Any) -> Iterator[Process]:
     path = cwd / "relay.yaml"
     path.write_text(config)
     with relay("serve", "--log-format", "json", path, cwd=cwd, **popen) as process:
+        process.config = path
         yield process
 
 

@@ -16,16 +16,19 @@ from typing import Any
 
 from descriptors import Descriptors, PipeEnds
 from model import Event, Model, Node, Sink, Source
+from model import Reader as ModelReader
+from model import Ring as ModelRing
 from slots import Pipe
 from syscalls import Memory, readable
 
 from relay.kernel import core
+from relay.kernel.ring import Reader, Ring
 
 NAMES = {
     getattr(core, name): name
     for name in (
         *("SOURCE_ENDED", "SOURCE_FAILED", "SINK_DRAINED", "SINK_FAILED", "PEER_ENDED", "WANTS_COPY"),
-        *("SOURCE_COPIES", "SOURCE_DRY", "SLOW", "CAUGHT_UP", "IDLE", "DONE", "REMOVED", "BROKEN"),
+        *("SOURCE_COPIES", "SOURCE_DRY", "SLOW", "CAUGHT_UP", "IDLE", "DONE", "BROKEN", "SINK_BUSY"),
     )
 }
 EVENTS = 512
@@ -50,6 +53,10 @@ class Spec:
     align: int = 1
     null: bool = False  # its sink is /dev/null
     hold: bool = False  # a sink that fails is replaced
+    apart: int = 0  # nanoseconds for which its sink, taking nothing, holds a turn's end
+    ring: int = 0  # of the tail: a broadcast whose readers are full when they are so many bytes behind
+    reserve: int = 0  # its memory beyond that
+    keep: int = 0  # bytes that whoever joins it is given of what passed
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,9 +82,9 @@ class Outlet:
     step: Step
     gate: Step
     got: bytearray = dataclasses.field(default_factory=bytearray)
-    newcomer: bool = False
     second: bool = False  # it stands where another failed
-    missed: int = 0  # by a newcomer: bytes of the stream that had reached the tail before it joined
+    reader: tuple[Reader, ModelReader] | None = None  # it is a subscriber of the tail's broadcast
+    began: int = 0  # position of a subscriber's first byte
     alive: bool = True
 
 
@@ -120,6 +127,9 @@ class Rig:
         self.pipeline.head, self.pipeline.nodes = self.steps[0].c, len(self.steps)
         self.pipeline.source = self.source
         self.trunk = [step for step in self.steps if not step.model.name.startswith("leaf")]
+        self.ring: tuple[Ring, ModelRing] | None = None
+        if specs[-1].ring:
+            self._broadcast(self.trunk[-1], specs[-1])
 
     def _token(self, name: str) -> int:
         token = len(self.names) + 1
@@ -173,9 +183,19 @@ class Rig:
         elif tail or spec.kind == "tee":
             self._outlet(step, step, spec)
 
+    def _broadcast(self, tail: Step, spec: Spec) -> None:
+        ring = Ring(spec.ring, spec.keep, spec.align, spec.reserve)
+        self.ring = ring, ModelRing(ring.size, ring.full, spec.keep, spec.align)
+        if spec.keep:
+            ring.open()
+            self.ring[1].there = True
+        tail.c.ring, tail.model.ring = ring.c, self.ring[1]
+        tail.c.sink.fd = -1
+
     def _leaf(self, gate: Step, spec: Spec) -> Step:
         leaf = self._step(spec, f"leaf of {gate.model.name}", spec.leaf_slots)
         leaf.c.out_copies = leaf.model.out_copies = spec.out_copies
+        leaf.c.apart_ns = leaf.model.apart = spec.apart
         self._give_stash(leaf, spec)
         gate.c.into, gate.model.into = leaf.c, leaf.model
         return leaf
@@ -239,37 +259,43 @@ class Rig:
 
     def again(self, outlet: Outlet) -> None:
         """Where a sink failed and its place is held, another stands from now on, with a receiver of its own."""
-        if not outlet.step.model.hold or not outlet.model.failed:
+        if not outlet.step.model.hold or not outlet.model.failed or outlet.reader:
             return
         at = self.outlets.index(outlet)
         self._outlet(outlet.step, outlet.gate, outlet.gate.spec)
         self.outlets[at] = self.outlets.pop()
         self.outlets[at].second = True
 
-    def join(self, spec: Spec) -> Outlet:
-        """A newcomer in front of the tail."""
-        tail, number = self.trunk[-1], len(self.names)
-        step = self._step(spec, f"node{number}", spec.slots)
-        self._dress(step, spec)
-        leaf = self._leaf(step, spec)
-        self._outlet(leaf, step, spec)
-        outlet = self.outlets[-1]
-        outlet.newcomer = True
-        outlet.missed = sum(size for _, size in tail.model.history) + tail.model.held + len(tail.model.prefix)
-        core.lib.relay_insert(self.pipeline, tail.c, step.c, leaf.c)
-        self.model.insert(tail.model, step.model, leaf.model)
-        self.steps += [step, leaf]
-        return outlet
+    def join(self, slots: int, after: int) -> Outlet:
+        """A subscriber of the tail's broadcast: the reader of a pipe of `slots`, slow after `after` nanoseconds."""
+        assert self.ring
+        name, ends = f"subscriber {len(self.names)}", self.fds.pipe(slots * PAGESIZE)
+        end = core.new_end(ends.w)
+        end.token = self._token(name)
+        reader, model = Reader(end, 0), ModelReader(Sink(name, Pipe(slots)), after)
+        reader.c.after_ns = after
+        self.ring[0].join(reader)
+        self.ring[1].join(model)
+        tail = self.trunk[-1]
+        self.outlets.append(Outlet(end, ends, model.sink, tail, tail, reader=(reader, model), began=model.at))
+        return self.outlets[-1]
 
     def leave(self, outlet: Outlet) -> None:
-        """A newcomer goes, as relay.subscribers does it: cut off, and taken out when its pipes are empty."""
-        if not outlet.newcomer or not outlet.alive or outlet.gate.model not in self.model.nodes:
+        """A subscriber goes."""
+        if not outlet.reader or not self.ring or outlet.reader[1] not in self.ring[1].readers:
             return
         outlet.alive = False
-        outlet.step.c.sink, outlet.step.model.sink = core.ffi.NULL, None
-        gate, model = outlet.gate.c, outlet.gate.model
-        gate.dropping, gate.after_ns, gate.leaving = 0, 0, 1
-        model.dropping, model.after, model.leaving = False, 0, True
+        self.ring[0].leave(outlet.reader[0])
+        self.ring[1].leave(outlet.reader[1])
+
+    def new_stream(self) -> None:
+        """What comes to the broadcast from now on counts as another stream."""
+        if self.ring:
+            self.ring[0].new_stream()
+            self.ring[1].new_stream()
+            for outlet in self.outlets:
+                if outlet.reader and not outlet.reader[1].runs and outlet.alive:
+                    outlet.began = min(outlet.began, outlet.reader[1].at)
 
     def later(self, nanoseconds: int) -> None:
         """Time passes: all that anybody remembers is that much longer ago."""
@@ -281,6 +307,16 @@ class Rig:
             if c.since_ns:
                 c.since_ns -= nanoseconds
                 model.since -= nanoseconds
+        for outlet in self.outlets:
+            if outlet.c.last_ns:
+                outlet.c.last_ns -= nanoseconds
+                outlet.model.last -= nanoseconds
+            if outlet.reader and outlet.reader[1].since:
+                outlet.reader[0].c.since_ns -= nanoseconds
+                outlet.reader[1].since -= nanoseconds
+        if self.pipeline.idle_ns:
+            self.pipeline.idle_ns -= nanoseconds
+            self.model.idle -= nanoseconds
 
     def ask_poll(self) -> None:
         """Tells both what poll(2) says, as epoll's edges would have."""
@@ -316,8 +352,17 @@ class Rig:
         self.events += events
         for what, name, _ in events:
             if what == "SLOW":
-                self._start_gap(next(step for step in self.steps if step.model.name == name))
+                self._slow(name)
         return events
+
+    def _slow(self, name: str) -> None:
+        """Whoever is slow drops."""
+        for outlet in self.outlets:
+            if outlet.reader and outlet.model.name == name and self.ring:
+                self.ring[0].drop(outlet.reader[0])
+                self.ring[1].drop(outlet.reader[1])
+                return
+        self._start_gap(next(step for step in self.steps if step.model.name == name))
 
     @staticmethod
     def _start_gap(step: Step) -> None:
@@ -353,3 +398,20 @@ class Rig:
                 assert c.stash_len - c.stash_next == len(model.untold), f"{name}: untold"
         for outlet in self.outlets:
             assert outlet.c.moved == outlet.model.moved, f"{outlet.model.name}: moved"
+            assert outlet.c.last_ns == outlet.model.last, f"{outlet.model.name}: last"
+            if outlet.reader:
+                self._compare_reader(outlet.reader[0].c, outlet.reader[1])
+        assert (self.pipeline.idle_ns, bool(self.pipeline.tell_idle)) == (
+            self.model.idle,
+            self.model.tell_idle,
+        )
+
+    def _compare_reader(self, c: Any, model: ModelReader) -> None:
+        assert self.ring
+        assert self.ring[0].c.position == self.ring[1].position
+        for field in ("at", "dropped"):
+            assert getattr(c, field) == getattr(model, field), f"{model.sink.name}: {field}"
+        for field in ("slow", "dropping", "done"):
+            assert bool(getattr(c, field)) == getattr(model, field), f"{model.sink.name}: {field}"
+        assert (c.since_ns, c.blocked_ns) == (model.since, model.blocked), f"{model.sink.name}: blocked"
+        assert c.rest_left == len(model.rest), f"{model.sink.name}: rest"

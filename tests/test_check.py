@@ -74,8 +74,8 @@ def test_a_broadcast_needs_room_for_a_subscriber() -> None:
     body = "source: {listen: 'tcp://:1024', connections: one}, sink: {listen: 'tcp://:1025'}"
     config = loads(f"routes: {{r: {{{body}}}}}")
     total = make_plan(config, ROOMY).total.descriptors
-    assert f"ulimit -n {total + 5}" in only(body, replace(ROOMY, files=total + 4))
-    assert found(body, replace(ROOMY, files=total + 5)) == []
+    assert f"ulimit -n {total + 1}" in only(body, replace(ROOMY, files=total))
+    assert found(body, replace(ROOMY, files=total + 1)) == []
 
 
 def test_too_few_pipe_pages() -> None:

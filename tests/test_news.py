@@ -15,9 +15,9 @@ from relay.news import News
 
 
 @pytest.fixture
-def news() -> Iterator[News]:
+def news() -> Iterator[News[str]]:
     """News that hears SIGUSR1."""
-    made = News()
+    made: News[str] = News()
     made.listen()
     previous = signal.signal(signal.SIGUSR1, lambda *_: made.tell("USR1"))
     yield made
@@ -26,7 +26,7 @@ def news() -> Iterator[News]:
     made.close()
 
 
-def test_a_signal_at_any_moment_wakes(news: News) -> None:
+def test_a_signal_at_any_moment_wakes(news: News[str]) -> None:
     """A signal that another thread sends around the moment of going to sleep is heard, 500 times out of 500."""
     generator = random.Random(1)
     for _ in range(500):
@@ -44,7 +44,7 @@ def test_a_signal_at_any_moment_wakes(news: News) -> None:
         thread.join()
 
 
-def test_words_come_in_order(news: News) -> None:
+def test_words_come_in_order(news: News[str]) -> None:
     """What several calls told before anybody waited comes one by one, in order, then nothing."""
     for number in range(3):
         news.tell(str(number))
@@ -52,14 +52,14 @@ def test_words_come_in_order(news: News) -> None:
     assert news.wait(0.0) is None
 
 
-def test_more_words_than_the_pipe_holds(news: News) -> None:
+def test_more_words_than_the_pipe_holds(news: News[str]) -> None:
     """A full pipe loses no word."""
     for number in range(100_000):
         news.tell(str(number))
     assert [news.wait(0.0) for _ in range(100_000)] == [str(number) for number in range(100_000)]
 
 
-def test_a_word_from_a_thread_wakes(news: News) -> None:
+def test_a_word_from_a_thread_wakes(news: News[str]) -> None:
     """A thread's word ends a wait without a timeout."""
     thread = threading.Thread(target=lambda: news.tell("done"))
     thread.start()

@@ -18,14 +18,6 @@ WRITTEN = {
         "routes: {a: {source: {listen: 'tcp://:1', limits: {idle: 1s}}, sink: x}}",
         "1:43",
     ),
-    ("EndpointSettings", "dead_after"): (
-        "routes: {a: {source: '-', sink: {connect: 'tcp://h:1', dead_after: 3s}}}",
-        "1:56",
-    ),
-    ("SinkSettings", "burst"): (
-        "routes: {a: {source: '-', sink: {listen: 'tcp://:1', burst: 1MiB}}}",
-        "1:54",
-    ),
     ("SinkSettings", "rotate"): ("routes: {a: {source: '-', sink: {file: x, rotate: 1h}}}", "1:43"),
     ("SinkSettings", "fsync"): ("routes: {a: {source: '-', sink: {file: x, fsync: 1s}}}", "1:43"),
     ("SinkSettings", "direct"): ("routes: {a: {source: '-', sink: {file: x, direct: true}}}", "1:43"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -34,14 +35,18 @@ def serve(
     ] = LogFormat.auto,
     log_level: Annotated[LogLevel, typer.Option(help="From which level on to log.")] = LogLevel.info,
 ) -> None:
-    """Runs the routes; SIGTERM drains and ends, SIGHUP reloads."""
+    """Runs the routes; SIGTERM drains and ends, SIGHUP reloads and opens files anew."""
     from relay import logs
-    from relay.config.load import load_to_run
+    from relay.config.load import load_to_run, load_with_places
     from relay.serve import Server
     from relay.welcome import welcome
 
     logs.set_up(log_format.value, log_level.value)
-    server = Server(load_to_run(config), on_ready=lambda routes: welcome(routes, built_in=config is None))
+    server = Server(
+        load_to_run(config),
+        on_ready=lambda routes: welcome(routes, built_in=config is None),
+        again=partial(load_with_places, config, to_run=True) if config not in (None, "-") else None,
+    )
     raise typer.Exit(server.run())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from errno import errorcode
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,20 @@ _HINTS = {
 _DEFAULT = Path(__file__).parent.parent / "configs" / "default.yaml"  # a link to configs/ of the source tree
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration, and where in its text things stand."""
+
+    config: Config
+    name: str
+    document: Document
+
+    def where(self, place: Place) -> str:
+        """`file:line:column` of the key at `place`, or of the nearest thing around it."""
+        line, column = self.document.spot(Problem("", place, at_key=True))
+        return f"{self.name}:{line}:{column}"
+
+
 def load_to_run(path: str | None) -> Config:
     """What `relay serve` runs and `check` and `plan` look at; ConfigErrors if it is wrong or cannot run yet.
 
@@ -47,6 +62,11 @@ def load(path: str | os.PathLike[str], *, to_run: bool = False) -> Config:
 
     `to_run` refuses what this version does not do yet as well (relay.config.pending).
     """
+    return load_with_places(path, to_run=to_run).config
+
+
+def load_with_places(path: str | os.PathLike[str], *, to_run: bool = False) -> Loaded:
+    """As `load`, with the places of what it says."""
     name = os.fspath(path)
     place: str | int = name
     if name == "-":
@@ -67,11 +87,15 @@ def load(path: str | os.PathLike[str], *, to_run: bool = False) -> Config:
     if size > LARGEST or len(raw) > LARGEST:
         mib = f"{size / (1 << 20):.0f} MiB" if size else "more than that"
         raise _refusal(name, f"larger than a configuration may be: the limit is 4 MiB, this is {mib}")
-    return loads(_decoded(raw, name), name, to_run=to_run)
+    return _loaded(_decoded(raw, name), name, to_run=to_run)
 
 
 def loads(text: str, name: str = "<text>", *, to_run: bool = False) -> Config:
     """The configuration that `text` says; ConfigErrors, which call the text `name`, if it is wrong."""
+    return _loaded(text, name, to_run=to_run).config
+
+
+def _loaded(text: str, name: str, *, to_run: bool) -> Loaded:
     if len(text) > LARGEST:
         raise _refusal(name, "larger than a configuration may be: the limit is 4 MiB")
     try:
@@ -84,7 +108,7 @@ def loads(text: str, name: str = "<text>", *, to_run: bool = False) -> Config:
         raise _refusal(
             name, "the configuration is empty", line=1, column=1, hint="it needs at least 'routes:'"
         )
-    return _built(document, name, to_run=to_run)
+    return Loaded(_built(document, name, to_run=to_run), name, document)
 
 
 def from_data(data: Mapping[str, Any], name: str = "relay") -> Config:

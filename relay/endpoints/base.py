@@ -36,7 +36,7 @@ HINTS = {
     "ECONNRESET": "the peer closed the connection before it had everything",
     "EPIPE": "the reader went away before it had everything",
     "EMFILE": "raise the limit of open files (ulimit -n)",
-    "ENFILE": "raise fs.file-max",
+    "ENFILE": "raise fs.file-max (sysctl)",
     "ENXIO": "nothing is at the other end",
     "EIO": "the device reports an error: see dmesg",
 }
@@ -195,12 +195,15 @@ class Sink(End):
         self.close()
         self.on_finish(self)
 
-    def broke(self, code: int) -> None:
-        """The pump met `code` while giving it bytes."""
-        self.fail(self.error("writing to", code))
+    def broke(self, code: int, reason: str = "") -> None:
+        """The pump met `code` while giving it bytes; `reason` says it better than the errno's own words."""
+        self.fail(self.error("writing to", code, reason=reason))
 
     def peer_ended(self) -> None:
         """The peer of a one-way sink shut its write side: noted, not acted on."""
+
+    def busy(self) -> None:
+        """Bytes went out to it, the first after it had asked to be told."""
 
     def fail(self, error: EndpointError) -> None:
         """It failed; closes it and says so once."""
@@ -220,6 +223,9 @@ class Sink(End):
     def abort(self, reason: str) -> None:
         """Ends it before its stream is complete, so that the receiver can tell."""
         self.fail(self.error("ending", 0, reason=reason))
+
+    def reopen(self) -> None:
+        """Opens anew the file that it writes and somebody may have moved away; other sinks have none."""
 
     def close(self) -> None:
         """Closes the descriptor, abruptly where that tells the receiver of a failure. Safe to call again."""

@@ -1,12 +1,10 @@
 """A sink that listens: whoever connects gets the stream from then on.
 
-The chain's last node discards what comes, so that a broadcast without subscribers lets bytes pass; subscribers
-are nodes in front of it, joining and leaving between sweeps.
+The chain's last node moves the stream into a ring that subscribers read (subscribers.py); without any, bytes pass.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -21,9 +19,18 @@ class Subscriber(SocketSink):
     """One accepted connection of a broadcast; owns the socket."""
 
     def __init__(
-        self, engine: Engine, sock: socket.socket, peer: str, *, unix: bool, close_with_peer: bool
+        self,
+        engine: Engine,
+        sock: socket.socket,
+        peer: str,
+        *,
+        unix: bool,
+        close_with_peer: bool,
+        dead_after: float,
     ) -> None:
-        super().__init__(engine, peer, close_with_peer=close_with_peer)
+        super().__init__(
+            engine, peer, close_with_peer=close_with_peer, dead_after=0.0 if unix else dead_after
+        )
         self.counts_fin = not unix
         self._accepted = sock
 
@@ -33,7 +40,7 @@ class Subscriber(SocketSink):
 
 
 class Broadcast(Sink):
-    """Owns the listeners once they are given, and a descriptor of /dev/null for the bytes nobody takes.
+    """Owns the listeners once they are given; its struct counts what came to the broadcast, and has no descriptor.
 
     Until `accept` names who takes them, connections wait. Listeners live on the route's home engine, which need
     not be the engine of the pipeline that the connections join.
@@ -63,16 +70,20 @@ class Broadcast(Sink):
             join(sock, peer)
 
     def open(self) -> None:
-        """Opens /dev/null; the listeners were opened with the route."""
-        self.c.fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        """Is open at once; the listeners were opened with the route."""
         self.c.kind = core.INSTANT
-        self.c.writable = 1
+        self.c.method = core.COPY
         self.opened()
+
+    def stop_listening(self) -> None:
+        """Nobody new joins; who is there stays."""
+        for listener in self.listeners:
+            listener.close()
+        self.listeners = ()
 
     def close(self) -> None:
         """Stops listening."""
-        for listener in self.listeners:
-            listener.close()
+        self.stop_listening()
         with self._lock:
             early, self._early = self._early, []
         for sock, _peer in early:

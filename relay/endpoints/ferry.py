@@ -8,6 +8,7 @@ comes back empty. While both are away the sink is slow.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import threading
@@ -65,12 +66,19 @@ class Ferry:
         self._thread = threading.Thread(target=self._run, name=f"{engine.name}-ferry", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
+        """Starts the thread. Raises OSError (EAGAIN) when none is to be had; the ferry is closed then."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._end.ferry = core.ffi.NULL
+            self._end.kind = core.POLLED
+            self.close()
+            raise OSError(errno.EAGAIN, str(error)) from error
 
     def end(self) -> None:
         """No more will come: the thread finishes what it has. On the engine's thread."""
-        core.lib.relay_ferry_end(self.c)
+        if self._knock >= 0:
+            core.lib.relay_ferry_end(self.c)
 
     def release(self) -> None:
         """The pipeline is going away: the thread's answers wake nobody any more."""

@@ -25,7 +25,7 @@ from relay.endpoints.ferry import Ferry
 from relay.endpoints.written import Writing, WrittenFile
 from relay.engine import Engine
 from relay.kernel import core
-from relay.ways import APPENDING
+from relay.ways import APPENDING, DIRECT
 
 Identity = tuple[int, int, int, int]
 
@@ -146,9 +146,9 @@ class FileSink(Sink):
         self._file = WrittenFile(Path(first), how)
         self._reopen_asked = False
         self._aborted = False
-        self._opened = False
+        self._sealed = False
         self._cut_reason = ""
-        self.copies = APPENDING if how.append else ""
+        self.copies = APPENDING if how.append else DIRECT if how.direct else ""
         self.sidecar_line = ""
         self.c.kind = core.FERRY
 
@@ -160,7 +160,7 @@ class FileSink(Sink):
     @property
     def moved(self) -> int:
         """Bytes that reached the file."""
-        return int(self._ferry.c.moved) if self._ferry is not None else 0
+        return int(self._ferry.c.moved) - self._file.unwritten if self._ferry is not None else 0
 
     @property
     def result_path(self) -> str:
@@ -209,14 +209,13 @@ class FileSink(Sink):
     def _write(self) -> None:
         assert self._ferry is not None
         fd = self._file.open()
-        self._opened = True
         try:
             self.engine.post(self.opened)
             if self._how.plain or not stat.S_ISREG(os.fstat(fd).st_mode):
                 self._ferry.carry(fd, copy=self._file.copies)
             else:
                 self._pour(self._ferry)
-            if not self._aborted:
+            if not self._aborted and not self._sealed:
                 self._file.seal(self.sidecar_line)
         finally:
             self._file.close()
@@ -224,31 +223,42 @@ class FileSink(Sink):
     def _pour(self, ferry: Ferry) -> None:
         """Load by load, with a look at the clock between: for files that rotate, sync, or are opened anew."""
         while True:
-            taken = ferry.wait_until(self._file.next_look())
+            taken = ferry.wait_until(None if self._sealed else self._file.next_look())
+            if taken is not None and not taken[1]:
+                return
             if self._reopen_asked:
                 self._reopen_asked = False
                 self._file.reopen()
-            if self._file.due():
-                self._next_file()
+            if not self._sealed and self._file.due():
+                self._end_file()
             if taken is None:
                 continue
             pipe, load = taken
-            if not load:
-                return
             while load:
-                count = self._file.take(pipe, load)
-                load -= count
-                ferry.c.moved += count
+                self._begin_file()
+                before = self._file.written
+                try:
+                    self._file.take(pipe, load)
+                finally:
+                    count = self._file.written - before
+                    load -= count
+                    ferry.c.moved += count
                 ferry.c.method = core.COPY if self._file.copies else core.SPLICE
                 if self._file.full():
-                    self._next_file()
+                    self._end_file()
             ferry.give_back()
 
-    def _next_file(self) -> None:
+    def _end_file(self) -> None:
+        """The file is whole; the next one begins with the next byte, so that none is empty."""
         self._file.seal("")
         self._file.close()
-        self._file = WrittenFile(Path(self._name()), self._how)
-        self._file.open()
+        self._sealed = True
+
+    def _begin_file(self) -> None:
+        if self._sealed:
+            self._file = WrittenFile(Path(self._name()), self._how)
+            self._sealed = False
+            self._file.open()
 
     def reopen(self) -> None:
         """The file was moved away (log rotation): what comes from now on goes to a new one of its name."""
@@ -266,8 +276,7 @@ class FileSink(Sink):
                 self.finished()
             return
         if isinstance(failed, OSError):
-            operation = "writing" if self._opened else "opening"
             text = failed.strerror if failed.errno in (errno.EBUSY, errno.EEXIST) else ""
-            self.fail(self.error(operation, failed.errno or 0, reason=text or ""))
+            self.fail(self.error(self._file.doing, failed.errno or 0, reason=text or ""))
         else:
             self.fail(self.error("writing", 0, reason=f"{type(failed).__name__}: {failed}"))

@@ -9,6 +9,7 @@ from relay.endpoints.base import Sink, Source
 from relay.endpoints.fifo import FifoSink, FifoSource
 from relay.endpoints.file import FileSink, FileSource
 from relay.endpoints.null import NullSink, NullSource
+from relay.endpoints.options import DEAD_AFTER
 from relay.endpoints.settings import SinkSettings
 from relay.endpoints.stdio import InheritedSource, inherited_sink
 from relay.endpoints.tcp import TcpSink, TcpSource
@@ -18,11 +19,11 @@ from relay.engine import Engine
 from relay.errors import RelayBug
 
 
-def make_source(engine: Engine, address: Address) -> Source:
+def make_source(engine: Engine, address: Address, *, dead_after: float = DEAD_AFTER) -> Source:
     """The source that connects to or reads `address`; one that listens is made by its listener instead."""
     match address.scheme:
         case "tcp":
-            return TcpSource(engine, address)
+            return TcpSource(engine, address, dead_after=dead_after)
         case "unix":
             return UnixSource(engine, address)
         case "file":
@@ -57,7 +58,13 @@ def make_sink(
     close_with_peer = settings.peer_eof == "close"
     match address.scheme:
         case "tcp":
-            return TcpSink(engine, address, close_with_peer=close_with_peer, patience=patience)
+            return TcpSink(
+                engine,
+                address,
+                close_with_peer=close_with_peer,
+                patience=patience,
+                dead_after=settings.dead_after,
+            )
         case "unix":
             return UnixSink(engine, address, close_with_peer=close_with_peer, patience=patience)
         case "file":

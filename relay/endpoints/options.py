@@ -15,6 +15,7 @@ from relay.units import Duration, PositiveDuration, PositiveSize, Size, parse_du
 Policy = Literal["block", "drop", "disconnect", "spill"]
 Network = IPv4Network | IPv6Network
 
+DEAD_AFTER = 15.0  # seconds of silence after which a tcp peer is given up
 MEMORY_SPILL = 64 << 20  # bytes that a spill without directory may hold
 
 _AFTER = {"block": 1.0, "drop": 0.2, "disconnect": 5.0}  # seconds

@@ -14,7 +14,16 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from relay.endpoints.address import Address, AddressError
-from relay.endpoints.options import Account, Limits, Mode, OnSlow, Rotate, read_fsync, read_sidecar
+from relay.endpoints.options import (
+    DEAD_AFTER,
+    Account,
+    Limits,
+    Mode,
+    OnSlow,
+    Rotate,
+    read_fsync,
+    read_sidecar,
+)
 from relay.endpoints.template import check_path, placeholders
 from relay.settings import FrozenModel, Problem, list_of
 from relay.units import PositiveDuration, Size, show
@@ -184,7 +193,7 @@ class EndpointSettings(FrozenModel):
     owner: Account | None = Field(default=None, description="owner of the unix socket, by name or number")
     group: Account | None = Field(default=None, description="group of the unix socket, by name or number")
     dead_after: PositiveDuration = Field(
-        default=15.0, description="tcp: give up on a peer that has left data unanswered for so long"
+        default=DEAD_AFTER, description="tcp: give up on a peer that has left data unanswered for so long"
     )
 
     @classmethod
@@ -324,6 +333,16 @@ class SinkSettings(EndpointSettings):
                 ("sidecar",),
                 at_key=True,
             )
+        if given.get("append") is True and given.get("direct") is True:
+            said = "'direct' writes whole blocks at their places; with 'append' a file may end anywhere"
+            yield Problem(said, ("direct",), at_key=True)
+        if given.get("rotate"):
+            if given.get("append") is True:
+                said = "'rotate' begins new files; with 'append' there is one, which logrotate and SIGHUP can rotate"
+                yield Problem(said, ("rotate",), at_key=True)
+            if given.get("sidecar"):
+                said = "'sidecar' covers one file; with 'rotate' the stream is in many"
+                yield Problem(said, ("sidecar",), at_key=True)
 
     def check_made(self) -> Iterator[Problem]:
         """A policy that this kind of sink cannot have."""

@@ -6,7 +6,6 @@ Facts (man 7 tcp, 7 unix, 2 close; net/ipv4/tcp.c):
   it still tells (tcp). On unix sockets it counts memory that the peer has not read yet.
 - A unix peer that closes with bytes unread sets ECONNRESET first and then lets go of them, so SIOCOUTQ is 0.
 - SO_LINGER with a time of 0 makes close() send a reset.
-- A nonblocking connect is over when the socket is writable; SO_ERROR says how.
 
 What this means here: what the peer of a one-way sink sends is read and discarded by the pump. A sink ends by
 shutting its write side; it is delivered when nothing is unacknowledged; it closes at the peer's end of stream
@@ -22,20 +21,22 @@ import select
 import socket
 import struct
 import termios
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from relay.endpoints.base import Sink, Source
+from relay.endpoints.base import Sink, Source, hint
+from relay.endpoints.liveness import Liveness
 from relay.engine import Engine, Timer, Watch
+from relay.seldom import Seldom
+from relay.units import show_size
 
 log = logging.getLogger("relay.endpoints")
 
 BACKLOG = 4096
 GRACE = 2.0  # seconds a delivered sink waits for its peer to close first
-CONNECT_TIMEOUT = 10.0
+AGAIN = 0.2  # seconds between two attempts to accept when no descriptor is left
+COMPLAIN = 10.0  # seconds between two log lines about that
 READ_WRITE = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP
-
-Place = tuple[int, Any]  # an address family and what connect() takes there
 
 
 def unacknowledged(fd: int) -> int:
@@ -62,12 +63,13 @@ def close_with_reset(fd: int) -> None:
 class SocketSource(Source):
     """A connected stream socket as source; owns it. `peer` is where it comes from."""
 
-    def __init__(self, engine: Engine, address: str, sock: socket.socket, peer: str) -> None:
+    def __init__(self, engine: Engine, address: str, sock: socket.socket | None, peer: str) -> None:
         super().__init__(engine, address)
         self.peer = peer
         self.c.is_socket = 1
         self._sock: socket.socket | None = sock
-        sock.setblocking(False)
+        if sock is not None:
+            sock.setblocking(False)
 
     def open(self) -> None:
         """Registers the socket with the engine."""
@@ -95,11 +97,19 @@ class SocketSink(Sink):
     awaits_reading = True  # whether SIOCOUTQ must fall to 0 before the stream counts as delivered
 
     def __init__(
-        self, engine: Engine, address: str, *, close_with_peer: bool = False, patience: float = 0.0
+        self,
+        engine: Engine,
+        address: str,
+        *,
+        close_with_peer: bool = False,
+        patience: float = 0.0,
+        dead_after: float = 0.0,
     ) -> None:
         super().__init__(engine, address)
         self.c.is_socket = 1
         self.c.discard = 1
+        self.dead_after = dead_after  # 0: the peer cannot vanish without the kernel's knowing
+        self._liveness: Liveness | None = None
         self.close_with_peer = close_with_peer
         self._patient_until = engine.now + patience
         self._timer: Timer | None = None
@@ -116,6 +126,10 @@ class SocketSink(Sink):
             return
         sock.setblocking(False)
         self.attach(sock.detach(), READ_WRITE)
+        if self.dead_after:
+            self._liveness = Liveness(
+                self.engine, self.c, self.dead_after, lambda: unacknowledged(self.c.fd), self._dead
+            )
         self.opened()
         if self._finish_asked:
             self.finish()
@@ -142,6 +156,7 @@ class SocketSink(Sink):
         except OSError as error:
             self.fail(self.error("ending the stream to", error.errno or 0))
             return
+        self.busy()  # the end of a stream wants its answer, too
         self._await_delivery()
 
     def _await_delivery(self) -> None:
@@ -159,16 +174,29 @@ class SocketSink(Sink):
         self._timer = self.engine.later(self._wait, self._await_delivery)
         self._wait = min(self._wait * 2, 0.05)
 
+    def busy(self) -> None:
+        """Bytes are under way: from now on the peer has to answer."""
+        if self._liveness is not None:
+            self._liveness.busy()
+
+    def _dead(self, silent: float) -> None:
+        self.lost = self._outstanding()
+        what = show_size(self.lost) if self.lost else "the end of the stream"
+        reason = f"silent for {silent:.3g} s with {what} unacknowledged"
+        self.fail(self.error("writing to", errno.ETIMEDOUT, reason=reason))
+
     def peer_ended(self) -> None:
         """Notes the peer's half-close; while finishing it may settle that everything arrived."""
         if self.state == "finishing":
             if self._timer is not None:
                 self._timer.cancel()
             self._await_delivery()
+        elif self._peer_is_gone():
+            self.broke(errno.EPIPE)
         elif self.close_with_peer:
             self.fail(self.error("writing to", 0, reason="its peer closed", advice="peer_eof is close"))
 
-    def broke(self, code: int) -> None:
+    def broke(self, code: int, reason: str = "") -> None:
         """Counts what the peer had not acknowledged as lost. A reset after everything was is no failure."""
         if self.state == "finishing" and (self._delivered_at or self._acknowledged()):
             self.reason = "the peer reset the connection after it had everything"
@@ -176,7 +204,15 @@ class SocketSink(Sink):
             return
         if self.state in ("open", "finishing", "cutting"):
             self.lost = self._outstanding()
-        super().broke(code)
+        if code == errno.ETIMEDOUT and self.dead_after:
+            reason = f"silent for {self.dead_after:.3g} s, keepalive included"
+        super().broke(code, reason)
+
+    def _peer_is_gone(self) -> bool:
+        """Whether the peer has closed and not just ended its own stream: only unix sockets tell the difference."""
+        waiter = select.poll()
+        waiter.register(self.c.fd, 0)
+        return any(mask & select.POLLHUP for _fd, mask in waiter.poll(0))
 
     def _acknowledged(self) -> bool:
         """Whether the dead connection's peer had acknowledged the end of the stream."""
@@ -233,6 +269,8 @@ class SocketSink(Sink):
         self.closed = True
         if self._timer is not None:
             self._timer.cancel()
+        if self._liveness is not None:
+            self._liveness.close()
         fd = self.detach()
         if fd >= 0:
             close_with_reset(fd) if self.state == "failed" else socket.close(fd)
@@ -245,100 +283,6 @@ def socket_of(fd: int, use: Callable[[socket.socket], Any]) -> Any:
         return use(sock)
     finally:
         sock.detach()
-
-
-class Connecting:
-    """A connect under way, trying each place in turn; owns its socket until `done` gets it.
-
-    `done(socket, 0)` on success, `done(None, errno)` when no place answered. `cancel` ends it silently.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        places: Sequence[Place],
-        done: Callable[[socket.socket | None, int], None],
-        *,
-        prepare: Callable[[socket.socket], None] | None = None,
-        timeout: float = CONNECT_TIMEOUT,
-    ) -> None:
-        self._engine = engine
-        self._places = list(places)
-        self._done = done
-        self._prepare = prepare
-        self._sock: socket.socket | None = None
-        self._watch: Watch | None = None
-        self._last = errno.EADDRNOTAVAIL
-        self._timer = engine.later(timeout, self._timed_out)
-        self._try_next()
-
-    def cancel(self) -> None:
-        """Gives up without calling `done`."""
-        self._timer.cancel()
-        self._places.clear()
-        self._drop()
-
-    def _drop(self) -> None:
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
-
-    def _try_next(self) -> None:
-        while self._places:
-            family, place = self._places.pop(0)
-            try:
-                sock = socket.socket(family, socket.SOCK_STREAM)
-                sock.setblocking(False)
-                self._sock = sock
-                if self._prepare is not None:
-                    self._prepare(sock)
-                sock.connect(place)
-            except BlockingIOError as error:
-                if error.errno == errno.EINPROGRESS:
-                    self._watch = self._engine.watch(sock.fileno(), select.EPOLLOUT, self._settled)
-                    return
-                # a unix listener whose backlog is full says EAGAIN and tells nothing later
-                self._last = error.errno or errno.EAGAIN
-                self._drop()
-                self._places.append((family, place))
-                self._engine.later(0.02, self._try_next)
-                return
-            except OSError as error:
-                self._last = error.errno or errno.EIO
-                self._drop()
-                continue
-            self._succeed()
-            return
-        if self._timer.action is not None:
-            self._timer.cancel()
-            self._done(None, self._last)
-
-    def _settled(self, _mask: int) -> None:
-        assert self._sock is not None
-        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            self._last = code
-            self._drop()
-            self._try_next()
-        else:
-            self._succeed()
-
-    def _succeed(self) -> None:
-        self._timer.cancel()
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
-        sock, self._sock = self._sock, None
-        self._done(sock, 0)
-
-    def _timed_out(self) -> None:
-        self._timer.cancel()
-        self._places.clear()
-        self._drop()
-        self._done(None, errno.ETIMEDOUT)
 
 
 class Listener:
@@ -359,6 +303,8 @@ class Listener:
         self._sock: socket.socket | None = sock
         self._accepted = accepted
         sock.setblocking(False)
+        self._short_of = ""
+        self._complained = Seldom(COMPLAIN)
         self._watch: Watch | None = engine.watch(sock.fileno(), select.EPOLLIN, self._readable)
 
     def _readable(self, _mask: int) -> None:
@@ -370,15 +316,27 @@ class Listener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                log.warning(
-                    "accepting on %s: %s; it tries again in 0.2 s, raise the limit of open files (ulimit -n)",
-                    self.address,
-                    error.strerror,
-                )
-                self.pause()
-                self._engine.later(0.2, self.resume)
+                self._cannot_accept(error)
                 return
+            if self._short_of:
+                log.info("accepting on %s again", self.address, extra={"event": "accepting"})
+                self._short_of = ""
             self._accepted(sock, peer_name(sock, peer))
+
+    def _cannot_accept(self, error: OSError) -> None:
+        """No descriptor or no memory is left: newcomers wait in the kernel's backlog for a moment."""
+        self._short_of = errno.errorcode.get(error.errno or 0, str(error.errno))
+        if count := self._complained():
+            log.warning(
+                "accepting on %s: %s (%s); newcomers wait, it tries again five times a second: %s",
+                self.address,
+                error.strerror,
+                self._short_of,
+                hint(error.errno or 0) or "free some memory",
+                extra={"event": "cannot_accept", "address": self.address, "count": count},
+            )
+        self.pause()
+        self._engine.later(AGAIN, self.resume)
 
     def pause(self) -> None:
         """Leaves new connections in the kernel's backlog until `resume`."""

@@ -15,20 +15,16 @@ from collections.abc import Callable
 from typing import Any
 
 from relay.endpoints.address import Address
-from relay.endpoints.socket import BACKLOG, Connecting, Listener, Place, SocketSink, SocketSource
+from relay.endpoints.connecting import Connecting, Place
+from relay.endpoints.liveness import tune
+from relay.endpoints.options import DEAD_AFTER
+from relay.endpoints.socket import BACKLOG, Listener, SocketSink, SocketSource
 from relay.engine import Engine
 from relay.errors import SourceError
 
 log = logging.getLogger("relay.endpoints")
 
-
-def tune(sock: socket.socket) -> None:
-    """What every tcp socket of relay's gets: no Nagle delay, and keepalive to find a dead idle peer."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+CHECK_NAME = "check the name, or write the address in figures"
 
 
 def lookup(host: str, port: int, *, passive: bool = False) -> list[Place]:
@@ -61,13 +57,14 @@ def connect(
     engine: Engine,
     address: Address,
     done: Callable[[socket.socket | None, int, str], None],
+    dead_after: float = DEAD_AFTER,
 ) -> Callable[[], None]:
     """Connects, looking the name up off the loop: `done(socket, errno, reason)`; returns how to cancel it."""
     state: dict[str, Any] = {}
 
     def settled(sock: socket.socket | None, code: int) -> None:
         if sock is not None:
-            tune(sock)
+            tune(sock, dead_after)
         done(sock, code, "")
 
     def found(places: list[Place] | None, failed: BaseException | None) -> None:
@@ -96,24 +93,34 @@ class TcpSink(SocketSink):
     """Connects out and writes there."""
 
     def __init__(
-        self, engine: Engine, address: Address, *, close_with_peer: bool = False, patience: float = 0.0
+        self,
+        engine: Engine,
+        address: Address,
+        *,
+        close_with_peer: bool = False,
+        patience: float = 0.0,
+        dead_after: float = DEAD_AFTER,
     ) -> None:
-        super().__init__(engine, str(address), close_with_peer=close_with_peer, patience=patience)
+        super().__init__(
+            engine,
+            str(address),
+            close_with_peer=close_with_peer,
+            patience=patience,
+            dead_after=dead_after,
+        )
         self._to = address
         self._cancel: Callable[[], None] | None = None
 
     def open(self) -> None:
         """Connects; the name is looked up on a thread."""
-        self._cancel = connect(self.engine, self._to, self._connected)
+        self._cancel = connect(self.engine, self._to, self._connected, self.dead_after)
 
     def _connected(self, sock: socket.socket | None, code: int, reason: str) -> None:
         self._cancel = None
         if sock is not None:
             self.adopt(sock)
         else:
-            self.not_connected(
-                code, reason, "check the name, or write the address in figures" if reason else ""
-            )
+            self.not_connected(code, reason, CHECK_NAME * bool(reason))
 
     def close(self) -> None:
         """Gives up connecting, or closes the connection."""
@@ -126,22 +133,20 @@ class TcpSink(SocketSink):
 class TcpSource(SocketSource):
     """Connects out and reads from there."""
 
-    def __init__(self, engine: Engine, address: Address) -> None:
-        super().__init__(engine, str(address), socket.socket(), str(address))
-        assert self._sock is not None
-        self._sock.close()
-        self._sock = None
+    def __init__(self, engine: Engine, address: Address, *, dead_after: float = DEAD_AFTER) -> None:
+        super().__init__(engine, str(address), None, str(address))
+        self.dead_after = dead_after
         self._to = address
         self._cancel: Callable[[], None] | None = None
 
     def open(self) -> None:
         """Connects; then on_open, or on_fail."""
-        self._cancel = connect(self.engine, self._to, self._connected)
+        self._cancel = connect(self.engine, self._to, self._connected, self.dead_after)
 
     def _connected(self, sock: socket.socket | None, code: int, reason: str) -> None:
         self._cancel = None
         if sock is None:
-            self.on_fail(self.error("connecting to", code, reason=reason))
+            self.on_fail(self.error("connecting to", code, reason=reason, advice=CHECK_NAME * bool(reason)))
             return
         self._sock = sock
         sock.setblocking(False)
@@ -156,7 +161,11 @@ class TcpSource(SocketSource):
 
 
 def listen(
-    engine: Engine, address: Address, accepted: Callable[[socket.socket, str], None]
+    engine: Engine,
+    address: Address,
+    accepted: Callable[[socket.socket, str], None],
+    *,
+    dead_after: float = DEAD_AFTER,
 ) -> list[Listener]:
     """Listens on every place the address stands for; raises SourceError when one of them is refused.
 
@@ -174,14 +183,19 @@ def listen(
             str(address),
             "looking up",
             0,
-            "check the name, or write the address in figures",
+            CHECK_NAME,
             reason=str(error.strerror),
         ) from error
     listeners: list[Listener] = []
     port = address.port
+
+    def tuned(got: socket.socket, peer: str) -> None:
+        tune(got, dead_after)
+        accepted(got, peer)
+
     try:
         for family, place in places:
-            listeners.append(_listen_at(engine, address, family, (place[0], port, *place[2:]), accepted))
+            listeners.append(_listen_at(engine, address, family, (place[0], port, *place[2:]), tuned))
             if port == 0:  # the next family takes the same port
                 port = Address.parse(listeners[0].address).port
     except SourceError:
@@ -215,10 +229,6 @@ def _listen_at(
             sock.close()
         raise SourceError(str(address), "listening on", error.errno or 0, hint(error.errno or 0)) from error
 
-    def tuned(got: socket.socket, peer: str) -> None:
-        tune(got)
-        accepted(got, peer)
-
     bound = sock.getsockname()
     shown = Address("tcp", host=str(bound[0]), port=int(bound[1]))
-    return Listener(engine, sock, str(shown), tuned)
+    return Listener(engine, sock, str(shown), accepted)

@@ -2,6 +2,7 @@
 
 Facts (man 7 unix):
 - bind() makes a file that outlives the process; connecting to one whose owner is gone is ECONNREFUSED.
+- bind() gives the file the mode of the socket's own inode, less the umask; the umask is the whole process's.
 - An abstract name has no file and no permissions; it is gone with its last descriptor.
 - connect() on a nonblocking socket says EAGAIN when the listener's backlog is full, and tells nothing later.
 
@@ -20,7 +21,8 @@ from pathlib import Path
 
 from relay.endpoints.address import Address
 from relay.endpoints.base import hint
-from relay.endpoints.socket import BACKLOG, Connecting, Listener, SocketSink, SocketSource
+from relay.endpoints.connecting import Connecting
+from relay.endpoints.socket import BACKLOG, Listener, SocketSink, SocketSource
 from relay.engine import Engine
 from relay.errors import SourceError
 
@@ -67,27 +69,33 @@ class UnixSource(SocketSource):
     """Connects to a listening unix socket and reads from there."""
 
     def __init__(self, engine: Engine, address: Address) -> None:
-        super().__init__(engine, str(address), socket.socket(socket.AF_UNIX), str(address))
+        super().__init__(engine, str(address), None, str(address))
         self.scheme = "unix"
         self._to = address
         self._connecting: Connecting | None = None
+        self._settled = False
 
     def open(self) -> None:
         """Connects; then on_open, or on_fail."""
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
-        Connecting(self.engine, [(socket.AF_UNIX, place(self._to))], self._connected)
+        self._settled = False
+        connecting = Connecting(self.engine, [(socket.AF_UNIX, place(self._to))], self._connected)
+        self._connecting = None if self._settled else connecting
 
     def _connected(self, sock: socket.socket | None, code: int) -> None:
+        self._connecting, self._settled = None, True
         if sock is None:
             self.on_fail(self.error("connecting to", code))
             return
         self._sock = sock
-        if self.closed:
-            sock.close()
-            return
+        sock.setblocking(False)
         super().open()
+
+    def close(self, *, reset: bool = False) -> None:
+        """Gives up connecting, or closes the connection."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
+        super().close(reset=reset)
 
 
 class UnixListener(Listener):
@@ -137,15 +145,14 @@ def listen(
     named = not address.path.startswith("@")
     if named:
         _make_way(address)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # nobody but the owner may connect between bind and chmod
-        mask = os.umask(0o177) if mode is not None and named else None
-        try:
-            sock.bind(where)
-        finally:
-            if mask is not None:
-                os.umask(mask)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:
+        raise SourceError(str(address), "listening on", error.errno or 0, hint(error.errno or 0)) from error
+    try:
+        if mode is not None and named:
+            os.fchmod(sock.fileno(), 0o600)  # nobody but the owner may connect between bind and chmod
+        sock.bind(where)
         if named and (owner >= 0 or group >= 0):
             os.chown(address.path, owner, group)
         if named and mode is not None:

@@ -3,17 +3,21 @@
 Facts (man 2 open, 2 rename, 2 link, 2 flock, 2 fsync):
 - rename(2) replaces atomically; link(2) refuses to replace.
 - splice to a file opened with O_APPEND is EINVAL.
-- O_DIRECT wants addresses, offsets and lengths aligned to the device's blocks: what comes out of sockets is not, so
-  it is gathered in an aligned buffer, and the unaligned tail is written through the page cache.
+- O_DIRECT wants addresses, offsets and lengths aligned to the device's blocks: what comes out of sockets is not.
+- A name is on disk for sure when its directory was synced as well.
+- flock(2) locks belong to the open file: two opens of one file exclude each other within one process, too.
 
 What this means here: a file is written as `.part` and renamed when whole; a path with placeholders never replaces
-what exists. All of this may wait for the disk and runs on a ferry's thread.
+what exists. With O_DIRECT, bytes are gathered in an aligned buffer; a tail that must not wait for more goes through
+the page cache, and is written over when the buffer is full. A file written in place has one writer: the next one
+waits. All of this may wait for the disk and runs on a ferry's thread.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import stat
@@ -23,9 +27,12 @@ from pathlib import Path
 
 from relay.kernel.pipe import Pipe
 
+log = logging.getLogger("relay.endpoints")
+
 MOST_SUFFIXES = 10000
 PIECE = 256 * 1024
 DIRECT_PIECE = 1 << 20
+DIRECT_WAIT = 1.0  # seconds that gathered bytes wait for more before they go through the page cache
 
 
 @dataclass(frozen=True)
@@ -67,30 +74,49 @@ class WrittenFile:
         self._final = path
         self._part: Path | None = None
         self._fd = -1
-        self._written = 0
+        self.written = 0
         self._dirty = False
         self._began = self._synced = 0.0
         self._block: mmap.mmap | None = None
+        self._block_at = 0  # the offset in the file of the gathered block
         self._gathered = 0
+        self._flushed = 0  # of the gathered bytes, how many are in the file already
         self.copies = False
-        self.why_not_direct = ""
+        self.doing = "opening"
 
     @property
     def shown(self) -> str:
         """The file's name, or its `.part` while it is not whole."""
         return str(self._part) if self._part is not None else str(self._final)
 
+    @property
+    def unwritten(self) -> int:
+        """Of the bytes taken, how many wait in memory for a full block."""
+        return self._gathered - self._flushed
+
     def open(self) -> int:
         """Opens what will be written: the path itself, or a `.part` that no other writer has. Raises OSError."""
-        self._fd = self._opened(os.O_TRUNC)
-        self._written = 0
+        self._fd = self._opened()
+        if self._how.in_place and not self._how.append and stat.S_ISREG(os.fstat(self._fd).st_mode):
+            self._have_alone(self._fd)
+            os.ftruncate(self._fd, 0)
         self._began = self._synced = time.monotonic()
         self.copies = self._how.copy or self._how.append
-        if self._how.direct and stat.S_ISREG(os.fstat(self._fd).st_mode):
-            self._go_direct()
+        self._go_direct()
+        self.doing = "writing"
         return self._fd
 
-    def _opened(self, truncate: int) -> int:
+    def _have_alone(self, fd: int) -> None:
+        """Waits until no other stream writes the file; where files cannot be locked it goes ahead."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("%s: another stream writes it; this one waits until it has ended", self._final)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:
+            log.debug("%s: it cannot be locked (%s)", self._final, error.strerror)
+
+    def _opened(self) -> int:
         how = self._how
         path = Path(os.path.realpath(self._final)) if self._final.is_symlink() else self._final
         try:
@@ -106,7 +132,7 @@ class WrittenFile:
         if how.append:
             return os.open(path, flags | os.O_CREAT | os.O_APPEND, 0o666)
         if how.in_place or (kind and not stat.S_ISREG(kind)):
-            return os.open(path, flags | os.O_CREAT | truncate, 0o666)
+            return os.open(path, flags | os.O_CREAT, 0o666)
         if how.keep:
             return self._reserve(path, flags)
         self._final = path
@@ -178,101 +204,158 @@ class WrittenFile:
         beside.write_text(line.format(name=name.name))
 
     def _go_direct(self) -> None:
-        """O_DIRECT where the filesystem knows it; elsewhere the page cache does."""
-        try:
-            fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) | os.O_DIRECT)
-        except OSError as error:
-            self.why_not_direct = f"O_DIRECT is refused here ({error.strerror})"
+        """O_DIRECT where it is asked for and the file takes it; elsewhere the page cache does, which is said."""
+        self._block = None
+        if not self._how.direct or not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            return
+        at = os.lseek(self._fd, 0, os.SEEK_CUR)
+        refused = ""
+        if at % DIRECT_PIECE:
+            refused = f"it goes on at {at}, which is no multiple of {DIRECT_PIECE}"
+        else:
+            try:
+                self._set_direct(on=True)
+            except OSError as error:
+                refused = f"O_DIRECT is refused: {error.strerror}"
+        if refused:
+            log.warning("%s: it is written through the page cache (%s)", self.shown, refused)
             return
         self._block = mmap.mmap(-1, DIRECT_PIECE)
-        self._gathered = 0
+        self._block_at, self._gathered, self._flushed = at, 0, 0
         self.copies = True
 
+    def _set_direct(self, *, on: bool) -> None:
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+
     def reopen(self) -> None:
-        """Opens the path anew without cutting it: for a file that was moved away by somebody else."""
-        fresh = self._opened(0)
-        if not self._how.append:
-            os.lseek(fresh, 0, os.SEEK_END)
+        """Opens the path anew without cutting it, if the file there is another one by now: it was moved away.
+
+        Where that fails the file at hand is written on, which is said.
+        """
+        try:
+            there = self._final.stat() if self._final.exists() else None
+            here = os.fstat(self._fd)
+            if there is not None and (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
+                return
+            fresh = self._opened()
+            if not self._how.append:
+                self._have_alone(fresh)
+                os.lseek(fresh, 0, os.SEEK_END)
+        except OSError as error:
+            log.warning(
+                "opening %s anew: %s; the file that was moved away is written on", self._final, error.strerror
+            )
+            return
+        self._end_block()
+        self._sync(asked=bool(self._how.fsync_at_close or self._how.fsync_every))
         os.close(self._fd)
         self._fd = fresh
+        self._go_direct()
 
-    def take(self, pipe: Pipe, load: int) -> int:
-        """Writes up to `load` bytes out of `pipe`, not beyond where the file must rotate; returns how many.
+    def take(self, pipe: Pipe, load: int) -> None:
+        """Writes up to `load` bytes out of `pipe`, not beyond where the file must rotate; `written` says how many.
 
         Raises OSError with what the write answered; what was written stays.
         """
         if self._how.rotate_size:
-            load = min(load, self._how.rotate_size - self._written)
+            load = min(load, self._how.rotate_size - self.written)
+        self._dirty = True
         if self._block is not None:
-            count = self._gather(pipe, load, self._block)
+            self._gather(pipe, load, self._block)
         elif self.copies:
-            data = os.read(pipe.read_fd, min(load, PIECE))
-            count = len(data)
-            view = memoryview(data)
+            view = memoryview(os.read(pipe.read_fd, min(load, PIECE)))
             while view:
-                view = view[os.write(self._fd, view) :]
+                count = os.write(self._fd, view)
+                self.written += count
+                view = view[count:]
         else:
             try:
-                count = pipe.splice_to(self._fd, load)
+                self.written += pipe.splice_to(self._fd, load)
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP):
                     raise
                 self.copies = True
-                return self.take(pipe, load)
-        self._written += count
-        self._dirty = True
-        return count
+                self.take(pipe, load)
 
-    def _gather(self, pipe: Pipe, load: int, block: mmap.mmap) -> int:
-        count = os.readv(pipe.read_fd, [memoryview(block)[self._gathered : self._gathered + load]])
+    def _gather(self, pipe: Pipe, load: int, block: mmap.mmap) -> None:
+        with memoryview(block) as whole, whole[self._gathered : self._gathered + load] as free:
+            count = os.readv(pipe.read_fd, [free])
         self._gathered += count
-        if self._gathered == DIRECT_PIECE:
-            view = memoryview(block)
-            done = 0
-            while done < DIRECT_PIECE:
-                done += os.write(self._fd, view[done:])
-            self._gathered = 0
-        return count
+        self.written += count
+        if self._gathered < DIRECT_PIECE:
+            return
+        with memoryview(block) as view:
+            self._flushed = 0
+            while self._flushed < DIRECT_PIECE:
+                self._flushed += os.pwrite(self._fd, view[self._flushed :], self._block_at + self._flushed)
+        self._block_at += DIRECT_PIECE
+        self._gathered = self._flushed = 0
 
     def _flush_gathered(self) -> None:
-        """The unaligned tail goes through the page cache."""
-        if self._block is None or not self._gathered:
+        """Gathered bytes that are no full block go through the page cache; they stay in the block as well."""
+        if self._block is None or not self.unwritten:
             return
-        fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-        view = memoryview(self._block)[: self._gathered]
-        while view:
-            view = view[os.write(self._fd, view) :]
-        self._gathered = 0
+        self._set_direct(on=False)
+        try:
+            with memoryview(self._block) as view:
+                while self.unwritten:
+                    at = self._block_at + self._flushed
+                    self._flushed += os.pwrite(self._fd, view[self._flushed : self._gathered], at)
+        finally:
+            self._set_direct(on=True)
+
+    def _end_block(self) -> None:
+        self._flush_gathered()
+        self._gathered = self._flushed = 0
 
     def next_look(self) -> float | None:
         """Seconds until the file wants attention without new bytes; None: it never does."""
         now = time.monotonic()
         waits = []
-        if self._how.rotate_every and self._written:
+        if self._how.rotate_every and self.written:
             waits.append(self._began + self._how.rotate_every - now)
         if self._how.fsync_every and self._dirty:
             waits.append(self._synced + self._how.fsync_every - now)
+        elif self.unwritten:
+            waits.append(self._synced + DIRECT_WAIT - now)
         return max(0.0, min(waits)) if waits else None
 
     def due(self) -> bool:
         """Syncs if it is time to; whether it is time for the next file."""
         now = time.monotonic()
-        if self._how.fsync_every and self._dirty and now - self._synced >= self._how.fsync_every:
-            os.fsync(self._fd)
-            self._dirty = False
+        if self._dirty and now - self._synced >= (self._how.fsync_every or DIRECT_WAIT):
+            self._flush_gathered()
+            self._sync(asked=bool(self._how.fsync_every))
             self._synced = now
-        return bool(self._how.rotate_every and self._written and now - self._began >= self._how.rotate_every)
+        return bool(self._how.rotate_every and self.written and now - self._began >= self._how.rotate_every)
 
     def full(self) -> bool:
         """Whether the file has the size at which it rotates."""
-        return bool(self._how.rotate_size) and self._written >= self._how.rotate_size
+        return bool(self._how.rotate_size) and self.written >= self._how.rotate_size
+
+    def _sync(self, *, asked: bool) -> None:
+        self._dirty = False
+        if asked and stat.S_ISREG(os.fstat(self._fd).st_mode):
+            self.doing = "syncing"
+            os.fsync(self._fd)
+            self.doing = "writing"
 
     def seal(self, sidecar_line: str) -> None:
         """The file is whole: synced if asked, then it gets its name."""
-        self._flush_gathered()
-        if (self._how.fsync_at_close or self._how.fsync_every) and stat.S_ISREG(os.fstat(self._fd).st_mode):
-            os.fsync(self._fd)
+        asked = bool(self._how.fsync_at_close or self._how.fsync_every)
+        self._end_block()
+        self._sync(asked=asked)
+        named = self._part is not None
+        self.doing = "naming"
         self._give_name(sidecar_line)
+        if asked and named:
+            self.doing = "syncing"
+            folder = os.open(self._final.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def close(self) -> None:
         """Closes the descriptor; a file that was not sealed stays `.part`, with all that came. Safe to call again."""
@@ -282,5 +365,3 @@ class WrittenFile:
             finally:
                 os.close(self._fd)
                 self._fd = -1
-        if self._block is not None:
-            self._block = None

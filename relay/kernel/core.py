@@ -48,9 +48,9 @@ SLOW: Final = int(lib.RELAY_SLOW)
 CAUGHT_UP: Final = int(lib.RELAY_CAUGHT_UP)
 IDLE: Final = int(lib.RELAY_IDLE)
 DONE: Final = int(lib.RELAY_DONE)
-REMOVED: Final = int(lib.RELAY_REMOVED)
 BROKEN: Final = int(lib.RELAY_BROKEN)
 SOURCE_DRY: Final = int(lib.RELAY_SOURCE_DRY)
+SINK_BUSY: Final = int(lib.RELAY_SINK_BUSY)
 
 METHOD_NAMES: Final = {SPLICE: "splice", COPY: "copy", SENDFILE: "sendfile", VMSPLICE: "vmsplice"}
 

@@ -161,9 +161,7 @@ int fill_from_source(struct pass *s)
         if (moved > 0) {
             if (source->offset >= 0)
                 source->offset = offset;
-            sink->moved += moved;
-            sink->last_ns = s->e->now_ns;
-            note_acknowledged(sink);
+            sink_took(s, sink, moved);
             head->passed += moved;
             drained(s, head, 0);      /* it is not slow, and holds nothing */
             return source_took(s, moved);

@@ -19,6 +19,23 @@ void drained(struct pass *s, struct relay_node *n, int64_t moved)
     }
 }
 
+/* Out of the pipe to nowhere: bytes, 0 when none come, -errno. */
+int64_t throw_away(struct pass *s, struct relay_node *n, int64_t amount)
+{
+    int64_t moved = call_splice(n->pipe_r, NULL, s->e->null_fd, amount, 0);
+    s->e->calls++;
+    if (not_this_way(moved)) {
+        moved = call_read(n->pipe_r, 0, s->e->scratch,
+                          amount < s->e->scratch_size ? amount : s->e->scratch_size);
+        s->e->calls++;
+    }
+    if (moved == -EAGAIN) {
+        look_again(s);
+        return 0;
+    }
+    return moved ? moved : -EIO;
+}
+
 int discard(struct pass *s, struct relay_node *n, int64_t amount)
 {
     int64_t stashed = n->stash_len - n->stash_out, moved;
@@ -26,21 +43,11 @@ int discard(struct pass *s, struct relay_node *n, int64_t amount)
         moved = amount < stashed ? amount : stashed;
         n->stash_out += moved;
     } else {
-        moved = call_splice(n->pipe_r, NULL, s->e->null_fd, amount, 0);
-        s->e->calls++;
-        if (not_this_way(moved)) {
-            moved = call_read(n->pipe_r, 0, s->e->scratch,
-                              amount < s->e->scratch_size ? amount : s->e->scratch_size);
-            s->e->calls++;
-        }
-        if (moved == -EAGAIN) {
-            look_again(s);
+        moved = throw_away(s, n, amount);
+        if (moved < 0)
+            tell(s, n->token, RELAY_BROKEN, moved);
+        if (moved <= 0)
             return 0;
-        }
-        if (moved <= 0) {
-            tell(s, n->token, RELAY_BROKEN, moved ? moved : EIO);
-            return 0;
-        }
     }
     drained(s, n, moved);
     return (int)(moved > 0);
@@ -233,7 +240,8 @@ int move_out(struct pass *s, struct relay_node *n, int64_t amount)
     amount = gate(s, n, amount);
     if (!amount)
         return 0;
-    moved = n->into ? give_to_node(s, n, amount) : give_to_sink(s, n, amount);
+    moved = n->into ? give_to_node(s, n, amount)
+        : n->ring ? ring_take(s, n, amount) : give_to_sink(s, n, amount);
     if (moved == 0) {
         blocked(s, n);
         return 0;
@@ -260,11 +268,8 @@ int move_out(struct pass *s, struct relay_node *n, int64_t amount)
         n->tokens -= (double)moved;
     if (n->left > 0)
         n->left -= moved;
-    if (n->sink) {
-        n->sink->moved += moved;
-        n->sink->last_ns = s->e->now_ns;
-        note_acknowledged(n->sink);
-    }
+    if (n->sink)
+        sink_took(s, n->sink, moved);
     drained(s, n, moved);
     if (!n->left && n->into)
         n->into->ended = 1;

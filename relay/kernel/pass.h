@@ -3,7 +3,8 @@
  *     intake.c    into a node: prefixes, and the head from the source
  *     outflow.c   out of a node: tee, splice or copy to the next node, a sink, a ferry, or nowhere
  *     gate.c      how much may leave a node: rates, slow ways out, gaps
- *     pump.c      a node's turn, the sweep over all nodes, newcomers and leavers
+ *     ring.c      the readers of a broadcast
+ *     pump.c      a node's turn, the sweep over all nodes
  *
  * What the accounting knows, the kernel is never asked: a node holds fed - drained bytes. So
  * - EAGAIN while filling an empty pipe can only mean that the giving side is empty (or a passing fault);
@@ -29,6 +30,8 @@ struct pass {                 /* one sweep's working state */
     struct relay_event *out;
     int count, max;
     int64_t read;             /* bytes taken from the source in this sweep */
+    int64_t given;            /* bytes given to readers of rings */
+    int again;                /* something was put off: sweep once more */
 };
 
 static inline void tell(struct pass *s, uint64_t token, int what, int64_t error)
@@ -84,6 +87,18 @@ static inline void note_acknowledged(struct relay_end *sink)
     __atomic_store_n(sink->acknowledged, sink->base + sink->moved - waiting, __ATOMIC_RELAXED);
 }
 
+/* Bytes were given to a sink. The event may wait for a sweep with room: it is told for as long as nobody heard. */
+static inline void sink_took(struct pass *s, struct relay_end *sink, int64_t moved)
+{
+    sink->moved += moved;
+    sink->last_ns = s->e->now_ns;
+    note_acknowledged(sink);
+    if (sink->rouse && s->count < s->max) {
+        sink->rouse = 0;
+        tell(s, sink->token, RELAY_SINK_BUSY, 0);
+    }
+}
+
 static inline int refuses(const struct relay_node *n) { return n->full || n->prefix_left; }
 
 /* What a failed attempt to fill a node means, from where nothing came (see the top of this file). */
@@ -106,6 +121,12 @@ static inline int ferry_has(struct relay_ferry *f, int k)
     return __atomic_load_n(&f->turn[k], __ATOMIC_ACQUIRE) == RELAY_WITH_ENGINE;
 }
 
+/* Whether the thread has nothing that it did not write yet, nor will get it. */
+static inline int ferry_is_empty(struct relay_ferry *f)
+{
+    return ferry_has(f, 0) && ferry_has(f, 1) && !f->load[0] && !f->load[1];
+}
+
 /* intake.c: whether anything moved. */
 int fill_prefix(struct pass *s, struct relay_node *n);
 int fill_from_source(struct pass *s);
@@ -124,5 +145,16 @@ int tee_by_hand(struct pass *s, struct relay_node *n);
 int tee_on(struct pass *s, struct relay_node *n);
 int move_out(struct pass *s, struct relay_node *n, int64_t amount);
 void ferry_flush(struct relay_ferry *f);
+int64_t throw_away(struct pass *s, struct relay_node *n, int64_t amount);
+
+/* ring.c */
+int64_t ring_take(struct pass *s, struct relay_node *n, int64_t amount);
+int ring_give(struct pass *s, struct relay_ring *ring);
+int ring_gave_enough(const struct pass *s);
+void ring_hear(struct pass *s, struct relay_ring *ring);
+void ring_retry(struct relay_ring *ring);
+
+/* pump.c: 0, or why the end failed */
+int64_t read_and_discard(struct pass *s, struct relay_end *sink);
 
 #endif

@@ -8,6 +8,8 @@ static void pass_end_on(struct pass *s, struct relay_node *n)
         n->next->ended = 1;
     if (n->into)
         n->into->ended = 1;
+    if (n->ring)
+        n->ring->ended = 1;
     if (n->sink)
         tell(s, n->sink->token, RELAY_SINK_DRAINED, 0);
 }
@@ -82,9 +84,8 @@ static int turn(struct pass *s, struct relay_node *n)
 
 /* What the peer of a one-way sink sends is thrown away: closing with unread bytes would reset the connection
  * and destroy what is under way to it. */
-static void read_and_discard(struct pass *s, struct relay_node *n)
+int64_t read_and_discard(struct pass *s, struct relay_end *sink)
 {
-    struct relay_end *sink = n->sink;
     for (int rounds = 0; rounds < 16 && sink->readable; rounds++) {
         int64_t got = call_read(sink->fd, sink->is_socket, s->e->scratch, s->e->scratch_size);
         if (got > 0) {
@@ -99,76 +100,37 @@ static void read_and_discard(struct pass *s, struct relay_node *n)
             }
         } else {
             sink->readable = 0;
-            sink_failed(s, n, got);
-            return;
+            return got;
         }
     }
     if (sink->readable)
         look_again(s);
+    return 0;
 }
 
 /* ---- the whole chain ---------------------------------------------------------------------------- */
 
-static void unlink_node(struct relay_pipeline *p, struct relay_node *gone, struct relay_node *successor)
+/* What of a node's keeping a turn's end waits for. A sink whose policy is not to hold anybody is waited for as long
+ * as it takes bytes. */
+static int in_turn(struct pass *s, struct relay_node *n)
 {
-    if (p->head == gone)
-        p->head = successor ? successor : gone->after;
-    for (struct relay_node *n = p->head; n; n = n->after) {
-        if (n->next == gone)
-            n->next = successor;
-        if (n->into == gone)
-            n->into = successor;
-        if (n->after == gone)
-            n->after = gone->after;
-    }
-    p->nodes--;
-}
-
-void relay_insert(struct relay_pipeline *p, struct relay_node *before, struct relay_node *node,
-                  struct relay_node *leaf)
-{
-    if (p->head == before)
-        p->head = node;
-    else
-        for (struct relay_node *n = p->head; n; n = n->after) {
-            if (n->next == before)
-                n->next = node;
-            if (n->into == before)
-                n->into = node;
-            if (n->after == before) {
-                n->after = node;
-                break;
-            }
-        }
-    node->next = before;
-    node->into = leaf;
-    node->ended = before->ended;
-    node->after = leaf ? leaf : before;
-    if (leaf)
-        leaf->after = before;
-    p->nodes += leaf ? 2 : 1;
-}
-
-/* A leaving node goes when it holds nothing; the first node of its branch goes with it. */
-static void remove_leaving(struct pass *s)
-{
-    struct relay_node *n = s->p->head, *after;
-    for (; n; n = after) {
-        struct relay_node *leaf = n->into;
-        after = n->after;
-        if (!n->leaving || holds(n) || !n->next || (leaf && leaf->held))
-            continue;
-        if (leaf) {
-            if (after == leaf)
-                after = leaf->after;
-            n->into = NULL;
-            unlink_node(s->p, leaf, NULL);
-        }
-        if (n->ended)
-            n->next->ended = 1;
-        unlink_node(s->p, n, n->next);
-        tell(s, n->token, RELAY_REMOVED, 0);
-    }
+    struct relay_node *leaf = n->apart_ns ? n : n->into;
+    int64_t until;
+    if (!holds(n))
+        return 0;
+    if (!leaf || !leaf->apart_ns || !s->p->tell_idle)
+        return 1;
+    if (leaf != n && (n->held || n->prefix_left || (n->next && n->stash_next < n->stash_len)))
+        return 1;               /* of a gate only the piece before a gap waits for its leaf alone */
+    if (!leaf->sink || leaf->sink->failed)
+        return 0;
+    if (!s->p->idle_ns)
+        s->p->idle_ns = s->e->now_ns;
+    until = (leaf->sink->last_ns ? leaf->sink->last_ns : s->p->idle_ns) + leaf->apart_ns;
+    if (s->e->now_ns >= until)
+        return 0;
+    wake_at(s, until);
+    return 1;
 }
 
 static int sweep(struct pass *s)
@@ -186,17 +148,24 @@ static int sweep(struct pass *s)
             n->full = 0;
             if (n->sink)
                 n->sink->writable = 1;
+            if (n->ring)
+                ring_retry(n->ring);
         }
     }
     do {
         moved = fill_from_source(s);
-        for (n = p->head; n; n = n->after)
+        for (n = p->head; n; n = n->after) {
             moved |= turn(s, n);
-    } while (moved && s->read < s->e->budget);
+            if (n->ring)
+                moved |= ring_give(s, n->ring);
+        }
+    } while (moved && s->read < s->e->budget && !ring_gave_enough(s));
     for (n = p->head; n; n = n->after) {
         struct relay_end *sink = n->sink;
-        if (holds(n))
+        if (in_turn(s, n))
             empty = 0;
+        if (n->ring)
+            ring_hear(s, n->ring);
         if (!sink || sink->failed)
             continue;
         if (sink->kind == RELAY_FERRY) {
@@ -205,24 +174,28 @@ static int sweep(struct pass *s)
                 sink_failed(s, n, sink->ferry->error);
                 continue;
             }
+            if (!ferry_is_empty(sink->ferry))   /* its answer wakes this pipeline */
+                empty = 0;
         } else if (sink->discard && sink->readable && sink->fd >= 0) {
-            read_and_discard(s, n);
-            if (!n->sink)
+            int64_t error = read_and_discard(s, sink);
+            if (error) {
+                sink_failed(s, n, error);
                 continue;
+            }
         }
         if (!n->done)
             open++;
     }
-    remove_leaving(s);
     if (empty && p->tell_idle && (p->source_ended || !p->source)) {
         p->tell_idle = 0;
+        p->idle_ns = 0;
         tell(s, p->token, RELAY_IDLE, 0);
     }
     if (!open && !p->done && !p->keep) {
         p->done = 1;
         tell(s, p->token, RELAY_DONE, 0);
     }
-    return moved;
+    return moved | s->again;
 }
 
 int relay_pump(struct relay_engine *e, struct relay_pipeline *p, struct relay_event *out, int *count, int max)

@@ -38,13 +38,13 @@ enum {                       /* relay_event.what */
     RELAY_PEER_ENDED = 6,    /* end: the peer of a one-way sink shut its write side */
     RELAY_WANTS_COPY = 7,    /* node: the kernel refuses zero-copy here (`error`); give it a stash */
     RELAY_SOURCE_COPIES = 8, /* pipeline: the same for the source; it goes on by itself */
-    RELAY_SLOW = 9,          /* node: its way out was full for `after_ns` */
-    RELAY_CAUGHT_UP = 10,    /* node: emptied again */
+    RELAY_SLOW = 9,          /* node, or a reader's end: its way out was full for `after_ns` */
+    RELAY_CAUGHT_UP = 10,    /* node, or a reader's end: emptied again */
     RELAY_IDLE = 11,         /* pipeline: nothing is under way between the source and the sinks */
     RELAY_DONE = 12,         /* pipeline: every sink has ended or failed */
-    RELAY_REMOVED = 13,      /* node: out of the chain; its pipe may be closed */
-    RELAY_BROKEN = 14,       /* node: moving bytes between pipes failed with `error` */
-    RELAY_SOURCE_DRY = 15    /* pipeline: the source gave all that is there, and more may come */
+    RELAY_BROKEN = 13,       /* node: moving bytes between pipes failed with `error` */
+    RELAY_SOURCE_DRY = 14,   /* pipeline: the source gave all that is there, and more may come */
+    RELAY_SINK_BUSY = 15     /* end: bytes went out after Python had set `rouse` */
 };
 
 enum { RELAY_WITH_ENGINE = 0, RELAY_WITH_THREAD = 1 };
@@ -96,8 +96,42 @@ struct relay_end {
     int64_t *acknowledged;   /* a sink fed from a log: kept at base + moved - what SIOCOUTQ says is under way */
     int64_t base;
     int queues;              /* SIOCOUTQ counts unacknowledged bytes here (tcp) */
+    int rouse;               /* 1: tell once, as RELAY_SINK_BUSY, when bytes go out here */
     struct relay_ferry *ferry;
     struct relay_pipeline *reads, *writes;   /* whom its readiness wakes */
+};
+
+/* One subscriber of a broadcast. What there is to tell goes to the token of its end. */
+struct relay_reader {
+    struct relay_end *sink;
+    struct relay_reader *after;
+    int64_t at;              /* position of the next byte it gets */
+    int64_t dropped;         /* bytes it was not given by policy */
+    int64_t after_ns;        /* how long it may be full before it is slow */
+    int64_t since_ns;        /* full since, 0: is not */
+    int64_t blocked_ns;      /* for how long in all */
+    int slow;
+    int dropping;            /* in a gap that began at `at` */
+    int done;
+    char *rest;              /* of the piece that was under way when the gap began */
+    int64_t rest_left;
+};
+
+/* The end of a chain that many read, each at its own position (ring.c). */
+struct relay_ring {
+    char *memory;            /* NULL: nobody reads and nothing is kept, bytes pass by */
+    int64_t size;            /* at least 8 * align */
+    int64_t full;            /* bytes behind at which a reader is full: at most 7 / 8 of the size */
+    int64_t keep;            /* bytes before the present ones that a newcomer gets */
+    int64_t align;
+    int64_t position;        /* bytes that ever came */
+    int64_t start;           /* what came before it is not in memory */
+    int64_t oldest;          /* no reader that holds is behind it */
+    int64_t origins[8];      /* where the last streams began */
+    int turns;               /* streams that began, the first at 0: 1 to begin with */
+    int ended;
+    int count;
+    struct relay_reader *readers;
 };
 
 struct relay_node {
@@ -106,6 +140,7 @@ struct relay_node {
     struct relay_node *next;   /* teed into */
     struct relay_node *into;   /* moved into: the following stage, or the head of a branch */
     struct relay_end *sink;    /* or moved out to this end; with neither, discarded */
+    struct relay_ring *ring;   /* beside a sink that only counts: the bytes go into the ring */
     int pipe_r, pipe_w;
     int64_t capacity;          /* bytes granted for the pipe */
     int64_t held;              /* bytes in the pipe and the stash: fed - drained */
@@ -116,7 +151,7 @@ struct relay_node {
     int ended;                 /* nothing more will come in */
     int done;                  /* its end was passed on */
     int hold;                  /* a failed sink will be replaced: keep what is meant for it */
-    int leaving;               /* take it out of the chain when it is empty */
+    int64_t apart_ns;          /* a turn's end waits no longer for it once its sink took nothing for so long; 0: waits */
     /* gate */
     int64_t rate;              /* bytes a second, 0: none */
     int64_t burst;             /* most tokens */
@@ -150,6 +185,7 @@ struct relay_pipeline {
     int source_ended;
     int keep;                  /* the source's end is not the stream's: connections take turns */
     int tell_idle;
+    int64_t idle_ns;           /* since when all but what is apart is empty */
     int done;
     int paused;                /* 1: the source is not read */
     int64_t fed;               /* bytes that entered the head */
@@ -186,9 +222,13 @@ int relay_poll(struct relay_engine *e, int64_t timeout_ns, struct relay_event *o
 /* One sweep of one pipeline, without waiting: for tests. */
 int relay_sweep(struct relay_engine *e, struct relay_pipeline *p, struct relay_event *out, int max);
 
-/* A newcomer: `node` joins the chain in front of `before` (which it tees into) and moves its bytes to `leaf`. */
-void relay_insert(struct relay_pipeline *p, struct relay_node *before, struct relay_node *node,
-                  struct relay_node *leaf);
+/* A newcomer, with `sink` and `after_ns` set, begins `keep` bytes back at a border. Between sweeps, like all below. */
+void relay_ring_join(struct relay_ring *ring, struct relay_reader *reader);
+void relay_ring_leave(struct relay_ring *ring, struct relay_reader *reader);
+/* A gap begins: `rest` has room for align - 1 bytes and stays until the gap has ended. */
+void relay_ring_drop(struct relay_ring *ring, struct relay_reader *reader, char *rest);
+/* A new stream begins with the next byte. */
+void relay_ring_stream(struct relay_ring *ring);
 
 /* A ferry's thread: wait for the next loaded pipe (its bytes; 0: the end), give it back, or do both until
  * the end (0), -errno on failure, -ENOBUFS when it must copy and has no buffer. */

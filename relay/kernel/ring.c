@@ -1,0 +1,315 @@
+/* A broadcast: one read into a ring of memory, one send a reader out of it. See pass.h.
+ *
+ * Positions count the bytes that ever came to the ring; a reader's is that of the next byte it gets, and the byte
+ * at position x lies at x % size. So a newcomer that wants the last bytes begins at an earlier position, and
+ * nothing can be doubled or missing at the seam. The ring is every reader's backlog at once: its size is the
+ * memory that a broadcast takes, however many read. A reader that is more than `full` behind is full, and its time
+ * runs; what the ring has beyond that is reserve, so that it need not hold the source meanwhile. It does when the
+ * ring has no room. One that drops holds nobody: it skips to a later position.
+ *
+ * A border is a multiple of `align` counted from the first byte of the stream it is in; where a new stream
+ * begins there is a border, too. */
+#include "pass.h"
+
+#include <string.h>
+
+#define TURNS ((int)(sizeof((struct relay_ring *)0)->origins / sizeof(int64_t)))
+#define GIVEN (16 << 20)    /* bytes to readers after which other pipelines have their turn */
+#define FEWEST (64 << 10)   /* bytes that are taken at a time, however many readers there are */
+
+/* The first border at or behind `at`, or (down) the last at or before it. Before the oldest stream that is
+ * remembered the next border known is that stream's beginning. */
+static int64_t border(const struct relay_ring *ring, int64_t at, int down)
+{
+    int64_t origin = 0, next = -1, over;
+    int known = ring->turns < TURNS ? ring->turns : TURNS;
+    for (int i = 1; i <= known; i++) {
+        origin = ring->origins[(ring->turns - i) % TURNS];
+        if (origin <= at)
+            break;
+        next = origin;
+    }
+    if (origin > at)
+        return origin;
+    over = (at - origin) % ring->align;
+    if (down || !over)
+        return at - over;
+    at += ring->align - over;
+    return next >= 0 && next < at ? next : at;
+}
+
+static int holding(const struct relay_reader *r) { return !r->sink->failed && !r->done && !r->dropping; }
+
+static void find_oldest(struct relay_ring *ring)
+{
+    ring->oldest = ring->position;
+    for (struct relay_reader *r = ring->readers; r; r = r->after)
+        if (holding(r) && r->at < ring->oldest)
+            ring->oldest = r->at;
+}
+
+/* Readers tell only into room that no node needs; what finds none is told in the next sweep. */
+static int may_tell(struct pass *s)
+{
+    if (s->max - s->count >= 4 * s->p->nodes + 16 + 4)
+        return 1;
+    s->again = 1;
+    return 0;
+}
+
+static void no_longer_full(struct pass *s, struct relay_reader *r)
+{
+    if (!r->since_ns)
+        return;
+    r->blocked_ns += s->e->now_ns - r->since_ns;
+    r->since_ns = 0;
+    if (r->slow) {
+        r->slow = 0;
+        tell(s, r->sink->token, RELAY_CAUGHT_UP, 0);
+    }
+}
+
+/* Those far behind are full, and slow when they were so for after_ns without having emptied again. */
+static void judge(struct pass *s, struct relay_ring *ring)
+{
+    for (struct relay_reader *r = ring->readers; r; r = r->after) {
+        if (!holding(r) || ring->position - r->at <= ring->full)
+            continue;
+        if (!r->since_ns)
+            r->since_ns = s->e->now_ns;
+        if (r->slow)
+            continue;
+        if (s->e->now_ns - r->since_ns < r->after_ns) {
+            wake_at(s, r->since_ns + r->after_ns);
+        } else if (may_tell(s)) {
+            r->slow = 1;
+            tell(s, r->sink->token, RELAY_SLOW, 0);
+        }
+    }
+}
+
+/* Bytes moved from the node into its ring, 0 when there is no room, -errno. Room that is little is none: else one
+ * reader that takes little at a time would have all others served in dribbles. */
+int64_t ring_take(struct pass *s, struct relay_node *n, int64_t amount)
+{
+    struct relay_ring *ring = n->ring;
+    int64_t stashed = n->stash_len - n->stash_out, most = ring->count ? GIVEN / ring->count : GIVEN;
+    int64_t room, place, moved;
+
+    if (!ring->memory) {                /* nobody reads and nothing is kept */
+        moved = stashed ? (amount < stashed ? amount : stashed) : throw_away(s, n, amount);
+        if (moved > 0)
+            ring->start = ring->oldest = ring->position += moved;
+        return moved;
+    }
+    if (most < FEWEST)
+        most = FEWEST;
+    if (amount > most)
+        amount = most;
+    room = ring->size - (ring->position - ring->oldest);
+    if (room < amount) {
+        find_oldest(ring);
+        room = ring->size - (ring->position - ring->oldest);
+    }
+    if (room < amount && room < ring->size / 8) {
+        judge(s, ring);
+        return 0;
+    }
+    place = ring->position % ring->size;
+    if (amount > room)
+        amount = room;
+    if (amount > ring->size - place)
+        amount = ring->size - place;
+    if (stashed) {
+        moved = amount < stashed ? amount : stashed;
+        memcpy(ring->memory + place, n->stash + n->stash_out, (size_t)moved);
+    } else {
+        moved = call_read(n->pipe_r, 0, ring->memory + place, amount);
+        s->e->calls++;
+        if (moved == -EAGAIN) {
+            look_again(s);
+            return 0;
+        }
+        if (!moved)
+            return -EIO;
+    }
+    if (moved > 0) {
+        ring->position += moved;
+        if (ring->position - ring->oldest > ring->full) {
+            find_oldest(ring);
+            judge(s, ring);
+        }
+    }
+    return moved;
+}
+
+static void reader_failed(struct pass *s, struct relay_reader *r, int64_t error)
+{
+    r->sink->failed = 1;
+    r->sink->readable = r->sink->writable = 0;
+    tell(s, r->sink->token, RELAY_SINK_FAILED, error);
+}
+
+/* The gap is over: the reader goes on at the last border that has come. */
+static int end_gap(struct pass *s, struct relay_ring *ring, struct relay_reader *r, int64_t to)
+{
+    if (to < r->at)
+        return 0;
+    r->dropped += to - r->at;
+    r->at = to;
+    r->dropping = 0;
+    if (r->at < ring->oldest)
+        ring->oldest = r->at;
+    no_longer_full(s, r);
+    return 1;
+}
+
+static int reader_turn(struct pass *s, struct relay_ring *ring, struct relay_reader *r)
+{
+    struct relay_end *sink = r->sink;
+    int any = 0;
+
+    while (sink->writable) {
+        const char *from;
+        int64_t amount, moved;
+        if (r->rest_left) {
+            from = r->rest;
+            amount = r->rest_left;
+        } else if (r->dropping) {
+            if (!end_gap(s, ring, r, border(ring, ring->position, 1)))
+                break;
+            any = 1;
+            continue;
+        } else if (r->at < ring->position) {
+            int64_t place = r->at % ring->size;
+            from = ring->memory + place;
+            amount = ring->position - r->at;
+            if (amount > ring->size - place)
+                amount = ring->size - place;
+        } else {
+            break;
+        }
+        moved = call_write(sink->fd, sink->is_socket, from, amount);
+        s->e->calls++;
+        if (moved == -EAGAIN || !moved) {
+            if (says_ready(sink->fd, POLLOUT))
+                look_again(s);
+            sink->writable = 0;
+            break;
+        }
+        if (moved < 0) {
+            reader_failed(s, r, moved);
+            return 1;
+        }
+        if (r->rest_left) {
+            r->rest += moved;
+            r->rest_left -= moved;
+        } else {
+            r->at += moved;
+        }
+        sink_took(s, sink, moved);
+        s->given += moved;
+        any = 1;
+    }
+    if (r->dropping && !r->rest_left && ring->ended)
+        any |= end_gap(s, ring, r, ring->position);
+    if (r->at >= ring->position && !r->rest_left && !r->dropping) {
+        no_longer_full(s, r);
+        if (ring->ended) {
+            r->done = 1;
+            tell(s, sink->token, RELAY_SINK_DRAINED, 0);
+            any = 1;
+        }
+    }
+    return any;
+}
+
+/* Gives every reader what has come; whether anything moved. */
+int ring_give(struct pass *s, struct relay_ring *ring)
+{
+    int moved = 0;
+    for (struct relay_reader *r = ring->readers; r; r = r->after) {
+        if (r->sink->failed || r->done || r->sink->fd < 0)
+            continue;
+        if (r->at >= ring->position && !r->dropping && !r->since_ns && !ring->ended)
+            continue;                   /* nothing to do, which most of them have most of the time */
+        if (!may_tell(s))
+            return moved;
+        moved |= reader_turn(s, ring, r);
+    }
+    return moved;
+}
+
+int ring_gave_enough(const struct pass *s) { return s->given >= GIVEN; }
+
+/* What readers send is thrown away, as for any one-way sink. */
+void ring_hear(struct pass *s, struct relay_ring *ring)
+{
+    for (struct relay_reader *r = ring->readers; r; r = r->after) {
+        int64_t error;
+        if (!r->sink->readable || !r->sink->discard || r->sink->failed || r->sink->fd < 0)
+            continue;
+        if (!may_tell(s))
+            return;
+        error = read_and_discard(s, r->sink);
+        if (error)
+            reader_failed(s, r, error);
+    }
+}
+
+/* After a contradiction: everybody may be ready. */
+void ring_retry(struct relay_ring *ring)
+{
+    for (struct relay_reader *r = ring->readers; r; r = r->after)
+        if (!r->sink->failed)
+            r->sink->writable = 1;
+}
+
+void relay_ring_join(struct relay_ring *ring, struct relay_reader *r)
+{
+    int64_t from = ring->position - ring->keep;
+    if (from < ring->start)
+        from = ring->start;
+    if (from < ring->position - ring->size)
+        from = ring->position - ring->size;
+    r->at = border(ring, from, 0);
+    if (r->at < ring->oldest)
+        ring->oldest = r->at;
+    r->after = ring->readers;
+    ring->readers = r;
+    ring->count++;
+}
+
+void relay_ring_leave(struct relay_ring *ring, struct relay_reader *gone)
+{
+    for (struct relay_reader **at = &ring->readers; *at; at = &(*at)->after)
+        if (*at == gone) {
+            *at = gone->after;
+            ring->count--;
+            return;
+        }
+}
+
+void relay_ring_drop(struct relay_ring *ring, struct relay_reader *r, char *rest)
+{
+    int64_t from = r->at, to = border(ring, from, 0);
+    if (r->dropping)
+        return;
+    if (to > ring->position)
+        to = from;                      /* cannot be: it is far behind; then the gap begins where it stands */
+    r->rest = rest;
+    r->rest_left = to - from;
+    for (int64_t at = from; at < to; at++)
+        rest[at - from] = ring->memory[at % ring->size];
+    r->at = to;
+    r->dropping = 1;
+}
+
+void relay_ring_stream(struct relay_ring *ring)
+{
+    if (ring->position != ring->origins[(ring->turns - 1) % TURNS])
+        ring->origins[ring->turns++ % TURNS] = ring->position;
+    for (struct relay_reader *r = ring->readers; r; r = r->after)
+        if (r->at > ring->position)     /* it waited for a border, and here is one */
+            r->at = ring->position;
+}

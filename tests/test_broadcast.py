@@ -1,0 +1,403 @@
+"""Broadcasts over real connections: who joins when gets what, and what slow ones cost the others.
+
+RELAY_SUBSCRIBERS sets how many there are in the test of a crowd (default 200); with 1000 it takes some seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conformance import connected
+from peers import PATIENCE, assert_same, eventually, payload, running
+from relays import Process, serving
+
+CROWD = int(os.environ.get("RELAY_SUBSCRIBERS", "200"))
+MIB = 1 << 20
+
+
+def live(options: str = "") -> str:
+    """A route from a listening source to a broadcast."""
+    return (
+        'routes: {r: {source: {listen: "tcp://127.0.0.1:0"}, '
+        f'sink: {{listen: "tcp://127.0.0.1:0"{options}}}}}}}'
+    )
+
+
+class Viewer:
+    """A subscriber that compares what it gets with the stream as it comes; `start` is where its run begins."""
+
+    def __init__(self, sock: socket.socket, data: bytes, start: int | None = None) -> None:
+        self.sock = sock
+        self.data = data
+        self.start = start
+        self.head = b""
+        self.at = start or 0
+        self.ended = False
+        sock.setblocking(False)
+
+    def read(self, most: int = MIB) -> int:
+        """Reads once; fails at the first byte that does not continue its run. Bytes read."""
+        try:
+            piece = self.sock.recv(most)
+        except BlockingIOError:
+            return 0
+        if not piece:
+            self.ended = True
+            return 0
+        if self.start is None:
+            self.head += piece
+            if len(self.head) < 64:
+                return len(piece)
+            self.start = self.at = self.data.find(self.head)
+            assert self.start >= 0, "the beginning is no run of the stream"
+            self.at += len(self.head)
+            return len(piece)
+        if piece != self.data[self.at : self.at + len(piece)]:
+            assert_same(piece, self.data[self.at : self.at + len(piece)])
+        self.at += len(piece)
+        return len(piece)
+
+
+class Stage:
+    """relay with a source connected to it, the stream as far as it was sent, and the viewers that there are."""
+
+    def __init__(self, served: Process, data: bytes) -> None:
+        self.served = served
+        self.data = data
+        self.live, source = served.addresses(2)
+        self.sock = socket.create_connection(("127.0.0.1", int(source.rpartition(":")[2])))
+        self.sock.setblocking(False)
+        self.sent = 0
+        self.viewers: list[Viewer] = []
+        self.joined = 0
+
+    def join(self, *, known: bool = False, wait: bool = True) -> Viewer:
+        """A viewer that relay has taken on; `known`: before the stream began."""
+        self.viewers.append(Viewer(connected(self.live), self.data, 0 if known else None))
+        self.joined += 1
+        if wait:
+            self.wait_joined()
+        return self.viewers[-1]
+
+    def wait_joined(self) -> None:
+        """Until relay has taken everybody on."""
+        self.served.until(
+            lambda: sum("joined" in line["message"] for line in self.served.lines) >= self.joined
+        )
+
+    def leave(self, viewer: Viewer, *, reset: bool) -> None:
+        """It closes, or breaks the connection off."""
+        self.viewers.remove(viewer)
+        if reset:
+            viewer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        viewer.sock.close()
+
+    def send(self, upto: int, *, wait: bool = True) -> None:
+        """Sends the stream up to there while everybody reads; with `wait` until everybody has it."""
+        upto = min(upto, len(self.data))
+
+        def all_there() -> bool:
+            return all(v.at == upto for v in self.viewers if v.start is not None) and all(
+                v.start is not None for v in self.viewers
+            )
+
+        self.work(lambda: self.sent == upto and (not wait or all_there()), upto)
+
+    def work(self, done: Callable[[], bool], upto: int) -> None:
+        """Sends and reads until `done`."""
+        poll = select.epoll()
+        by_fd = {viewer.sock.fileno(): viewer for viewer in self.viewers}
+        for fd in by_fd:
+            poll.register(fd, select.EPOLLIN)
+        if self.sent < upto:
+            poll.register(self.sock.fileno(), select.EPOLLOUT)
+        deadline = time.monotonic() + 3 * PATIENCE
+        while not done():
+            assert time.monotonic() < deadline, f"stuck: {self.sent} sent, {[v.at for v in self.viewers][:9]}"
+            for fd, _ in poll.poll(0.05):
+                if fd in by_fd:
+                    by_fd[fd].read()
+                elif self.sent < upto:
+                    piece = self.data[self.sent : min(upto, self.sent + MIB)]
+                    self.sent += self.sock.send(piece)
+                    if self.sent == upto:
+                        poll.unregister(self.sock.fileno())
+        poll.close()
+
+    def close(self) -> None:
+        """Everybody goes, the source too."""
+        for viewer in self.viewers:
+            viewer.sock.close()
+        self.viewers.clear()
+        self.sock.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_joins_and_leaves_at_random(tmp_path: Path, seed: int) -> None:
+    """Each viewer's bytes are one run of the stream from its join to its leave; who stays has it to its end."""
+    chance, data = random.Random(seed), payload(seed, 24 * MIB)
+    with serving(live(), tmp_path) as served:
+        stage = Stage(served, data)
+        stays = stage.join(known=True)
+        while stage.sent < len(data):
+            what = chance.random()
+            if what < 0.3 and len(stage.viewers) < 12:
+                stage.join(wait=chance.random() < 0.5)
+            elif what < 0.45 and len(stage.viewers) > 1:
+                stage.leave(chance.choice(stage.viewers[1:]), reset=chance.random() < 0.5)
+            stage.send(stage.sent + chance.randrange(MIB), wait=False)
+        stage.work(lambda: all(v.at == len(data) for v in stage.viewers if v.start is not None), len(data))
+        assert stays.at == len(data)
+        stage.close()
+        served.signal(signal.SIGTERM)
+        assert served.wait() == 0
+
+
+@pytest.mark.parametrize(("burst", "align"), [(MIB, 1), (MIB, 188), (100_000, 7)])
+def test_a_late_joiner_first_gets_the_burst(tmp_path: Path, burst: int, align: int) -> None:
+    """Who joins when `n` bytes have passed begins burst bytes back, at a multiple of align, and misses nothing."""
+    chance, data = random.Random(align), payload(align, 12 * MIB)
+    slow = f", on_slow: {{policy: drop, align: {align}}}" if align > 1 else ""
+    with serving(live(f", burst: {burst}{slow}"), tmp_path) as served:
+        stage = Stage(served, data)
+        stage.join(known=True)
+        while stage.sent < len(data) - MIB:
+            stage.send(stage.sent + 1000 + chance.randrange(MIB))
+            at = stage.sent
+            late = stage.join()
+            stage.send(at + 1000)
+            first = max(0, at - burst)
+            assert late.start == first + -first % align
+        stage.send(len(data))
+        stage.close()
+
+
+def test_the_burst_is_kept_while_nobody_reads(tmp_path: Path) -> None:
+    """Without subscribers bytes pass, and whoever comes first gets the last of them."""
+    data = payload(3, 40 * MIB)
+    with serving(live(", burst: 64KiB"), tmp_path) as served:
+        stage = Stage(served, data)
+        stage.send(len(data))
+        stage.sock.close()
+        (record,) = served.sessions()
+        assert record["bytes"] == len(data)
+        late = stage.join()
+        stage.work(lambda: late.start is not None and late.at == len(data), len(data))
+        assert late.start == len(data) - 65536
+        stage.close()
+
+
+def stalled_viewer(stage: Stage) -> socket.socket:
+    """A viewer that relay has taken on and that reads nothing."""
+    sock = connected(stage.live, 4096)
+    stage.joined += 1
+    stage.wait_joined()
+    return sock
+
+
+def test_a_stalled_viewer_is_cut_off_and_the_others_lose_nothing(tmp_path: Path) -> None:
+    """Under the default a viewer that stalls is disconnected with the reason; those beside it get every byte."""
+    data = payload(5, 48 * MIB)
+    with serving(live(", on_slow: {after: 300ms}"), tmp_path) as served:
+        stage = Stage(served, data)
+        for _ in range(4):
+            stage.join(known=True, wait=False)
+        with stalled_viewer(stage):
+            stage.send(len(data))
+            left = served.said("left after")
+        assert left["reason"].endswith("backlog of 8.0 MiB full for 0.3 s")
+        assert left["lost"] > 0
+        stage.close()
+
+
+def test_a_viewer_that_drops_loses_whole_pieces_and_goes_on_at_the_newest(tmp_path: Path) -> None:
+    """Under drop what a stalled viewer has got and what it has not are all of the stream; each gap is whole pieces."""
+    size, packets = 188, 250_000
+    data = b"".join(struct.pack(">I", number) + bytes(184) for number in range(packets))
+    with serving(live(", on_slow: {policy: drop, align: 188, after: 50ms}"), tmp_path) as served:
+        stage = Stage(served, data)
+        stage.join(known=True)
+        with stalled_viewer(stage) as stalled:
+            stage.send(len(data) - size)
+            served.said("is slow: dropping for it alone")
+            stalled.setblocking(False)
+            got = bytearray()
+
+            def reads(until: Callable[[], bool]) -> None:
+                while not until():
+                    assert served.process.stderr is not None
+                    poll = select.poll()
+                    poll.register(stalled, select.POLLIN)
+                    poll.register(served.process.stderr, select.POLLIN)
+                    for fd, _ in poll.poll(PATIENCE * 1000):
+                        if fd == stalled.fileno():
+                            got.extend(stalled.recv(MIB))
+                        else:
+                            served._read(PATIENCE)
+
+            reads(lambda: any("has caught up" in line["message"] for line in served.lines))
+            stage.send(len(data))
+            reads(lambda: got.endswith(data[-size:]))
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        left = served.said("left after")
+        stage.close()
+    numbers = [struct.unpack_from(">I", got, place)[0] for place in range(0, len(got), size)]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] == packets - 1
+    assert len(got) + left["dropped"] == len(data)
+    assert left["dropped"] > 0
+
+
+def test_a_viewer_that_blocks_holds_all_and_loses_nothing(tmp_path: Path) -> None:
+    """Under block a stalled viewer holds the source, is named, and has every byte once it reads again."""
+    data = payload(6, 48 * MIB)
+    with serving(live(", on_slow: {policy: block, after: 50ms}"), tmp_path) as served:
+        stage = Stage(served, data)
+        stage.join(known=True)
+        with stalled_viewer(stage) as sock:
+            slow = Viewer(sock, data, 0)
+            held = -1
+            while held < stage.sent:
+                held = stage.sent
+                patience = time.monotonic() + 0.5
+                stage.work(lambda until=patience: time.monotonic() > until, len(data))  # type: ignore[misc]
+            assert stage.sent < len(data)
+            assert "it holds the source" in served.said("is slow")["message"]
+            stage.viewers.append(slow)
+            stage.send(len(data))
+        stage.close()
+
+
+def test_a_half_close_is_no_goodbye_and_a_reset_is(tmp_path: Path) -> None:
+    """A viewer that shuts its write side (nc with stdin at its end) stays; one that resets leaves; peer_eof closes."""
+    data = payload(7, 3 * MIB)
+    with serving(live(), tmp_path) as served:
+        stage = Stage(served, data)
+        half, resets = stage.join(known=True), stage.join(known=True)
+        half.sock.shutdown(socket.SHUT_WR)
+        with (tmp_path / "seen").open("wb") as seen:
+            host, port = stage.live.removeprefix("tcp://").rsplit(":", 1)
+            with running(["nc", "-N", host, port], stdin=subprocess.DEVNULL, stdout=seen):
+                stage.joined += 1
+                stage.wait_joined()
+                stage.send(MIB)
+                stage.leave(resets, reset=True)
+                assert "ECONNRESET" in served.said("left after")["reason"]
+                stage.send(len(data))
+                eventually(lambda: (tmp_path / "seen").stat().st_size == len(data), "nc has it all")
+        assert (tmp_path / "seen").read_bytes() == data
+        stage.close()
+    with serving(live(", peer_eof: close"), tmp_path) as served:
+        stage = Stage(served, data)
+        stage.join(known=True).sock.shutdown(socket.SHUT_WR)
+        assert "its peer closed" in served.said("left after")["reason"]
+        stage.close()
+
+
+def test_a_viewer_that_comes_too_late_is_refused_by_a_reset(tmp_path: Path) -> None:
+    """While relay drains its broadcast goes on to those who are there; at its end nobody is left hanging."""
+    data = payload(8, MIB)
+    with serving(live(", burst: 1KiB"), tmp_path) as served:
+        stage = Stage(served, data)
+        viewer = stage.join(known=True)
+        stage.send(len(data))
+        served.signal(signal.SIGTERM)
+        stage.sock.close()
+        stage.work(lambda: viewer.ended, len(data))
+        stage.close()
+        assert served.wait() == 0
+
+
+def opened(pid: int) -> dict[str, int]:
+    """How many descriptors of each kind a process has open."""
+    kinds: dict[str, int] = {}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed while it was counted
+            kind = str(entry.readlink()).split(":")[0]
+            kinds[kind] = kinds.get(kind, 0) + 1
+    return kinds
+
+
+def resident(pid: int) -> int:
+    """Bytes in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def room_for(count: int) -> None:
+    """Skips where a process may not have so many descriptors."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if allowed < count + 100:
+        pytest.skip(f"{count} connections need more open files than the {allowed} allowed: ulimit -n")
+
+
+def test_crowds_that_come_and_go_leave_nothing_behind(tmp_path: Path) -> None:
+    """After each crowd relay has the descriptors it had before, no pipe more ever, and no more memory in the end."""
+    room_for(150)
+    data = payload(9, 60 * MIB)
+    with serving(live(), tmp_path) as served:
+        stage = Stage(served, data)
+        stage.join(known=True)
+        stage.send(1000)
+        before = opened(served.pid)
+        sizes = []
+        for _ in range(6):
+            for _ in range(150):
+                stage.join(wait=False)
+            stage.wait_joined()
+            assert opened(served.pid)["pipe"] == before["pipe"]
+            assert opened(served.pid)["socket"] == before["socket"] + 150
+            stage.send(stage.sent + 100_000)
+            for number, viewer in enumerate(stage.viewers[1:]):
+                stage.leave(viewer, reset=number % 2 == 0)
+            stage.send(stage.sent + 1000)  # what is closed is found out by sending to it
+            gone = stage.joined - 1
+
+            def all_left(count: int = gone) -> bool:
+                return sum("left after" in line["message"] for line in served.lines) >= count
+
+            while not all_left():
+                stage.send(stage.sent + 1000)
+                served._read(PATIENCE)
+            assert opened(served.pid) == before
+            sizes.append(resident(served.pid))
+        assert sizes[-1] - sizes[1] < 2 * MIB, sizes
+        stage.close()
+
+
+def test_a_crowd_with_one_who_stalls(tmp_path: Path) -> None:
+    """Everybody of a crowd gets every byte although one of them reads nothing, and memory stays that of one ring."""
+    room_for(CROWD)
+    data = payload(10, 4 * MIB)
+    with serving(live(), tmp_path) as served:
+        stage = Stage(served, data)
+        begun = time.monotonic()
+        for _ in range(CROWD):
+            stage.join(known=True, wait=False)
+        stage.wait_joined()
+        joined = time.monotonic() - begun
+        empty = resident(served.pid)
+        with stalled_viewer(stage):
+            begun = time.monotonic()
+            stage.send(len(data))
+            took = time.monotonic() - begun
+        kinds, grown = opened(served.pid), resident(served.pid) - empty
+        print(
+            f"\n{CROWD} subscribers joined in {joined:.2f} s, {len(data) / took / 1e6:.1f} MB/s each, "
+            f"{CROWD * len(data) / took / 1e6:.0f} MB/s in all; {sum(kinds.values())} descriptors, "
+            f"{kinds.get('pipe', 0)} of them pipes; {empty / MIB:.0f} MiB before, {grown / MIB:.0f} MiB more after"
+        )
+        assert not any("slow" in line["message"] for line in served.lines)
+        assert grown < 24 * MIB
+        stage.close()

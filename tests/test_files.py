@@ -1,0 +1,455 @@
+"""File sinks worth trusting: rotation, syncing, O_DIRECT, opening anew, and disks that are full, broken or stalled.
+
+RELAY_FREEZE=1 also freezes a loop-mounted ext4, which needs root and a loop device.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from peers import assert_same, eventually, payload, receive_all, run
+from relays import Process, relay, serving
+
+from relay.endpoints.written import DIRECT_PIECE, Writing, WrittenFile
+from relay.kernel.pipe import Pipe
+
+
+def route(sink: str, more: str = "") -> str:
+    """One route into a file."""
+    return f'routes: {{r: {{source: {{listen: "tcp://127.0.0.1:0"}}, sink: {{{sink}}}{more}}}}}'
+
+
+def send(served: Process, *pieces: bytes) -> None:
+    """One stream, whole; returns when relay has closed it."""
+    with socket.create_connection(("127.0.0.1", served.port())) as sock:
+        for piece in pieces:
+            sock.sendall(piece)
+        sock.shutdown(socket.SHUT_WR)
+        assert receive_all(sock) == b""
+
+
+def end(served: Process, code: int = 0) -> None:
+    """SIGTERM, and the exit code that is expected."""
+    served.signal(signal.SIGTERM)
+    assert served.wait() == code, served.text
+
+
+def put(file: WrittenFile, data: bytes) -> None:
+    """Gives a file `data` through a pipe."""
+    with Pipe() as pipe:
+        view = memoryview(data)
+        while view:
+            count = os.write(pipe.write_fd, view[:65536])
+            view = view[count:]
+            while count:
+                before = file.written
+                file.take(pipe, count)
+                count -= file.written - before
+
+
+def length(path: Path) -> int:
+    """The size of a file, -1 while there is none."""
+    return path.stat().st_size if path.exists() else -1
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[object]:
+    """A function that mounts a filesystem on a new directory; needs root. All are unmounted at the end."""
+    places: list[Path] = []
+
+    def mount(kind: str, *options: str) -> Path:
+        if os.geteuid() != 0:
+            pytest.skip(f"root is missing: only root mounts {kind}")
+        place = tmp_path / f"{kind}{len(places)}"
+        place.mkdir()
+        made = run(["mount", "-t", kind, *options, place])
+        if made.returncode:
+            pytest.skip(f"mounting {kind} is refused here: {made.stderr.decode()}")
+        places.append(place)
+        return place
+
+    yield mount
+    for place in places:
+        run(["umount", place])
+
+
+# --- rotation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 5000, 12345])
+@pytest.mark.parametrize("direct", ["", ", direct: true"])
+def test_files_rotate_at_the_byte(tmp_path: Path, size: int, direct: str) -> None:
+    """Every file but the last has exactly the size asked for, none is empty, and together they are the stream."""
+    data = payload(size, size)
+    with serving(route(f"file: out, rotate: {{size: 1000}}{direct}"), tmp_path) as served:
+        send(served, data)
+        served.sessions(1)
+        end(served)
+    count = max(1, -(-size // 1000))
+    names = ["out", *(f"out-{number}" for number in range(2, count + 1))]
+    files = [(tmp_path / name).read_bytes() for name in names]
+    assert [len(file) for file in files[:-1]] == [1000] * (count - 1)
+    assert_same(b"".join(files), data)
+    assert not list(tmp_path.glob(f"out-{count + 1}*"))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_suffix_stays_at_the_end(tmp_path: Path) -> None:
+    """The number stands before the suffix, and files that are there already are left alone."""
+    (tmp_path / "a-2.ts").write_bytes(b"mine")
+    with serving(route("file: a.ts, rotate: {size: 10}"), tmp_path) as served:
+        send(served, b"0123456789abcde")
+        served.sessions(1)
+        end(served)
+    assert (tmp_path / "a.ts").read_bytes() == b"0123456789"
+    assert (tmp_path / "a-2.ts").read_bytes() == b"mine"
+    assert (tmp_path / "a-3.ts").read_bytes() == b"abcde"
+
+
+def test_files_rotate_by_time_also_when_idle(tmp_path: Path) -> None:
+    """A file gets its name when its time is over, without a byte more; the next begins with the next byte."""
+    with serving(route('file: "f-{time}", rotate: {every: 300ms}'), tmp_path) as served:
+        with socket.create_connection(("127.0.0.1", served.port())) as sock:
+            sock.sendall(b"first")
+            eventually(lambda: whole(tmp_path) == [b"first"], "the first file gets its name")
+            assert not list(tmp_path.glob("*.part"))
+            sock.sendall(b"second")
+            eventually(lambda: whole(tmp_path) == [b"first", b"second"], "the second, too")
+            sock.shutdown(socket.SHUT_WR)
+            receive_all(sock)
+        served.sessions(1)
+        end(served)
+    assert whole(tmp_path) == [b"first", b"second"]
+
+
+def whole(folder: Path) -> list[bytes]:
+    """The contents of the files that have their names, oldest first."""
+    found = [path for path in folder.glob("f-*") if path.suffix != ".part"]
+    return [path.read_bytes() for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
+
+
+# --- syncing ----------------------------------------------------------------------------------------------
+
+
+def traced(tmp_path: Path, sink: str, data: bytes, *inject: str, more: str = "") -> tuple[Process, str]:
+    """Serves one stream under strace; the process, ended, and the trace of what syncs and renames."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is missing")
+    trace = tmp_path / "trace"
+    calls = "trace=fsync,fdatasync,rename,link,linkat,pwrite64"
+    prefix = ["strace", "-f", "-qq", "-y", "-o", str(trace), "-e", calls, *inject]
+    config = tmp_path / "relay.yaml"
+    config.write_text(route(sink, more))
+    with relay("serve", "--log-format", "json", config, cwd=tmp_path, prefix=prefix) as served:
+        with socket.create_connection(("127.0.0.1", served.port())) as sock:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            try:
+                receive_all(sock)
+            except ConnectionResetError:
+                pass
+        served.sessions(1)
+        (child,) = Path(f"/proc/{served.pid}/task/{served.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGTERM)
+        served.wait()
+        return served, trace.read_text()
+
+
+def test_fsync_never(tmp_path: Path) -> None:
+    """By default nothing is synced."""
+    _served, trace = traced(tmp_path, 'file: "{id}"', b"x" * 1000)
+    assert "sync(" not in trace
+    assert "1.part" in trace
+
+
+def test_fsync_close(tmp_path: Path) -> None:
+    """`close` syncs the file before it gets its name, and its directory after."""
+    _served, trace = traced(tmp_path, 'file: "{id}", fsync: close', b"x" * 1000)
+    calls = [line.split(maxsplit=1)[1].partition("(")[0] for line in trace.splitlines() if "(" in line]
+    assert calls == ["fsync", "link", "fsync"]
+
+
+def test_fsync_every_second_also_when_idle(tmp_path: Path) -> None:
+    """A duration syncs so often while bytes come, and once more after the last."""
+    log = tmp_path / "trace"
+    if shutil.which("strace") is None:
+        pytest.skip("strace is missing")
+    config = tmp_path / "relay.yaml"
+    config.write_text(route("file: out, fsync: 50ms"))
+    prefix = ["strace", "-f", "-qq", "-o", str(log), "-e", "trace=fsync"]
+    with relay("serve", "--log-format", "json", config, cwd=tmp_path, prefix=prefix) as served:
+        with socket.create_connection(("127.0.0.1", served.port())) as sock:
+            for count in range(1, 4):
+                sock.sendall(b"x")
+                eventually(lambda count=count: log.read_text().count("fsync(") >= count, "it is synced")
+            sock.shutdown(socket.SHUT_WR)
+            receive_all(sock)
+        served.sessions(1)
+        (child,) = Path(f"/proc/{served.pid}/task/{served.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGTERM)
+        served.wait()
+    assert (tmp_path / "out").read_bytes() == b"xxx"
+
+
+def test_a_sync_that_fails_is_the_sinks_failure(tmp_path: Path) -> None:
+    """EIO of fsync fails the file: it keeps its `.part`, is named, and the source is told by a reset."""
+    inject = ("-e", "inject=fsync:error=EIO")
+    served, _trace = traced(tmp_path, 'file: "{id}", fsync: close', b"x" * 1000, *inject)
+    (record,) = served.sessions()
+    assert record["result"] == "failed"
+    assert "syncing" in record["sinks"][0]["reason"]
+    assert "EIO" in record["sinks"][0]["reason"]
+    assert record["sinks"][0]["path"] == "1.part"
+    assert (tmp_path / "1.part").read_bytes() == b"x" * 1000
+
+
+# --- O_DIRECT ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size", [0, 1, 4096, DIRECT_PIECE - 1, DIRECT_PIECE, DIRECT_PIECE + 1, 3 * DIRECT_PIECE + 77]
+)
+def test_direct_writes_the_tail_too(tmp_path: Path, size: int) -> None:
+    """Past the page cache, with a tail that is no full block, the file is the stream."""
+    data = payload(7, size)
+    with serving(route('file: "{id}", direct: true'), tmp_path) as served:
+        send(served, data)
+        (record,) = served.sessions(1)
+        end(served)
+    assert_same((tmp_path / "1").read_bytes(), data)
+    assert record["sinks"][0]["bytes"] == size
+    if size:
+        assert record["sinks"][0]["method"] == "copy"
+
+
+def test_direct_does_use_o_direct(tmp_path: Path) -> None:
+    """Full blocks go with O_DIRECT; the tail is written through the cache, and once more with its full block."""
+    file = WrittenFile(tmp_path / "f", Writing(in_place=True, direct=True))
+    fd = file.open()
+    flags = int(Path(f"/proc/self/fdinfo/{fd}").read_text().split("flags:")[1].split()[0], 8)
+    assert flags & os.O_DIRECT
+    data = payload(3, DIRECT_PIECE + 5000)
+    put(file, data[:5000])
+    assert (tmp_path / "f").stat().st_size == 0
+    assert file.unwritten == 5000
+    file._synced -= 10
+    file.due()
+    assert file.unwritten == 0
+    assert_same((tmp_path / "f").read_bytes(), data[:5000])
+    put(file, data[5000:])
+    assert_same((tmp_path / "f").read_bytes(), data[:DIRECT_PIECE])
+    file.seal("")
+    assert_same((tmp_path / "f").read_bytes(), data)
+    file.close()
+
+
+def test_a_slow_stream_does_not_wait_for_a_full_block(tmp_path: Path) -> None:
+    """What is gathered is in the file a second later, though the block is not full."""
+    with serving(route('file: "{id}", direct: true'), tmp_path) as served:
+        with socket.create_connection(("127.0.0.1", served.port())) as sock:
+            sock.sendall(b"few")
+            part = tmp_path / "1.part"
+            eventually(lambda: part.exists() and part.read_bytes() == b"few", "the bytes are there")
+            sock.sendall(b" more")
+            sock.shutdown(socket.SHUT_WR)
+            receive_all(sock)
+        served.sessions(1)
+        end(served)
+    assert (tmp_path / "1").read_bytes() == b"few more"
+
+
+def test_where_direct_is_refused_it_says_why(tmp_path: Path, mounted: object) -> None:
+    """A filesystem without O_DIRECT is written through the page cache; a warning says so."""
+    place = mounted("ramfs", "none")  # type: ignore[operator] # the fixture is a function
+    with serving(route(f'file: "{place}/{{id}}", direct: true'), tmp_path) as served:
+        send(served, b"x" * 5000)
+        assert "O_DIRECT is refused" in served.said("page cache")["message"]
+        served.sessions(1)
+        end(served)
+    assert (place / "1").read_bytes() == b"x" * 5000
+
+
+# --- append, and what cannot be combined -------------------------------------------------------------------
+
+
+def test_append_goes_on_at_the_end(tmp_path: Path) -> None:
+    """Streams one after the other are appended to what was there."""
+    (tmp_path / "log").write_bytes(b"was there;")
+    with serving(route("file: log, append: true"), tmp_path) as served:
+        send(served, b"one;")
+        send(served, b"two;")
+        served.sessions(2)
+        end(served)
+    assert (tmp_path / "log").read_bytes() == b"was there;one;two;"
+
+
+def test_a_file_in_place_waits_for_its_other_writer(tmp_path: Path) -> None:
+    """Two files of one name: the second begins when the first has ended; neither spoils the other."""
+    how = Writing(in_place=True)
+    first, second = WrittenFile(tmp_path / "f", how), WrittenFile(tmp_path / "f", how)
+    first.open()
+    put(first, b"first")
+    thread = threading.Thread(target=second.open)
+    thread.start()
+    assert (tmp_path / "f").read_bytes() == b"first"
+    first.seal("")
+    first.close()
+    thread.join(10)
+    put(second, b"2")
+    second.close()
+    assert (tmp_path / "f").read_bytes() == b"2"
+
+
+# --- full, broken and stalled disks -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how", ["", ", direct: true", ", rotate: {size: 10MiB}", ", append: true", ", fsync: 1s"]
+)
+def test_a_full_disk_keeps_what_was_written(tmp_path: Path, mounted: object, how: str) -> None:
+    """ENOSPC fails that file alone; the record's bytes are the file's size, and it is named."""
+    place = mounted("tmpfs", "-o", "size=1m", "none")  # type: ignore[operator] # the fixture is a function
+    data = payload(3, 4 << 20)
+    config = route("file: whole", f', stages: [{{tee: {{to: {{file: "{place}/small"{how}}}}}}}]')
+    with serving(config, tmp_path) as served:
+        with socket.create_connection(("127.0.0.1", served.port())) as sock:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            try:
+                receive_all(sock)
+            except ConnectionResetError:
+                pass  # one of its sinks does not have it
+        (record,) = served.sessions(1)
+        end(served)
+    small = record["sinks"][0]
+    assert small["result"] == "failed"
+    assert "ENOSPC" in small["reason"]
+    written = Path(small["path"]).read_bytes()
+    assert len(written) == small["bytes"]
+    assert 0 < len(written) <= 1 << 20
+    assert_same(written, data[: len(written)])
+    assert_same((tmp_path / "whole").read_bytes(), data)
+
+
+def test_a_size_limit_is_exact(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE: the bytes of the record are the bytes of the file, also where they are copied."""
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_001, 100_001))}
+    for number, how in enumerate((", append: true", "")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        config = route("file: whole", ", stages: [{tee: {to: {file: limited" + how + "}}}]").replace(
+            "file: whole", "file: /dev/null"
+        )
+        with serving(config, folder, **limit) as served:
+            with socket.create_connection(("127.0.0.1", served.port())) as sock:
+                sock.sendall(b"x" * 300_000)
+                sock.shutdown(socket.SHUT_WR)
+                try:
+                    receive_all(sock)
+                except ConnectionResetError:
+                    pass
+            (record,) = served.sessions(1)
+            end(served)
+        assert "EFBIG" in record["sinks"][0]["reason"]
+        assert record["sinks"][0]["bytes"] == (folder / "limited").stat().st_size == 100_001
+
+
+def test_a_disk_that_is_read_only(tmp_path: Path, mounted: object) -> None:
+    """EROFS is the sink's failure when its file is opened; the other sink gets all."""
+    place = mounted("tmpfs", "-o", "ro", "none")  # type: ignore[operator] # the fixture is a function
+    with serving(route("file: whole", f', stages: [{{tee: {{to: "{place}/x"}}}}]'), tmp_path) as served:
+        with socket.create_connection(("127.0.0.1", served.port())) as sock:
+            sock.sendall(b"content")
+            sock.shutdown(socket.SHUT_WR)
+            try:
+                receive_all(sock)
+            except ConnectionResetError:
+                pass
+        (record,) = served.sessions(1)
+        end(served)
+    assert "EROFS" in record["sinks"][0]["reason"]
+    assert (tmp_path / "whole").read_bytes() == b"content"
+
+
+def test_a_write_error_in_the_middle(tmp_path: Path) -> None:
+    """EIO of a write fails that file; what was written before stays, is named, and is what the record counts."""
+    data = payload(13, 3 * DIRECT_PIECE)
+    inject = ("-e", "inject=pwrite64:error=EIO:when=2+")
+    served, _trace = traced(tmp_path, 'file: "{id}", direct: true', data, *inject)
+    (record,) = served.sessions()
+    assert record["result"] == "failed"
+    assert "EIO" in record["sinks"][0]["reason"]
+    assert record["sinks"][0]["path"] == "1.part"
+    assert record["sinks"][0]["bytes"] == DIRECT_PIECE
+    assert_same((tmp_path / "1.part").read_bytes(), data[:DIRECT_PIECE])
+
+
+def test_a_stalled_file_stalls_nobody(tmp_path: Path) -> None:
+    """A file that is a pipe nobody reads, under drop: the other sink has every byte meanwhile, and relay ends."""
+    os.mkfifo(tmp_path / "stalled")
+    data = payload(11, 16 << 20)
+    more = ", stages: [{tee: {to: {file: stalled, on_slow: {policy: drop, after: 0s}}}}]"
+    with serving(route("file: whole", more), tmp_path) as served:
+        with socket.create_connection(("127.0.0.1", served.port())) as sock:
+            sock.sendall(data)
+            eventually(lambda: length(tmp_path / "whole") == len(data), "the other file has all")
+            served.signal(signal.SIGTERM)
+            served.said("draining")
+            served.signal(signal.SIGTERM)
+            with pytest.raises(ConnectionResetError):
+                receive_all(sock)
+        assert served.wait() == 1
+    assert_same((tmp_path / "whole").read_bytes(), data)
+
+
+def test_a_frozen_disk_stalls_nobody(tmp_path: Path) -> None:
+    """A filesystem that is frozen under a file: other routes and sinks go on, and it goes on when thawed."""
+    if os.environ.get("RELAY_FREEZE") != "1":
+        pytest.skip("RELAY_FREEZE=1 is missing: it mounts and freezes an ext4 on a loop device, as root")
+    image, place = tmp_path / "image", tmp_path / "ext4"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    assert run(["mkfs.ext4", "-q", image]).returncode == 0
+    assert run(["mount", "-o", "loop", image, place]).returncode == 0
+    data = payload(12, 24 << 20)
+    frozen = False
+    try:
+        more = f', stages: [{{tee: {{to: {{file: "{place}/f", on_slow: {{policy: spill, max: 64MiB}}}}}}}}]'
+        with serving(route("file: whole", more), tmp_path) as served:
+            with socket.create_connection(("127.0.0.1", served.port())) as sock:
+                sock.sendall(data[:1000])
+                eventually(lambda: (place / "f.part").exists(), "the file begins")
+                frozen = run(["fsfreeze", "-f", place]).returncode == 0
+                assert frozen
+                sock.sendall(data[1000:])
+                eventually(lambda: length(tmp_path / "whole") == len(data), "the other file has all")
+                assert run(["fsfreeze", "-u", place]).returncode == 0
+                frozen = False
+                sock.shutdown(socket.SHUT_WR)
+                receive_all(sock)
+            served.sessions(1)
+            end(served)
+        assert_same((place / "f").read_bytes(), data)
+    finally:
+        if frozen:
+            run(["fsfreeze", "-u", place])
+        run(["umount", place])
+
+
+def test_nothing_of_this_is_left_open(tmp_path: Path) -> None:
+    """A file whose directory is missing is an error with its errno, and no descriptor stays."""
+    file = WrittenFile(tmp_path / "a" / "b" / "c", Writing())
+    with pytest.raises(OSError, match="No such file") as caught:
+        file.open()
+    assert caught.value.errno == errno.ENOENT
+    file.close()
