@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
+from typing import Literal
 
 from relay.backoff import Backoff
-from relay.endpoints.base import Source
+from relay.endpoints.base import Sink
 from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine, Timer
-from relay.errors import RelayError
-from relay.kernel import core
+from relay.errors import EndpointError, RelayError, SinkError
 from relay.log import Cursor, Log
+from relay.log_source import TORN, LogSource
 from relay.pipeline import Pipeline
 from relay.record import SessionRecord
 from relay.stages.base import StageSettings
@@ -23,68 +23,19 @@ from relay.ways import Ways
 
 log = logging.getLogger("relay.spill")
 
-TORN = "the stream was cut off before its end"
-LOOK = 0.1  # seconds between two looks at what the peer acknowledged, while something is under way
+LOOK = 0.02  # seconds between two looks at what the peer acknowledged, while something is under way
 
-
-class LogSource(Source):
-    """Reads a log from `position` on, and waits at its end for more; owns one descriptor, of one segment."""
-
-    def __init__(self, engine: Engine, kept: Log, position: int) -> None:
-        super().__init__(engine, "log")
-        self.scheme = "file"
-        self._log = kept
-        self._start = position
-        self.c.kind = core.INSTANT
-        self.c.waits = 1
-        self.began_at = position
-        self.torn = ""
-        self._base = 0  # position of the open segment's first byte
-        self._whole = False
-
-    def open(self) -> None:
-        """Opens the segment that holds the position."""
-        self._open_at(self._start)
-        self.on_open()
-
-    @property
-    def position(self) -> int:
-        """Of the next byte to be read."""
-        return self._base + int(self.c.offset) if self.c.fd >= 0 else self._start
-
-    def _open_at(self, position: int) -> None:
-        fd, offset, available = self._log.at(position)
-        old = self.detach()
-        self.c.fd, self.c.offset, self.c.left, self.c.readable = fd, offset, available, 1
-        self._base = position - offset
-        if old >= 0:
-            os.close(old)
-
-    def refill(self) -> bool:
-        """Looks for what was appended since; False when there is nothing new and more may come."""
-        if self.closed or self.c.fd < 0:
-            return False
-        if self.c.left == 0:
-            self._open_at(self.position)
-        if self.c.left == 0 and self._whole:
-            self.c.waits = 0
-        self.c.readable = 1
-        return bool(self.c.left) or self._whole
-
-    def changed(self) -> str:
-        """A stream that was cut off before its end must not be taken for whole."""
-        return self.torn
-
-    def whole(self) -> None:
-        """Nothing more will be appended: the end of the log is the end of the stream."""
-        self._whole = True
+# After a connection broke: go on with the first byte that was not acknowledged; go on with what was not sent, as
+# a sink without a log does; or fail.
+Broken = Literal["resume", "rejoin", "fail"]
 
 
 class Delivery:
     """Carries a log to its sink, over as many connections as it takes. Lives on `engine`.
 
     `on_done` is called once, on that engine, when the stream has ended and all of it was delivered. `patience`
-    is for how many seconds in vain it tries again (None: for ever); then `on_fail` is called instead.
+    is for how many seconds in vain it tries again (None: for ever); then `on_fail` is called instead. `in_place`:
+    a file with a plain path is written without `.part`.
     """
 
     def __init__(
@@ -96,37 +47,44 @@ class Delivery:
         sink: SinkSettings,
         ways: Ways,
         turn: Turn,
-        on_done: Callable[[], None],
+        *,
+        broken: Broken = "resume",
         patience: float | None = None,
+        in_place: bool = False,
     ) -> None:
         self.engine = engine
-        self._patience = patience
-        self._in_vain_since = 0.0
         self.route = route
+        self.on_done: Callable[[], None] = lambda: None
+        self.on_fail: Callable[[EndpointError], None] = lambda _error: None
         self._log = kept
         self._stages = stages
         self._sink = sink.model_copy(update={"on_slow": OnSlow(policy="block")})
         self._ways = ways
         self._turn = turn
-        self.on_done = on_done
-        self.on_fail: Callable[[str], None] = lambda _reason: None
+        self._broken = broken
+        self._patience = patience
+        self._in_place = in_place
+        self._in_vain_since = 0.0
         self._cursor: Cursor = kept.cursor()
         self._noted = kept.acknowledged_word()
         self._noted[0] = self._cursor.position
         self._pipeline: Pipeline | None = None
         self._source: LogSource | None = None
+        self._standing: Sink | None = None
         self._backoff = Backoff()
         self._timer: Timer | None = None
         self._looker: Timer | None = None
         self._whole = False
         self._torn = False
         self._stopped = False
-        self.reconnects = -1
-        self.twice = 0
+        self.method = "sendfile"
+        self.reconnects = 0
+        self.twice = 0  # bytes that were sent again after a connection broke
+        self.lost = 0  # bytes that a broken connection had not acknowledged and that were not sent again
 
     @property
     def position(self) -> int:
-        """Everything before it was acknowledged by the sink's peer."""
+        """Everything before it was acknowledged by the sink's peer, or is lost."""
         return self._cursor.position
 
     @property
@@ -134,19 +92,24 @@ class Delivery:
         """Bytes still to be delivered."""
         return self._log.end - self._cursor.position
 
+    @property
+    def connected(self) -> bool:
+        """Whether its sink is there. From any thread."""
+        standing = self._standing
+        return standing is not None and standing.state in ("open", "finishing", "cutting")
+
     def start(self) -> None:
         """Connects and delivers; again after every failure."""
         self._timer = None
         if self._stopped:
             return
-        self.reconnects += 1
         source = self._source = LogSource(self.engine, self._log, self._cursor.position)
         if self._torn:
             source.torn = TORN
         if self._whole:
             source.whole()
         try:
-            pipeline = self._pipeline = Pipeline(
+            pipeline = Pipeline(
                 self.engine,
                 self.route,
                 self._stages,
@@ -155,21 +118,29 @@ class Delivery:
                 persistent=False,
                 on_over=self._over,
                 quiet=True,
+                in_place=self._in_place,
             )
         except RelayError as error:
             log.warning("%s: %s", self.route, error)
             self._again(0.0)
             return
-        pipeline.open()
-        source.open()
-        pipeline.begin(source, self._turn)
-        if pipeline.closed:
+        try:
+            source.open()
+        except OSError as error:
+            pipeline.close()
+            log.warning("%s: reading the log for %s: %s", self.route, self._sink.address, error)
+            self._again(0.0)
             return
-        standing = pipeline.chain.outlets[-1].sink
-        if standing is not None:
-            standing.c.base = self._cursor.position
-            standing.c.queues = int(self._sink.address.scheme == "tcp")
-            standing.c.acknowledged = self._noted
+        self._pipeline = pipeline
+        pipeline.open()
+        pipeline.begin(source, self._turn)
+        standing = self._standing = pipeline.chain.outlets[-1].sink
+        if pipeline.closed or standing is None:
+            return
+        standing.c.base = self._cursor.position
+        standing.c.queues = int(self._sink.address.scheme == "tcp")
+        standing.c.acknowledged = self._noted
+        source.on_refill = self._look
         self._look()
 
     def _look(self) -> None:
@@ -177,13 +148,13 @@ class Delivery:
         if self._looker is not None:
             self._looker.cancel()
         self._looker = None
-        pipeline = self._pipeline
-        if pipeline is None or pipeline.closed or self._stopped:
+        standing = self._standing
+        if standing is None or self._source is None or self._stopped:
             return
-        standing = pipeline.chain.outlets[-1].sink
-        if standing is not None and standing.state in ("open", "finishing"):
-            self._advance(standing.c.base + standing.moved - standing.under_way())
-        self._looker = self.engine.later(LOOK, self._look)
+        if standing.state in ("open", "finishing"):
+            self._advance(self._source.began_at + standing.moved - standing.under_way())
+        if self.left and self._pipeline is not None:
+            self._looker = self.engine.later(LOOK, self._look)
 
     def _advance(self, position: int) -> None:
         if position > self._cursor.position:
@@ -195,6 +166,8 @@ class Delivery:
         source, pipeline = self._source, self._pipeline
         if source is not None and pipeline is not None and not pipeline.closed and source.refill():
             self.engine.ready(pipeline.c)
+            if self._looker is None:
+                self._look()
 
     def whole(self, *, torn: bool = False) -> None:
         """The stream has ended; `torn`: not of its own, so that the sink must not take it for whole."""
@@ -206,27 +179,35 @@ class Delivery:
             self.more()
 
     def _over(self, record: SessionRecord) -> None:
-        pipeline, self._pipeline = self._pipeline, None
-        assert pipeline is not None
+        self._pipeline = None
         sink = record.sinks[-1]
         assert self._source is not None
+        self.method = record.crossing(sink)[0]
         if not self._in_vain_since or sink.bytes > sink.lost:
             self._in_vain_since = self.engine.now
-        self._advance(self._source.began_at + sink.bytes - sink.lost)
+        reached = self._source.began_at + sink.bytes
+        if self._broken == "resume":
+            if self._sink.address.scheme == "tcp":  # elsewhere what was accepted is the peer's
+                self._advance(reached - sink.lost)
+            else:
+                self._advance(reached)
+        else:
+            self.lost += sink.lost
+            self._advance(reached)
         if self._stopped:
             return
         delivered = sink.result == "delivered" or (self._torn and self.left == 0)
         if delivered and self._whole and self.left == 0:
-            self._stopped = True
-            self._cursor.close()
-            self.on_done()
+            self._end(self.on_done)
             return
-        self.twice += sink.lost
+        self.twice += reached - self._cursor.position
         given_up = self._patience is not None and self.engine.now - self._in_vain_since >= self._patience
-        if given_up or self._sink.address.scheme not in ("tcp", "unix", "fifo"):
-            self._stopped = True
-            self._cursor.close()
-            self.on_fail(sink.reason)
+        can_be_tried_again = self._sink.address.scheme in ("tcp", "unix", "fifo")
+        if self._broken == "fail" or given_up or not can_be_tried_again:
+            failed = self._standing.failed_with if self._standing is not None else None
+            address = str(self._sink.address)
+            error = failed or SinkError(address, "writing to", 0, reason=record.reason or sink.reason)
+            self._end(lambda: self.on_fail(error))
             return
         log.warning(
             "%s: sink %s is away (%s); %s wait in the log",
@@ -236,7 +217,14 @@ class Delivery:
             show_size(self.left),
             extra={"route": self.route, "sink": sink.sink, "backlog": self.left},
         )
-        self._again(sink.seconds)
+        self.reconnects += bool(sink.bytes)
+        self._again(sink.seconds if sink.bytes else 0.0)
+
+    def _end(self, tell: Callable[[], None]) -> None:
+        self._stopped = True
+        self._cancel()
+        self._cursor.close()
+        tell()
 
     def _again(self, lasted: float) -> None:
         self._backoff.lasted(lasted)
@@ -247,15 +235,19 @@ class Delivery:
         if self._pipeline is not None and not self._pipeline.closed:
             self._pipeline.chain.reopen()
 
+    def _cancel(self) -> None:
+        for timer in (self._timer, self._looker):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._looker = None
+
     def stop(self, reason: str) -> None:
-        """Ends it where it stands; what is left stays in the log."""
+        """Ends it where it stands; what is left stays in the log. Safe to call again."""
         if self._stopped:
             return
         self._look()
         self._stopped = True
-        for timer in (self._timer, self._looker):
-            if timer is not None:
-                timer.cancel()
+        self._cancel()
         if self._pipeline is not None:
             self._pipeline.abort(reason)
         self._cursor.close()

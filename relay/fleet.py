@@ -26,7 +26,7 @@ from relay.engine import Engine
 from relay.errors import RelayError, SourceError
 from relay.record import SessionRecord
 from relay.route import RunningRoute, spilling
-from relay.spill import Spills
+from relay.spills import Spills
 
 log = logging.getLogger("relay.serve")
 

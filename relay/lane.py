@@ -30,7 +30,7 @@ from relay.order import Order
 from relay.pipeline import Pipeline
 from relay.progress import Standing
 from relay.record import SessionRecord, SinkRecord
-from relay.spill import Spills
+from relay.spills import Spills
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Settings as ChecksumSettings
 from relay.stages.limit import Settings as LimitSettings

@@ -5,6 +5,7 @@ Facts (man 2 splice, 2 sendfile, 2 fallocate, 2 memfd_create; measured, see docs
   overwriting a segment changes those bytes; unlinking it whole does not.
 - A write that returned is in the page cache and survives SIGKILL of the writer (not a power cut, unless synced).
 - A store to a MAP_SHARED page survives SIGKILL as well, and costs no system call.
+- A dup(2) shares the file offset; sendfile and splice with an offset of their own do not look at it.
 
 What this means here: a segment is written once, at its end, and unlinked when every cursor has passed it. Its
 name is the position of its first byte, its size says how much was written, so a log needs no index and opens in a
@@ -22,7 +23,6 @@ is a whole prefix of it, and a torn tail heals by itself. A reader's position is
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 import re
@@ -35,10 +35,13 @@ from pathlib import Path
 from relay.errors import KernelError, SinkError
 from relay.kernel import core
 
-SEGMENT = 16 << 20  # bytes after which the next segment begins
+SEGMENT = 16 << 20  # bytes after which the next segment begins, on disk and where nothing bounds the log
+SHARE = 8  # a bounded log has about so many segments: what is kept beyond the slowest reader is at most one
 RESERVE = 16 << 20  # bytes left free on the filesystem: a log must not be what fills a disk
 
-_NAME = re.compile(r"[0-9]{20}")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+SEGMENT_NAME = re.compile(r"[0-9]{20}")
 _MAGIC = b"relaylog"
 _CURSOR = struct.Struct("<8sQQ")  # magic, acknowledged position, end of the stream + 1 (0: it goes on)
 
@@ -58,6 +61,12 @@ class _Segment:
     def end(self) -> int:
         return self.start + self.size
 
+    def close(self) -> None:
+        """Closes the descriptor; bytes in memory are gone with it. Safe to call again."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
 
 class Cursor:
     """Where one reader stands: everything before `position` is done with. Made by Log.cursor."""
@@ -72,10 +81,10 @@ class Cursor:
         """Everything before `position` is done with; segments that every cursor has passed go."""
         if position > self.position:
             self.position = position
-            self._log._passed(self)
+            self._log._passed()
 
     def close(self) -> None:
-        """The reader is gone; it holds no segment any more."""
+        """The reader is gone; it holds no segment any more. Safe to call again."""
         self._log._leave(self)
 
 
@@ -83,63 +92,89 @@ class Log:
     """Owns its segments, and on disk its directory. One writer; readers have cursors.
 
     Written by one thread, read by another: what both see is under a lock, and the bytes themselves never change.
-    With `directory` None the segments are memfds and go with the process. `largest` bounds the bytes kept (0: no
-    bound); `room` says how much may be written now. Raises SinkError when the directory cannot be used.
+    With `directory` None the segments are memfds and go with the process. `largest` bounds the bytes kept, those
+    of passed segments' rest included (0: no bound). Raises SinkError when the directory cannot be used.
     """
 
-    def __init__(self, directory: Path | None = None, *, largest: int = 0, segment: int = SEGMENT) -> None:
+    def __init__(self, directory: Path | None = None, *, largest: int = 0, segment: int = 0) -> None:
         self.directory = directory
         self.largest = largest
-        self._segment_size = segment
+        self._segment_size = segment or segment_size(largest, in_memory=directory is None)
         self._lock = threading.Lock()
         self._space = threading.Condition(self._lock)
         self._segments: list[_Segment] = []
         self._cursors: list[Cursor] = []
         self._map: mmap.mmap | None = None
         self.closed = threading.Event()  # nothing of it is open any more
-        self._closing = False
+        self._closed = False
+        self._was_full = False
         self._word: core.Struct = core.ffi.new("int64_t *")
         self.on_append: Callable[[], None] = lambda: None
-        if directory is not None:
-            self._open_directory(directory)
-        if not self._segments:
-            self._begin_segment(0)
+        try:
+            if directory is not None:
+                self._open_directory(directory)
+            if not self._segments or self._segments[-1].size >= self._segment_size:
+                self._begin_segment(self._segments[-1].end if self._segments else self.acknowledged)
+        except OSError as error:
+            self._let_go()
+            where = str(directory) if directory else "a log in memory"
+            raise SinkError(
+                where,
+                "opening the log in",
+                error.errno or 0,
+                "check the spill directory" if directory else "",
+            ) from error
+        except SinkError:
+            self._let_go()
+            raise
 
     # -- opening
 
     def _open_directory(self, directory: Path) -> None:
-        try:
-            directory.mkdir(exist_ok=True)
-            names = sorted(path.name for path in directory.iterdir() if _NAME.fullmatch(path.name))
-            for name in names:
-                path = directory / name
-                self._segments.append(_Segment(int(name), path, size=path.stat().st_size))
-            fd = os.open(directory / "cursor", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise SinkError(
-                str(directory), "opening the log in", error.errno or 0, "check the spill directory"
-            ) from error
+        directory.mkdir(mode=0o700, exist_ok=True)
+        with os.scandir(directory) as entries:
+            names = sorted(
+                entry.name for entry in entries if SEGMENT_NAME.fullmatch(entry.name) and entry.is_file()
+            )
+        for name in names:
+            path = directory / name
+            self._segments.append(_Segment(int(name), path, size=path.stat().st_size))
+        first = self._segments[0].start if self._segments else 0
+        self._open_cursor(directory, first)
+        for before, after in zip(self._segments, self._segments[1:], strict=False):
+            if before.end != after.start:
+                self._refuse(f"segment {before.start} ends at {before.end}, the next begins at {after.start}")
+        if self._segments and self.acknowledged < first:
+            self._refuse(f"its reader had {self.acknowledged} bytes, the first segment begins at {first}")
+
+    def _open_cursor(self, directory: Path, first: int) -> None:
+        fd = os.open(directory / "cursor", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             if os.fstat(fd).st_size < mmap.PAGESIZE:
-                os.ftruncate(fd, mmap.PAGESIZE)
+                # its blocks are there before it is mapped: a store to a hole of a full disk is SIGBUS
+                os.pwrite(fd, bytes(mmap.PAGESIZE - os.fstat(fd).st_size), os.fstat(fd).st_size)
             self._map = mmap.mmap(fd, mmap.PAGESIZE)
         finally:
             os.close(fd)
-        magic, _acknowledged, _end = _CURSOR.unpack_from(self._map)
-        if magic != _MAGIC:
-            _CURSOR.pack_into(self._map, 0, _MAGIC, self._segments[0].start if self._segments else 0, 0)
         # the buffer is released before the map is closed
         self._page = core.ffi.from_buffer("char[]", self._map, require_writable=True)
         self._word = core.ffi.cast("int64_t *", self._page + 8)
-        for before, after in zip(self._segments, self._segments[1:], strict=False):
-            if before.end != after.start:
-                raise SinkError(
-                    str(directory),
-                    "opening the log in",
-                    0,
-                    "a segment is missing or was changed by somebody else: move the directory away",
-                    reason=f"segment {before.start} ends at {before.end}, the next begins at {after.start}",
-                )
+        magic = bytes(self._map[:8])
+        if magic == bytes(
+            8
+        ):  # new, or killed before it was begun: whatever is kept was acknowledged by nobody
+            _CURSOR.pack_into(self._map, 0, _MAGIC, first, 0)
+        elif magic != _MAGIC:
+            self._refuse("the file named cursor is none of relay's")
+
+    def _refuse(self, reason: str) -> None:
+        raise SinkError(
+            str(self.directory),
+            "opening the log in",
+            0,
+            "a part of it is missing or was changed by somebody else: move the directory away",
+            reason=reason,
+        )
 
     def _begin_segment(self, start: int) -> None:
         if self.directory is None:
@@ -148,6 +183,8 @@ class Log:
             return
         path = self.directory / f"{start:020d}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if self._segments:  # whoever reads it opens it
+            self._segments[-1].close()
         self._segments.append(_Segment(start, path, fd))
 
     # -- what it holds
@@ -164,9 +201,7 @@ class Log:
 
     @property
     def acknowledged(self) -> int:
-        """Up to where its reader had everything, when it was last noted; the start for a log in memory."""
-        if self._map is None:
-            return self.start
+        """Up to where its reader had everything, when it was last noted."""
         return int(self._word[0])
 
     @property
@@ -180,13 +215,16 @@ class Log:
     def backlog(self) -> int:
         """Bytes written that the slowest reader has not done with."""
         with self._lock:
-            slowest = min((cursor.position for cursor in self._cursors), default=self.end)
-            return self.end - slowest
+            return self._backlog()
+
+    def _backlog(self) -> int:
+        end = self._segments[-1].end
+        return end - min((cursor.position for cursor in self._cursors), default=end)
 
     # -- writing
 
     def tail(self) -> int:
-        """The descriptor to append to, borrowed until the next `appended`; its offset is at the end."""
+        """The descriptor to append to, borrowed until the next `room`; its offset is at the end."""
         segment = self._segments[-1]
         if segment.fd < 0:
             assert segment.path is not None
@@ -195,44 +233,71 @@ class Log:
         return segment.fd
 
     def appended(self, count: int) -> None:
-        """`count` bytes were written to `tail`: readers may have them; a full segment is followed by the next."""
+        """`count` bytes were written to `tail`: readers may have them."""
         with self._lock:
-            segment = self._segments[-1]
-            segment.size += count
-            if segment.size >= self._segment_size:
-                self._begin_segment(segment.end)
-                if segment.path is not None:  # whoever reads it opens it; a memfd lives by its descriptor
-                    os.close(segment.fd)
-                    segment.fd = -1
+            self._segments[-1].size += count
         self.on_append()
 
     def room(self) -> int:
-        """Bytes that may be written now: what `largest` and the free space of the filesystem leave."""
-        left = 1 << 62
-        if self.largest:
-            left = self.largest - self.backlog()
+        """Bytes that may be written to `tail` now: what the segment, `largest` and the filesystem leave.
+
+        Begins the next segment when the last is full. Raises OSError when that fails; no space left is no room.
+        """
+        with self._lock:
+            return self._room()
+
+    def _room(self, *, bounded: bool = True) -> int:
+        if self._segments[-1].size >= self._segment_size:
+            try:
+                self._begin_segment(self._segments[-1].end)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                return 0
+            self._trim()
+        left = self._segment_size - self._segments[-1].size
+        if self.largest and bounded:
+            left = min(left, self.largest - (self._segments[-1].end - self._segments[0].start))
         if self.directory is not None:
             space = os.statvfs(self.directory)
             left = min(left, space.f_bavail * space.f_frsize - RESERVE)
         return max(left, 0)
 
-    def wait_for_room(self, count: int, stopped: Callable[[], bool], timeout: float = 0.2) -> bool:
-        """Blocks the writer until `count` bytes fit, or, if the log is empty, whatever comes; False when stopped.
+    def wait_for_room(self, stopped: Callable[[], bool], *, drain: bool = False, timeout: float = 0.2) -> int:
+        """Blocks the writer until something fits; how many bytes do.
 
-        Free space that others make is noticed after `timeout` seconds at the latest.
+        Once stopped it waits no more: what the writer has in its hands may go beyond `largest`, as far as the
+        filesystem lets it (0: not at all). `drain`: once full, it waits until readers have had all. Free space that
+        others make is noticed after `timeout` seconds at the latest.
         """
-        while not stopped():
-            if self.room() >= count or (self.largest and not self.backlog() and self.directory is None):
-                return True
-            with self._space:
+        with self._space:
+            while True:
+                room = self._room()
+                if room and not (self._was_full and drain and self._backlog() and not stopped()):
+                    self._was_full = False
+                    return room
+                self._was_full = True
+                if stopped():
+                    return self._room(bounded=False)
                 self._space.wait(timeout)
-        return False
+
+    def refused(self, timeout: float = 0.2) -> None:
+        """The filesystem had no room for what `room` allowed: waits a moment, or until somebody wakes the writer."""
+        with self._space:
+            self._was_full = True
+            self._space.wait(timeout)
 
     def end_stream(self) -> None:
         """Nothing more will be appended: what is here is the whole stream."""
+        self._note_end(self.end + 1)
+
+    def go_on(self) -> None:
+        """A log whose stream had ended gets another's bytes behind them."""
+        self._note_end(0)
+
+    def _note_end(self, end: int) -> None:
         if self._map is not None:
-            acknowledged = self.acknowledged
-            _CURSOR.pack_into(self._map, 0, _MAGIC, acknowledged, self.end + 1)
+            struct.pack_into("<Q", self._map, 16, end)
 
     def wake_writer(self) -> None:
         """Lets a writer that waits for room look again."""
@@ -249,36 +314,50 @@ class Log:
             self._cursors.append(cursor)
             return cursor
 
-    def at(self, position: int) -> tuple[int, int, int]:
-        """Where the bytes from `position` on are: a descriptor of the reader's own, the offset in it, and how many.
+    def extent(self, position: int) -> tuple[int, int]:
+        """Where the segment with the byte at `position` begins, and how many bytes it has from there on.
 
-        0 bytes means that nothing is there yet. The caller closes the descriptor.
+        0 bytes means that nothing is there yet. Raises KernelError when they are gone.
         """
         with self._lock:
-            index = bisect_right(self._segments, position, key=lambda segment: segment.start) - 1
-            if index < 0:
-                raise KernelError(f"position {position} of a log is gone; it begins at {self.start}")
-            segment = self._segments[index]
-            if position == segment.end and index + 1 < len(self._segments):
-                segment = self._segments[index + 1]
+            segment = self._at(position)
+            return segment.start, segment.end - position
+
+    def open_segment(self, start: int) -> int:
+        """A descriptor, the caller's own, of the segment that begins at `start`; to be read with offsets."""
+        with self._lock:
+            segment = self._at(start)
             if segment.fd >= 0:
-                fd = os.open(f"/proc/self/fd/{segment.fd}", os.O_RDONLY | os.O_CLOEXEC)
-            else:
-                assert segment.path is not None
-                fd = os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC)
-            return fd, position - segment.start, segment.end - position
+                return os.dup(segment.fd)
+            assert segment.path is not None
+            return os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _at(self, position: int) -> _Segment:
+        index = bisect_right(self._segments, position, key=lambda segment: segment.start) - 1
+        if index < 0:
+            raise KernelError(f"position {position} of a log is gone; it begins at {self.start}")
+        return self._segments[index]
 
     def acknowledged_word(self) -> core.Struct:
         """An `int64_t *` for the pump to note the acknowledged position in: on disk a word of the mapped page, which
         survives SIGKILL. Valid until the log is closed."""
         return self._word
 
-    def _passed(self, _cursor: Cursor) -> None:
+    def _passed(self) -> None:
         with self._space:
-            slowest = min(cursor.position for cursor in self._cursors)
-            while len(self._segments) > 1 and self._segments[0].end <= slowest:
-                self._remove(self._segments.pop(0))
+            self._trim()
             self._space.notify_all()
+
+    def _trim(self) -> None:
+        """Segments that every cursor has passed go, whole; the last one is still written."""
+        if not self._cursors:
+            return
+        slowest = min(cursor.position for cursor in self._cursors)
+        while len(self._segments) > 1 and self._segments[0].end <= slowest:
+            segment = self._segments.pop(0)
+            segment.close()
+            if segment.path is not None:
+                segment.path.unlink(missing_ok=True)
 
     def _leave(self, cursor: Cursor) -> None:
         with self._space:
@@ -286,89 +365,49 @@ class Log:
                 self._cursors.remove(cursor)
             self._space.notify_all()
 
-    def _remove(self, segment: _Segment) -> None:
-        if segment.fd >= 0:
-            os.close(segment.fd)
-            segment.fd = -1
-        if segment.path is not None:
-            segment.path.unlink(missing_ok=True)
-
     # -- ending
 
-    def close(self, *, keep: bool = False) -> None:
-        """Closes every descriptor; unless `keep`, a log on disk is removed with its directory. Safe to call again."""
-        if self._closing:
-            return
-        self._closing = True
-        try:
-            self._close(keep=keep)
-        finally:
-            self.closed.set()
-
-    def _close(self, *, keep: bool) -> None:
-        with self._space:
-            for segment in self._segments:
-                if segment.fd >= 0:
-                    os.close(segment.fd)
-                    segment.fd = -1
-            self._space.notify_all()
+    def _let_go(self) -> None:
+        for segment in self._segments:
+            segment.close()
         if self._map is not None:
             self._word = core.ffi.new("int64_t *", self._word[0])
             core.ffi.release(self._page)
             self._map.close()
             self._map = None
-        if self.directory is not None and not keep:
-            for segment in self._segments:
-                if segment.path is not None:
-                    segment.path.unlink(missing_ok=True)
-            (self.directory / "cursor").unlink(missing_ok=True)
-            try:
-                self.directory.rmdir()
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
-                    raise
 
-
-class SpillDirectory:
-    """A directory that holds logs, locked by one relay; owns the lock.
-
-    Created if its parent exists. Raises SinkError when it cannot be made, or another relay holds it.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self._fd = -1
+    def close(self, *, keep: bool = False) -> None:
+        """Closes every descriptor; unless `keep`, a log on disk is removed with its directory. Safe to call again."""
+        with self._space:
+            if self._closed:
+                return
+            self._closed = True
+            self._let_go()
+            self._space.notify_all()
         try:
-            self.path.mkdir(mode=0o700, exist_ok=True)
-            self._fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.directory is not None and not keep:
+                self._remove(self.directory)
+        finally:
+            self.closed.set()
+
+    def _remove(self, directory: Path) -> None:
+        for segment in self._segments:
+            if segment.path is not None:
+                segment.path.unlink(missing_ok=True)
+        (directory / "cursor").unlink(missing_ok=True)
+        try:
+            directory.rmdir()
         except OSError as error:
-            self.close()
-            taken = isinstance(error, BlockingIOError)
-            raise SinkError(
-                path,
-                "locking the spill directory",
-                error.errno or 0,
-                "give each relay a directory of its own"
-                if taken
-                else "its parent must exist and be writable",
-                reason="another relay uses it" if taken else "",
-            ) from error
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):  # somebody else's files stay
+                raise
 
-    def found(self) -> list[str]:
-        """The names of the logs in it."""
-        return sorted(
-            entry.name
-            for entry in os.scandir(self.path)
-            if entry.is_dir() and (Path(entry.path) / "cursor").exists()
-        )
 
-    def log(self, name: str, *, largest: int = 0) -> Log:
-        """The log of that name, opened where it was left or made."""
-        return Log(self.path / name, largest=largest)
+def segment_size(largest: int, *, in_memory: bool) -> int:
+    """Bytes in a segment of a log that keeps at most `largest` (0: no bound).
 
-    def close(self) -> None:
-        """Gives the lock up. Safe to call again."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+    In memory a segment is a descriptor, so they grow with the log; on disk they do not.
+    """
+    if not largest:
+        return SEGMENT
+    size = min(max(largest // SHARE, 64 << 10), max(largest // 2, 1))
+    return size if in_memory else min(size, SEGMENT)

@@ -15,7 +15,7 @@ from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
 from relay.kernel.pipe import DEFAULT_CAPACITY, LARGEST_CAPACITY
 from relay.kernel.probe import Machine
-from relay.log import SEGMENT
+from relay.log import segment_size
 
 PAGE = 4096
 FRESH = 64 * 1024  # bytes of a pipe nobody enlarged
@@ -126,11 +126,12 @@ def sink(settings: SinkSettings, machine: Machine) -> Need:
 
 
 def log(slow: OnSlow, machine: Machine) -> Need:
-    """A spill's log with the ferry before it and the reader behind it (spill.SpillSink, log.Log).
+    """A spill's log, or a buffer, with the ferry before it and the reader behind it (spill.SpillSink, log.Log).
 
     On disk: the segment that is written and the mapped cursor. In memory: every segment that is kept.
     """
-    kept = 2 if slow.directory is not None else (slow.max or 0) // SEGMENT + 2
+    bound = (slow.max or 0) if slow.policy == "spill" else slow.buffer
+    kept = 2 if slow.directory is not None else bound // segment_size(bound, in_memory=True) + 2
     return ferry(machine) + Need(kept + 1, at_most=True)
 
 

@@ -46,6 +46,7 @@ class Outlet:
     blocked_before: int = 0
     moved_away: int = 0
     lost_before: int = 0
+    lost_earlier: int = 0
     away: int = 0
     absent: bool = False
     why_away: str = ""
@@ -82,17 +83,23 @@ class Outlet:
     @property
     def down(self) -> bool:
         """Whether its sink is not there, for the first time or again."""
-        return self.sink is not None and self.sink.state in ("opening", "failed")
+        return self.sink is not None and (self.sink.state in ("opening", "failed") or self.sink.away)
 
     @property
     def harmless(self) -> bool:
         """Whether the source need not know how its sink ended: all is well, or its policy lets it fail."""
-        return self.sink is None or self.sink.state != "failed" or self.slow.policy != "block"
+        return self.sink is None or self.sink.state != "failed" or self.policy != "block"
 
     @property
     def policy(self) -> str:
         """What happens now if it is slow: a spill is only slow when its log is full."""
         return str(self.slow.then if self.slow.policy == "spill" else self.slow.policy)
+
+    @property
+    def rejoins(self) -> bool:
+        """Whether it is connected again when it broke; a spill does that behind its log."""
+        settings = self.settings
+        return settings is not None and settings.verb == "connect" and self.slow.policy != "spill"
 
     def begin_turn(self) -> None:
         """Counts from here."""
@@ -100,6 +107,7 @@ class Outlet:
         self.moved_before = self.sink.moved if self.sink and not self.per_turn else 0
         self.moved_away = self.lost_before = self.away = 0
         self.why_away = ""
+        self.lost_earlier = self.sink.lost if self.sink and not self.per_turn else 0
         self.dropped_before += self.dropped
         self.blocked_before += self.blocked
 
@@ -110,7 +118,7 @@ class Outlet:
 
     def cut_off(self) -> None:
         """The branch gets nothing more: its head discards, what is in it sees the end of the stream."""
-        self.gate.c.left = 0
+        self.gate.c.left, self.gate.c.cut = 0, 1
         self.gate.c.after_ns = 0
         if self.gate.c.into != core.ffi.NULL:
             self.gate.c.into.ended = 1
@@ -123,7 +131,7 @@ class Outlet:
         self.away += 1
         self.absent = True
         self.why_away = self.sink.reason
-        self.lost_before += self.sink.lost
+        self.lost_before += self.sink.lost - self.lost_earlier
         self.moved_away += self.sink.moved - self.moved_before
         self.moved_before = self.sink.moved  # it has been counted
         return self.backoff.next()
@@ -134,7 +142,10 @@ class Outlet:
 
     def slow_words(self) -> str:
         """Why it is disconnected."""
-        return f"backlog of {show_size(self.node.pipe.capacity)} full for {self.slow.after or 0.0:.1f} s"
+        size = self.node.pipe.capacity + (
+            self.slow.max or 0 if self.slow.policy == "spill" else self.slow.buffer
+        )
+        return f"backlog of {show_size(size)} full for {self.slow.after or 0.0:.1f} s"
 
     def record(self, *, sendfile: bool) -> SinkRecord:
         """Its part of the session; `sendfile` says that its bytes came straight from a file."""
@@ -145,7 +156,7 @@ class Outlet:
         by_hand = "copy" if self.node.c.out_copies else "splice"
         method = sink.method if sink.c.kind == core.FERRY or self.listens else by_hand
         failed = sink.state == "failed" and not self.absent
-        lost = self.lost_before + (sink.lost if failed else 0)
+        lost = self.lost_before + (0 if self.absent else sink.lost - self.lost_earlier)
         missed = lost or (self.backoff is not None and self.down and self.dropped)
         return SinkRecord(
             sink=self.name,
@@ -157,7 +168,8 @@ class Outlet:
             result="failed" if failed or missed else "delivered",
             reason=sink.reason or self.why_away,
             lost=lost,
-            reconnects=self.away,
+            reconnects=self.away + sink.reconnects,
+            twice=sink.twice,
             dropped=self.dropped,
             blocked_seconds=self.blocked / 1e9,
             path=sink.result_path,

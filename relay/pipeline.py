@@ -70,6 +70,7 @@ class Pipeline:
         quiet: bool = False,
         wait: float = 0.0,
         limits: Limits | None = None,
+        in_place: bool = False,
     ) -> None:
         self.engine = engine
         self.route = route
@@ -80,7 +81,7 @@ class Pipeline:
         self._on_over = on_over
         self._on_closed = on_closed
         self.c = core.new("pipeline", keep=int(persistent))
-        self._makes = SinkMaker(engine, route, ways, patience, spill, persistent=persistent)
+        self._makes = SinkMaker(engine, route, ways, patience, spill, persistent, in_place)
         self.chain = Chain(engine, stages, sink, ways, persistent=persistent)
         self._absences = Absences(engine, route, self._stand_again, self._given_up, self._wake)
         self._wait = SinkWait(engine, route, self.chain.outlets, wait, self._go_on)
@@ -109,7 +110,7 @@ class Pipeline:
                 self.subscribers.append(Subscribers(self.engine, self, broadcast, outlet))
                 self._stand(outlet, broadcast)
             elif not outlet.per_turn:
-                if settings is not None and settings.verb == "connect" and outlet.slow.policy != "spill":
+                if outlet.rejoins:
                     self._absences.forgive(outlet)
                 self._stand(outlet, self._makes.sink(outlet, self.turn))
 
@@ -198,9 +199,11 @@ class Pipeline:
                 outlet.sink.abort(reason)
         for group in self.subscribers:
             group.abort(reason)
+        between = self.persistent and self.source is None  # no stream: nothing to tell of
         record = self._turn_over()
         self.close()
-        self._on_over(record)
+        if not between:
+            self._on_over(record)
 
     @property
     def source(self) -> Source | None:
@@ -218,7 +221,8 @@ class Pipeline:
     @property
     def busy(self) -> bool:
         """Whether a source is connected or bytes wait to be delivered."""
-        return self.source is not None or any(node.c.held for node in self.chain.nodes)
+        waiting = any(o.sink is not None and o.sink.backlog for o in self.chain.outlets)
+        return self.source is not None or waiting or any(node.c.held for node in self.chain.nodes)
 
     @property
     def closed(self) -> bool:

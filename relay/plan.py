@@ -258,18 +258,19 @@ class _Walk:
         entry: Choice | None,
         within: Within,
     ) -> Hop:
-        """A log and the chain that reads it: whoever is slow there holds the log, not the source."""
+        """A log, or a buffer, and the chain that reads it: whoever is slow there holds the log, not the source."""
         self._held(name, "log", slow, within)
         behind = _Walk(self._ways, self._machine)
         block = OnSlow(policy="block").effective(listening=False)
         choice, chain = self._read("file", behind.chain(stages, sink, block, gated=False, within=()))
         if slow.directory is not None:
             self.directories.add(slow.directory)
-        most = f"up to {show_size(slow.max)}" if slow.max is not None else "as large as its disk lets it"
+        bound = slow.max if slow.policy == "spill" else slow.buffer
+        most = f"up to {show_size(bound)}" if bound is not None else "as large as its disk lets it"
         return Hop(
             "log", "memory" if slow.directory is None else "disk", name, choice,
             need + needs.log(slow, self._machine), slow.directory or "", detail=most, entry=entry,
-            policy="spill", branch=chain,
+            policy=slow.policy or "", branch=chain,
         )  # fmt: skip
 
     def _checksum(self, stage: Checksum, within: Within, settings: StageSettings | None = None) -> Hop:
@@ -315,6 +316,8 @@ class _Walk:
             )
         if address.scheme == "stdio":
             name = "stdout"
+        if slow.buffer:
+            return self._log((), sink, slow, name, need, entry, within)
         self._held(name, "sink", slow, within)
         copies = APPENDING if sink.append else ""
         choice, sure = self._sure(address.scheme, self._ways.to_sink(address.scheme, copies=copies))
@@ -366,6 +369,8 @@ class _Walk:
         if slow is not None and slow.policy == "spill":
             full = f"has {show_size(slow.max)}" if slow.max is not None else "has filled its disk"
             words = f"reads from a log of its own; once that {full}, it {words}"
+        elif slow is not None and slow.buffer:
+            words = f"reads from a buffer of its own; once that has {show_size(slow.buffer)}, it {words}"
         if first is None:
             words += ", and with it everybody on the route"
             if slow is not None:
@@ -374,7 +379,9 @@ class _Walk:
             return
         seconds, by, own, policy = first
         does = "loses bytes, alone" if policy == "drop" else "is disconnected"
-        backlog = f"its backlog of {show_size(room or needs.granted(DEFAULT_CAPACITY, self._machine))}"
+        beside = slow.buffer if slow is not None else 0
+        pipe = needs.granted(DEFAULT_CAPACITY, self._machine) + beside
+        backlog = f"its backlog of {show_size(room or pipe)}"
         place = backlog if own else f"the branch {by}"
         then = f"it {does}" if own else f"that branch {does}"
         words += f" until {place} has been full for {_seconds(seconds)}; then {then}"

@@ -11,8 +11,8 @@ from relay.units import show_size
 @dataclass
 class SinkRecord:
     """One sink's part. `result` is delivered or failed; `bytes` reached the sink, `lost` of these are known
-    not to have arrived, `dropped` never left by policy, `backlog` waits in its log. `reason` says
-    why it ended when not by the stream."""
+    not to have arrived, `dropped` never left by policy, `backlog` waits in its log, `twice`
+    were sent again after a connection broke. `reason` says why it ended when not by the stream."""
 
     sink: str
     address: str
@@ -28,6 +28,7 @@ class SinkRecord:
     why_method: str = ""
     backlog: int = 0
     reconnects: int = 0
+    twice: int = 0
 
     def as_line(self, method: str, why: str = "", checksum: str = "") -> str:
         """The result for people, in one line: `method` is how its bytes crossed from the source on."""
@@ -51,16 +52,19 @@ class SinkRecord:
         return line
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: without what is empty."""
+        """For JSON: the figures always, words only where there are any."""
         found = {
             "sink": self.sink,
             "address": self.address,
             "bytes": self.bytes,
+            "lost": self.lost,
+            "dropped": self.dropped,
+            "reconnects": self.reconnects,
             "seconds": round(self.seconds, 6),
             "method": self.method,
             "result": self.result,
         }
-        for key in ("reason", "lost", "dropped", "backlog", "reconnects", "path", "why_method"):
+        for key in ("reason", "backlog", "twice", "path", "why_method"):
             if value := getattr(self, key):
                 found[key] = value
         if self.blocked_seconds > 0:

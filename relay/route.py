@@ -19,7 +19,6 @@ from functools import partial
 from relay import logs
 from relay.admission import Admission
 from relay.config.models import Route
-from relay.delivery import Delivery
 from relay.endpoints import tcp, unix
 from relay.endpoints.address import Address
 from relay.endpoints.base import Source
@@ -34,7 +33,8 @@ from relay.kernel.probe import machine
 from relay.pipeline import Pipeline
 from relay.record import SessionRecord
 from relay.redial import Redial
-from relay.spill import Spills
+from relay.spill import Resumed
+from relay.spills import Spills
 from relay.stages.base import StageSettings
 from relay.stages.stage import Branch, Turn
 from relay.ways import Ways
@@ -93,7 +93,7 @@ class RunningRoute:
         self._aborted = ""
         self._own: Engine | None = None
         self._redial: Redial | None = None
-        self._resumed: list[Delivery] = []
+        self._resumed: set[Resumed] = set()
         self._admission = Admission(name, route.source.limits)
         self._ending = False
         self._done = False
@@ -125,6 +125,9 @@ class RunningRoute:
 
     def _resume(self) -> None:
         """What an earlier run left in logs on disk goes on before any new source connects."""
+        for _place, _settings, slow, _stages in spilling(self.route):
+            if slow.directory is not None:
+                self._spills.claim(slow.directory)
         if self._persistent:
             return  # the standing sink's own log has it
 
@@ -132,7 +135,15 @@ class RunningRoute:
             return Turn(self.name, str(next(_ids)), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "log")
 
         for _place, settings, slow, stages in spilling(self.route):
-            self._resumed += self._spills.resume(self.name, stages, settings, slow, self._ways, turn)
+            self._resumed.update(
+                self._spills.resume(
+                    self.home, self.name, stages, settings, slow, self._ways, turn, self._resumption_over
+                )
+            )
+
+    def _resumption_over(self, resumed: Resumed) -> None:
+        self._resumed.discard(resumed)
+        self._look_whether_done()
 
     def _listen_to_subscribers(self) -> None:
         for _place, sink in self.route.sinks():
@@ -317,7 +328,8 @@ class RunningRoute:
     @property
     def under_way(self) -> bool:
         """Whether a source connection is open or bytes wait; idle subscribers do not count."""
-        return bool(self._waiting or self._starting) or any(p.busy for p in self._pipelines if not p.closed)
+        waiting = self._waiting or self._starting or self._resumed
+        return bool(waiting) or any(p.busy for p in self._pipelines if not p.closed)
 
     def drain(self) -> None:
         """No new streams; those under way go on. What has none is finished at once."""
@@ -340,6 +352,9 @@ class RunningRoute:
             engine.post(partial(self._give_up, source))
         for pipeline in self._pipelines:
             self._abort_pipeline(pipeline)
+        for resumed in self._resumed:
+            self.cut_short = True
+            resumed.stop(reason)
         self._look_whether_done()
 
     def _abort_pipeline(self, pipeline: Pipeline) -> None:
@@ -353,7 +368,7 @@ class RunningRoute:
             self.home.post(lambda: self._started(source))
 
     def _look_whether_done(self) -> None:
-        if self._done or self._pipelines or self._waiting or self._starting:
+        if self._done or self._pipelines or self._waiting or self._starting or self._resumed:
             return
         if self._ending or (self.finite and (self.failed or self.records)):
             self._done = True

@@ -10,7 +10,7 @@ from relay.endpoints.make import make_sink
 from relay.endpoints.settings import SinkSettings
 from relay.endpoints.template import fill_path
 from relay.engine import Engine
-from relay.errors import RelayBug
+from relay.errors import RelayBug, SinkError
 from relay.outlet import Outlet
 from relay.stages.stage import Turn
 from relay.ways import Ways
@@ -19,8 +19,21 @@ from relay.ways import Ways
 Spilling = Callable[[Engine, Turn, Outlet, bool], Sink]
 
 
+class FailedSink(Sink):
+    """Stands for a sink that could not be made."""
+
+    def __init__(self, engine: Engine, error: SinkError) -> None:
+        super().__init__(engine, error.address)
+        self._error = error
+
+    def open(self) -> None:
+        """Fails, once whoever stands it up is done."""
+        self.engine.post(lambda: self.fail(self._error))
+
+
 class SinkMaker:
-    """What all sinks of one pipeline have in common. `patience`: for how long a refused connect is tried again."""
+    """What all sinks of one pipeline have in common. `patience`: for how long a refused connect is tried again;
+    `in_place`: a file with a plain path is written without `.part`, as it always is if the pipeline is `persistent`."""
 
     def __init__(
         self,
@@ -29,8 +42,8 @@ class SinkMaker:
         ways: Ways,
         patience: float,
         spill: Spilling | None,
-        *,
         persistent: bool,
+        in_place: bool = False,
     ) -> None:
         self._engine = engine
         self._route = route
@@ -38,6 +51,7 @@ class SinkMaker:
         self._patience = patience
         self._spill = spill
         self._persistent = persistent
+        self._in_place = persistent or in_place
 
     def sink(self, outlet: Outlet, turn: Turn | None) -> Sink:
         """A new sink for `outlet`, not open yet; the turn names its file. Raises SinkError for a log's directory."""
@@ -48,16 +62,21 @@ class SinkMaker:
             hidden = outlet.stage.sink(self._engine)
             assert hidden is not None
             return hidden
-        if outlet.slow.policy == "spill":
+        if outlet.slow.policy == "spill" or outlet.slow.buffer:
             if self._spill is None:
                 raise RelayBug("a route that spills was given no logs")
-            return self._spill(self._engine, turn, outlet, self._persistent)
+            try:
+                return self._spill(self._engine, turn, outlet, self._persistent)
+            except SinkError as error:
+                if self._persistent:
+                    raise
+                return FailedSink(self._engine, error)  # this stream's failure, and nobody else's
         way = self._ways.to_sink(settings.address.scheme)
         return make_sink(
             self._engine,
             settings,
             names(settings, turn),
-            in_place=self._persistent and not settings.placeholders,
+            in_place=self._in_place and not settings.placeholders,
             copies=way.reason if way.method == "copy" else "",
             patience=self._patience,
         )

@@ -6,60 +6,112 @@
 What is promised: every byte, in order, at least once. A new connection goes on with the first byte that the peer's
 kernel had not acknowledged, so at most one send queue comes twice. The pump notes the acknowledged position into a
 page of the log after every send, so that this holds after SIGKILL as well.
+
+A `buffer` in front of a sink with another policy is such a log too, in memory: only that what a broken connection
+had not acknowledged is lost, as it is without a buffer.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
-import time
+import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from relay.delivery import Delivery
 from relay.endpoints.base import Sink
 from relay.endpoints.ferry import Ferry
-from relay.endpoints.options import OnSlow
-from relay.endpoints.settings import SinkSettings
-from relay.endpoints.template import fill_path
 from relay.engine import Engine
+from relay.errors import EndpointError
 from relay.kernel import core
-from relay.kernel.pipe import LARGEST_CAPACITY
-from relay.log import Log, SpillDirectory
-from relay.outlet import Outlet
-from relay.stages.base import StageSettings
-from relay.stages.stage import Turn
-from relay.units import show_size
-from relay.ways import Ways
+from relay.kernel.pipe import LARGEST_CAPACITY, Pipe
+from relay.log import FULL, Log
 
 log = logging.getLogger("relay.spill")
 
+PIECE = 256 * 1024  # bytes appended at a time where the log cannot be spliced to
+NO_SPLICE = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
+
 
 class SpillSink(Sink):
-    """Where a spill's outlet stands: appends to the log; owns the ferry, and the log until its end is delivered."""
+    """Where a spill's outlet stands: appends to the log; owns the ferry, and the log until its end is delivered.
 
-    def __init__(self, engine: Engine, address: str, kept: Log, deliver: Delivery) -> None:
+    `drain`: once the log was full it is filled again when the sink has had all, so that a sink which is slower than
+    the stream is found to be slow. `copy`: bytes go into the log by hand. `rejoins`: it is connected again by
+    itself, without what was under way.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        address: str,
+        kept: Log,
+        deliver: Delivery,
+        *,
+        drain: bool = False,
+        copy: bool = False,
+        rejoins: bool = False,
+    ) -> None:
+        self._gone = 0  # bytes taken that nobody will get
+        self.delivery = deliver
         super().__init__(engine, address)
         self.log = kept
-        self.delivery = deliver
+        self._drain = drain
+        self._by_hand = copy
+        self._rejoins = rejoins
+        self._rest = b""
         self._ferry: Ferry | None = None
         self._stop = False
         self._appending = False
         self._delivering = True
         self._begin = kept.end
         self.c.kind = core.FERRY
-        deliver.on_done = lambda: engine.post(self._delivered)
-        deliver.on_fail = lambda reason: engine.post(lambda: self._undeliverable(reason))
+        deliver.on_done = self._all_delivered
+        deliver.on_fail = lambda error: engine.post(lambda: self._undeliverable(error))
+
+    # -- what it knows
 
     @property
     def moved(self) -> int:
-        """Bytes that the sink's peer has."""
-        return max(0, self.delivery.position - self._begin)
+        """Bytes that the sink's peer has, and those that were lost on the way to it."""
+        return max(0, self.delivery.position - self._begin) + self._gone
+
+    @property
+    def lost(self) -> int:
+        """Bytes that the sink will not get."""
+        return self.delivery.lost + self._gone
+
+    @lost.setter
+    def lost(self, _count: int) -> None:
+        """Nobody else counts them."""
 
     @property
     def method(self) -> str:
         """How bytes get out of the log."""
-        return "sendfile"
+        return self.delivery.method
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait in the log or on their way into it, those of an earlier run included."""
+        return max(0, self._begin + int(self.c.moved) - self.delivery.position - self._gone)
+
+    @property
+    def reconnects(self) -> int:
+        """How often it was connected again."""
+        return self.delivery.reconnects
+
+    @property
+    def twice(self) -> int:
+        """Bytes sent again after a connection broke."""
+        return self.delivery.twice
+
+    @property
+    def away(self) -> bool:
+        """Whether a sink that is connected again by itself is not there."""
+        return self._rejoins and not self.delivery.connected
+
+    # -- its life
 
     def open(self) -> None:
         """Starts to append and to deliver."""
@@ -71,29 +123,76 @@ class SpillSink(Sink):
         self.opened()
 
     def _append(self) -> None:
-        """On the ferry's thread: every load goes to the log's tail, once there is room for it."""
+        """On the ferry's thread: every load goes to the log's tail, as there is room for it.
+
+        When it is stopped, what the thread has goes to a log on disk as far as it fits, and nowhere otherwise.
+        """
         assert self._ferry is not None
         while True:
             pipe, load = self._ferry.wait()
-            if not load or self._stop:
-                return
-            if not self.log.wait_for_room(load, lambda: self._stop):
+            if not load:
                 return
             while load:
-                count = pipe.splice_to(self.log.tail(), load)
-                self.log.appended(count)
+                if self._stop and self.log.directory is None:
+                    return
+                room = self.log.wait_for_room(lambda: self._stop, drain=self._drain)
+                if not room:
+                    return
+                count = self._put(pipe, min(room, load))
+                if not count and self._stop:
+                    return
                 load -= count
             self._ferry.give_back()
 
+    def _put(self, pipe: Pipe, most: int) -> int:
+        """Appends up to `most` bytes of `pipe`; 0 when the disk has no room. Raises OSError, the log as it was."""
+        try:
+            if not self._by_hand:
+                try:
+                    count = pipe.splice_to(self.log.tail(), most)
+                except OSError as error:
+                    if error.errno not in NO_SPLICE:
+                        raise
+                    self._by_hand = True
+            if self._by_hand:
+                self._rest = self._rest or os.read(pipe.read_fd, min(most, PIECE))
+                count = os.write(self.log.tail(), self._rest[:most])
+                self._rest = self._rest[count:]
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self.log.refused()
+            return 0
+        self.log.appended(count)
+        return count
+
     def _appended(self, _result: object, failed: BaseException | None) -> None:
         self._appending = False
-        self._let_go()
-        if failed is not None:
+        if failed is not None and self.state not in ("failed", "finished"):
             code = getattr(failed, "errno", 0) or 0
-            self.fail(self.error("appending to the log of", code, reason="" if code else str(failed)))
+            self._gone = self._never_delivered() if self.log.directory is None else self._not_appended()
+            self.fail(
+                self.error("appending to the log of", code, reason="" if code else str(failed))
+                if self.log.directory is None or not self.delivery.left
+                else self._kept("appending to the log of", code, str(failed))
+            )
         elif self.state == "finishing":
             self.log.end_stream()
             self.delivery.engine.post(self.delivery.whole)
+        elif self._stop and self.log.directory is not None and (missing := self._not_appended()):
+            log.warning("the log of %s was full: the last %d bytes are lost", self.address, missing)
+        self._let_go()
+
+    def _not_appended(self) -> int:
+        return self._begin + int(self.c.moved) - self.log.end
+
+    def _never_delivered(self) -> int:
+        return self._begin + int(self.c.moved) - self.delivery.position
+
+    def _kept(self, operation: str, code: int, reason: str) -> EndpointError:
+        """The error of one that ends with bytes in a log on disk: it names the log."""
+        where = f"{reason}; {self.backlog} bytes wait in {self.log.directory}"
+        return self.error(operation, code, reason=where)
 
     def finish(self) -> None:
         """The stream is complete: the log gets the rest, and its delivery goes on until the sink has it all."""
@@ -101,27 +200,28 @@ class SpillSink(Sink):
             self.state = "finishing"
             self._ferry.end()
 
-    def _undeliverable(self, reason: str) -> None:
-        self.lost = self.delivery.left
-        self.fail(self.error("writing to", 0, reason=reason))
+    def _undeliverable(self, error: EndpointError) -> None:
+        if self.state in ("failed", "finished"):
+            return
+        if self.log.directory is None:
+            self._gone = self._never_delivered()
+        self.fail(error)
 
-    def _delivered(self) -> None:
-        self.finished()
+    def _all_delivered(self) -> None:
+        """On the delivering engine, where a disk may be waited for: the log goes."""
         self.log.close()
-
-    @property
-    def backlog(self) -> int:
-        """Bytes that wait in the log."""
-        return self.delivery.left
+        self.engine.post(self.finished)
 
     def abort(self, reason: str) -> None:
-        """Ends it; what is in a log on disk stays there for the next start."""
-        left = self.delivery.left
-        if self.log.directory is not None and left:
-            reason = f"{reason}; {left} bytes wait in {self.log.directory}"
-        elif self.log.directory is None:
-            self.lost = left
-        super().abort(reason)
+        """Ends it; what is in a log on disk stays there for the next start, what is in memory is lost."""
+        if self.state in ("failed", "finished"):
+            return
+        if self.log.directory is None:
+            self._gone = self._never_delivered()
+        if self.backlog:
+            self.fail(self._kept("ending", 0, reason))
+        else:
+            super().abort(reason)
 
     def reopen(self) -> None:
         """The file behind the log was moved away."""
@@ -140,6 +240,7 @@ class SpillSink(Sink):
         self.closed = True
         if self.state == "finished":
             return
+        self.c.failed = 1  # the pump gives it nothing more, even while its place is held for another
         self._stop = True
         self.log.wake_writer()
         if self._ferry is not None:
@@ -157,127 +258,49 @@ class SpillSink(Sink):
     def _let_go(self) -> None:
         """Neither thread touches the log any more: what is on disk stays there."""
         if self._stop and not self._appending and not self._delivering:
-            self.log.close(keep=True)
+            self.log.close(keep=bool(self.delivery.left))
 
 
-class Spills:
-    """The logs of one relay: their directories, each locked once, and the engines that read disks.
+class Resumed:
+    """What an earlier run left in a log, on its way to the sink; owns the log.
 
-    Made before routes open; `close` after they have ended. Thread-safe only in that each route asks on its own
-    home engine.
+    `on_over(resumed)` is called once, on `home`, when all of it was delivered or it was stopped.
     """
 
-    def __init__(self) -> None:
-        self._directories: dict[str, SpillDirectory] = {}
-        self._readers: dict[str, Engine] = {}
-        self._claimed: set[tuple[str, str]] = set()
-        self._lent: dict[str, list[Log]] = {}  # by route, without those that are known to be closed
+    def __init__(
+        self, home: Engine, kept: Log, delivery: Delivery, on_over: Callable[[Resumed], None]
+    ) -> None:
+        self._home = home
+        self._log = kept
+        self._delivery = delivery
+        self._on_over = on_over
+        self._over = False
+        delivery.on_done = delivery.on_fail = self._ended
 
-    def _directory(self, path: str) -> SpillDirectory:
-        key = str(Path(path).absolute())
-        if key not in self._directories:
-            self._directories[key] = SpillDirectory(path)
-        return self._directories[key]
+    @property
+    def left(self) -> int:
+        """Bytes still to be delivered."""
+        return self._delivery.left
 
-    def sink(
-        self,
-        ways: Ways,
-        engine: Engine,
-        turn: Turn,
-        outlet: Outlet,
-        persistent: bool,
-        patience: float | None = None,
-    ) -> SpillSink:
-        """A sink for this stream that reads through a log; for `patience` see Delivery.
+    def start(self) -> None:
+        """Delivers; a stream whose end is not in the log is cut off where the log ends."""
+        engine, torn = self._delivery.engine, self._log.ended_at != self._log.end
+        engine.post(self._delivery.start)
+        engine.post(partial(self._delivery.whole, torn=torn))
 
-        Raises SinkError when the directory cannot be used.
-        """
-        sink, slow = outlet.settings, outlet.slow
-        assert sink is not None
-        if slow.directory is None:
-            kept = Log(largest=slow.max or 0)
-            reader = engine
-        else:
-            name = (
-                prefix(turn.route, sink)
-                if persistent
-                else f"{prefix(turn.route, sink)}.{turn.time}-{turn.id}"
-            )
-            directory = self._directory(slow.directory)
-            self._claimed.add((str(directory.path.absolute()), name))
-            kept = directory.log(name, largest=slow.max or 0)
-            still = [lent for lent in self._lent.get(turn.route, ()) if not lent.closed.is_set()]
-            self._lent[turn.route] = [*still, kept]
-            reader = self._reader(turn.route)
-        delivery = Delivery(reader, turn.route, kept, outlet.branch, sink, ways, turn, lambda: None, patience)
-        return SpillSink(engine, str(sink.address), kept, delivery)
+    def stop(self, reason: str) -> None:
+        """Ends it where it stands; what is left stays in the log, which is named. From any thread."""
+        self._delivery.engine.post(partial(self._stop, reason))
 
-    def _reader(self, route: str) -> Engine:
-        """The engine that reads the route's logs: reading a disk may wait, and then the chains should not."""
-        if route not in self._readers:
-            self._readers[route] = Engine(f"{route}-log")
-            self._readers[route].start()
-        return self._readers[route]
+    def _stop(self, reason: str) -> None:
+        if self._over:
+            return
+        self._delivery.stop(reason)
+        if self.left:
+            log.warning("%s: %d bytes wait in %s", reason, self.left, self._log.directory)
+        self._ended()
 
-    def resume(
-        self,
-        route: str,
-        stages: tuple[StageSettings, ...],
-        sink: SinkSettings,
-        slow: OnSlow,
-        ways: Ways,
-        turn: Callable[[], Turn],
-    ) -> list[Delivery]:
-        """Delivers what streams of an earlier run left in their logs; for a route with a log for each stream."""
-        if slow.directory is None:
-            return []
-        directory = self._directory(slow.directory)
-        begun = []
-        for name in directory.found():
-            key = (str(directory.path.absolute()), name)
-            if not name.startswith(prefix(route, sink) + ".") or key in self._claimed:
-                continue
-            self._claimed.add(key)
-            kept = directory.log(name)
-            engine = self._reader(route)
-            delivery = Delivery(engine, route, kept, stages, sink, ways, turn(), kept.close)
-            log.info(
-                "%s: %s of an earlier run go on to %s",
-                route,
-                show_size(delivery.left),
-                sink.address,
-                extra={"event": "resume", "route": route, "backlog": delivery.left},
-            )
-            ended = kept.ended_at
-            engine.post(delivery.start)
-            engine.post(partial(delivery.whole, torn=ended is None))
-            begun.append(delivery)
-        return begun
-
-    def wait_for_ends(self, route: str, patience: float) -> bool:
-        """Waits until every log that sinks of the route wrote is closed; False when that takes too long."""
-        deadline = time.monotonic() + patience
-        return all(
-            lent.closed.wait(max(0.0, deadline - time.monotonic())) for lent in self._lent.get(route, ())
-        )
-
-    def unclaimed(self) -> list[str]:
-        """Logs that no route claims: kept, and named for the operator."""
-        return [
-            str(directory.path / name)
-            for key, directory in self._directories.items()
-            for name in directory.found()
-            if (key, name) not in self._claimed
-        ]
-
-    def close(self) -> None:
-        """Ends the reading engines and gives the directories up."""
-        for engine in self._readers.values():
-            engine.stop()
-        for directory in self._directories.values():
-            directory.close()
-
-
-def prefix(route: str, sink: SinkSettings) -> str:
-    """How the logs of a route's sink are named: reduced to what is safe in a file name."""
-    return fill_path("{route}.{name}", {"route": route, "name": str(sink.address)})
+    def _ended(self, _error: object = None) -> None:
+        self._over = True
+        self._log.close(keep=bool(self._delivery.left))
+        self._home.post(lambda: self._on_over(self))

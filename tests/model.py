@@ -217,6 +217,7 @@ class Model:
                 moved |= self._turn(node)
                 if node.ring:
                     moved |= self._give_readers(node.ring)
+                moved |= self._end_next(node)
             if not moved or self._read >= self.budget or self._given >= GIVEN:
                 break
         waited_for = [node for node in self.nodes if self._in_turn(node)]
@@ -538,6 +539,17 @@ class Model:
             size = min(size, len(node.stash))
         return moved | self._move_out(node, size)
 
+    @staticmethod
+    def _end_next(node: Node) -> bool:
+        """What is teed onwards ends when all was teed, however long the branch takes over its own part."""
+        following = node.next
+        if not node.ended or not following or following.ended:
+            return False
+        if node.held != node.owed or node.prefix or node.untold:
+            return False
+        following.ended = True
+        return True
+
     def _pass_end_on(self, node: Node) -> None:
         node.done = True
         for following in (node.next, node.into):
@@ -580,8 +592,11 @@ class Model:
                 self._tell("SLOW", reader.sink.name)
 
     def _give_readers(self, ring: Ring) -> bool:
-        moved = [self._reader_turn(ring, r) for r in ring.readers if not (r.sink.failed or r.done)]
-        return any(moved)
+        moved = False
+        for reader in ring.readers:  # every reader has its turn, whatever moved before
+            if not (reader.sink.failed or reader.done):
+                moved |= self._reader_turn(ring, reader)
+        return moved
 
     def _reader_turn(self, ring: Ring, reader: Reader) -> bool:
         sink, moved = reader.sink, False

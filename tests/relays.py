@@ -19,6 +19,7 @@ from relay.config.load import from_data
 from relay.engine import Engine
 from relay.record import SessionRecord
 from relay.route import RunningRoute
+from relay.spills import Spills
 
 ROOT = Path(__file__).resolve().parent.parent
 RELAY = [sys.executable, "-m", "relay"]
@@ -34,6 +35,7 @@ class Relay:
         config = from_data({"routes": {"r": route}}, "test")
         self._engine = Engine("relay-under-test")
         self._over = threading.Event()
+        self._spills = Spills()
         self.route = RunningRoute(
             "r",
             config.routes["r"],
@@ -42,6 +44,7 @@ class Relay:
             lambda _route: self._over.set(),
             once=True,
             on_record=lambda _record: None,
+            spills=self._spills,
         )
 
     @property
@@ -54,6 +57,7 @@ class Relay:
             self.route.open()
         except BaseException:
             self.route.close()
+            self._spills.close()
             self._engine.close()
             raise
         self._engine.start()
@@ -66,6 +70,7 @@ class Relay:
         # a ferry's thread may still be at work for a sink that failed; its pipes are closed on the engine
         eventually(lambda: not working_threads("-ferry"), "the ferries' threads end")
         self.route.close()
+        self._spills.close()
         self._engine.stop()
 
     def wait(self, patience: float = PATIENCE) -> SessionRecord | None:

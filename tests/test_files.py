@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,11 @@ def put(file: WrittenFile, data: bytes) -> None:
                 before = file.written
                 file.take(pipe, count)
                 count -= file.written - before
+
+
+def length(path: Path) -> int:
+    """The size of a file, -1 while there is none."""
+    return path.stat().st_size if path.exists() else -1
 
 
 @pytest.fixture
@@ -139,7 +145,7 @@ def traced(tmp_path: Path, sink: str, data: bytes, *inject: str, more: str = "")
     if shutil.which("strace") is None:
         pytest.skip("strace is missing")
     trace = tmp_path / "trace"
-    calls = "trace=fsync,fdatasync,rename,link,linkat"
+    calls = "trace=fsync,fdatasync,rename,link,linkat,pwrite64"
     prefix = ["strace", "-f", "-qq", "-y", "-o", str(trace), "-e", calls, *inject]
     config = tmp_path / "relay.yaml"
     config.write_text(route(sink, more))
@@ -292,8 +298,6 @@ def test_a_file_in_place_waits_for_its_other_writer(tmp_path: Path) -> None:
     first, second = WrittenFile(tmp_path / "f", how), WrittenFile(tmp_path / "f", how)
     first.open()
     put(first, b"first")
-    import threading
-
     thread = threading.Thread(target=second.open)
     thread.start()
     assert (tmp_path / "f").read_bytes() == b"first"
@@ -377,15 +381,16 @@ def test_a_disk_that_is_read_only(tmp_path: Path, mounted: object) -> None:
 
 
 def test_a_write_error_in_the_middle(tmp_path: Path) -> None:
-    """EIO of a write fails that file; what was written before stays and is named."""
-    inject = ("-e", "trace=write", "-e", "inject=fsync:error=EIO:when=2")
-    served, _trace = traced(
-        tmp_path, 'file: "{id}", rotate: {size: 1000}, fsync: close', b"x" * 2500, *inject
-    )
+    """EIO of a write fails that file; what was written before stays, is named, and is what the record counts."""
+    data = payload(13, 3 * DIRECT_PIECE)
+    inject = ("-e", "inject=pwrite64:error=EIO:when=2+")
+    served, _trace = traced(tmp_path, 'file: "{id}", direct: true', data, *inject)
     (record,) = served.sessions()
-    assert "EIO" in record["sinks"][0]["reason"]
     assert record["result"] == "failed"
-    assert sum(path.stat().st_size for path in tmp_path.glob("1*")) >= 1000
+    assert "EIO" in record["sinks"][0]["reason"]
+    assert record["sinks"][0]["path"] == "1.part"
+    assert record["sinks"][0]["bytes"] == DIRECT_PIECE
+    assert_same((tmp_path / "1.part").read_bytes(), data[:DIRECT_PIECE])
 
 
 def test_a_stalled_file_stalls_nobody(tmp_path: Path) -> None:
@@ -396,7 +401,7 @@ def test_a_stalled_file_stalls_nobody(tmp_path: Path) -> None:
     with serving(route("file: whole", more), tmp_path) as served:
         with socket.create_connection(("127.0.0.1", served.port())) as sock:
             sock.sendall(data)
-            eventually(lambda: (tmp_path / "whole").stat().st_size == len(data), "the other file has all")
+            eventually(lambda: length(tmp_path / "whole") == len(data), "the other file has all")
             served.signal(signal.SIGTERM)
             served.said("draining")
             served.signal(signal.SIGTERM)
@@ -423,11 +428,11 @@ def test_a_frozen_disk_stalls_nobody(tmp_path: Path) -> None:
         with serving(route("file: whole", more), tmp_path) as served:
             with socket.create_connection(("127.0.0.1", served.port())) as sock:
                 sock.sendall(data[:1000])
-                eventually(lambda: (place / "f").exists(), "the file begins")
+                eventually(lambda: (place / "f.part").exists(), "the file begins")
                 frozen = run(["fsfreeze", "-f", place]).returncode == 0
                 assert frozen
                 sock.sendall(data[1000:])
-                eventually(lambda: (tmp_path / "whole").stat().st_size == len(data), "the other file has all")
+                eventually(lambda: length(tmp_path / "whole") == len(data), "the other file has all")
                 assert run(["fsfreeze", "-u", place]).returncode == 0
                 frozen = False
                 sock.shutdown(socket.SHUT_WR)

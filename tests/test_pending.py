@@ -21,7 +21,6 @@ WRITTEN = {
     ("SinkSettings", "rotate"): ("routes: {a: {source: '-', sink: {file: x, rotate: 1h}}}", "1:43"),
     ("SinkSettings", "fsync"): ("routes: {a: {source: '-', sink: {file: x, fsync: 1s}}}", "1:43"),
     ("SinkSettings", "direct"): ("routes: {a: {source: '-', sink: {file: x, direct: true}}}", "1:43"),
-    ("OnSlow", "buffer"): (HEAD + "    stages: [tee: {to: {file: x, on_slow: {buffer: 1MiB}}}]\n", "5:44"),
 }
 
 

@@ -33,7 +33,7 @@ from relay.kernel.probe import Machine, machine
 from relay.pipeline import Pipeline
 from relay.plan import Plan, RoutePlan, hops, make_plan
 from relay.record import SessionRecord
-from relay.spill import Spills
+from relay.spills import Spills
 from relay.stages.stage import Turn
 from relay.ways import Ways
 
@@ -322,7 +322,7 @@ def test_a_spills_figures_are_real(where: str, places: dict[str, str], fds: Desc
     slow = "on_slow: {policy: spill, " + where + "max: 16MiB}"
     body = (
         "source: 'tcp://:0', sink: {connect: %(tcp)s, " + slow + "}, "
-        "stages: [tee: {to: %(unix)s, stages: [meter, checksum], " + slow + "}]"
+        "stages: [tee: {to: %(unix)s, stages: [meter, throttle: 1GB/s], " + slow + "}]"
     )
     config = loads(f"routes: {{r: {{{body % places}}}}}")
     plan = make_plan(config, machine()).routes[0]
@@ -336,7 +336,8 @@ def test_a_spills_figures_are_real(where: str, places: dict[str, str], fds: Desc
             return (real.pipes, real.pages) == (most.pipes, most.pages)
 
         bench.turn_until(delivering)
-        assert most.descriptors - 6 <= opened_since(bench.before).descriptors <= most.descriptors
+        segments = 6 if where else 22  # of both logs, that are not there yet
+        assert most.descriptors - segments <= opened_since(bench.before).descriptors <= most.descriptors
         assert most.at_most
     finally:
         bench.close()

@@ -310,7 +310,8 @@ def test_a_file_in_place_has_one_writer(tmp_path: Path) -> None:
         served.port()
         old = connect(port)
         old.sendall(b"x" * 100_000)
-        eventually(lambda: (tmp_path / "out").stat().st_size == 100_000, "the file grows")
+        out = tmp_path / "out"
+        eventually(lambda: out.exists() and out.stat().st_size == 100_000, "the file grows")
         reload(served, text.replace("METHOD", "copy"))
         with pytest.raises(ConnectionResetError):
             receive_all(old)
@@ -332,7 +333,8 @@ def test_files_are_opened_anew(tmp_path: Path) -> None:
     with serving(text, tmp_path) as served, connect(served.port()) as sock:
         sock.sendall(b"before")
         for name in ("log", "plain"):
-            eventually(lambda name=name: (tmp_path / name).stat().st_size == 6, "bytes arrive")
+            path = tmp_path / name
+            eventually(lambda path=path: path.exists() and path.stat().st_size == 6, "bytes arrive")
             (tmp_path / name).rename(tmp_path / f"{name}.1")
         reload(served, text)
         for name in ("log", "plain"):
@@ -355,7 +357,8 @@ def test_a_file_that_cannot_be_opened_anew_goes_on(tmp_path: Path) -> None:
     (tmp_path / "d" / "e").mkdir()
     with serving(text, tmp_path) as served, connect(served.port()) as sock:
         sock.sendall(b"before ")
-        eventually(lambda: (tmp_path / "d/e/log").stat().st_size == 7, "bytes arrive")
+        log = tmp_path / "d/e/log"
+        eventually(lambda: log.exists() and log.stat().st_size == 7, "bytes arrive")
         (tmp_path / "d").rename(tmp_path / "moved")
         served.signal(signal.SIGHUP)
         served.said("written on")

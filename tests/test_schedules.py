@@ -1,6 +1,6 @@
 """Random schedules over sockets, pipes and files at once, where only what arrives can be foretold.
 
-RELAY_EXAMPLES / 2 of them (default 300 / 2).
+RELAY_EXAMPLES / 2 of them (default 120 / 2).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from peers import PATIENCE, assert_same
 
 from relay.engine import Engine
 
-EXAMPLES = max(10, int(os.environ.get("RELAY_EXAMPLES", "300")) // 2)
+EXAMPLES = max(10, int(os.environ.get("RELAY_EXAMPLES", "120")) // 2)
 
 
 @dataclasses.dataclass

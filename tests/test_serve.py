@@ -356,6 +356,59 @@ def test_a_stream_under_way_may_finish(tmp_path: Path) -> None:
     assert (tmp_path / "1.bin").read_bytes() == b"before after"
 
 
+@pytest.mark.parametrize("stages", ["", "stages: [{tee: {to: 'null:'}}],"])
+def test_a_stream_with_viewers_may_finish(tmp_path: Path, stages: str) -> None:
+    """After SIGTERM the stream under way reaches its viewers, who see its end; relay does not wait for its time."""
+    config = f'routes: {{r: {{source: {{listen: "tcp://127.0.0.1:0"}}, {stages} sink: {{listen: "tcp://127.0.0.1:0"}}}}}}'
+    with serving(config, tmp_path) as served:
+        live, port = (int(address.rpartition(":")[2]) for address in served.addresses(2))
+        with socket.create_connection(("127.0.0.1", live)) as viewer:
+            served.said("joined")
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                sock.sendall(b"before ")
+                assert receive_exactly(viewer, 7) == b"before "
+                served.signal(signal.SIGTERM)
+                served.said("draining")
+                sock.sendall(b"after")
+            began = time.monotonic()
+            assert receive_all(viewer) == b"after"
+        assert served.wait() == 0
+        assert time.monotonic() - began < 5
+    assert len(served.sessions()) == 1
+
+
+def test_a_drain_between_streams_tells_of_none(tmp_path: Path) -> None:
+    """Two signals with nothing under way end relay without the record of a stream that never was."""
+    with serving(LIVE, tmp_path) as served:
+        with socket.create_connection(("127.0.0.1", served.port(0))):
+            served.said("joined")
+            served.signal(signal.SIGTERM)
+            served.signal(signal.SIGINT)
+            assert served.wait() == 0
+    assert not [line for line in served.lines if line.get("event") == "session"]
+
+
+def test_a_turn_is_over_when_its_files_have_it(tmp_path: Path) -> None:
+    """The record of a turn counts all that a file in place was given; a file that fails late is in it, too."""
+    os.mkfifo(tmp_path / "slow")
+    config = 'routes: {r: {source: {listen: "tcp://127.0.0.1:0"}, sink: {file: slow}}}'
+    with serving(config, tmp_path) as served:
+        with socket.create_connection(("127.0.0.1", served.port())) as sock:
+            sock.sendall(b"content")
+            sock.shutdown(socket.SHUT_WR)
+            sock.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                sock.recv(1)
+            sock.settimeout(20)
+            with (tmp_path / "slow").open("rb") as reader:
+                assert receive_all(sock) == b""
+                assert os.read(reader.fileno(), 100) == b"content"
+        (record,) = served.sessions()
+        served.signal(signal.SIGTERM)
+        assert served.wait() == 0
+    assert record["sinks"][0]["bytes"] == 7
+
+
 def refused(port: int) -> bool:
     """Whether nobody listens on the port any more."""
     with socket.socket() as sock:

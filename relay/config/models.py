@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError, WithJsonSchema
 
 from relay.endpoints.address import Address, AddressError
+from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings, SourceSettings
 from relay.settings import FrozenModel, Place, Problem
-from relay.stages.base import AnyStage
+from relay.stages.base import AnyStage, StageSettings
+from relay.stages.tee import Settings as Tee
 from relay.units import Duration
 
 
@@ -65,6 +67,37 @@ class Route(FrozenModel):
                         f"{str(sink.address)!r} can be listened on once only; write 'one'",
                         ("source", "connections"),
                     )
+
+        yield from self._shared_logs()
+
+    def _shared_logs(self) -> Iterator[Problem]:
+        """Two sinks of one address whose logs would have one name."""
+        seen: set[tuple[str, str]] = set()
+        for place, sink, slow in self._policies():
+            if slow.directory is None:
+                continue
+            key = (str(sink.address), slow.directory)
+            if key in seen:
+                said = f"another sink to {key[0]} keeps its log there already; name another directory"
+                yield Problem(said, place)
+            seen.add(key)
+
+    def _policies(self) -> Iterator[tuple[Place, SinkSettings, OnSlow]]:
+        """Every sink with the policy that covers it as it is written, and the place of that."""
+
+        def walk(
+            stages: tuple[StageSettings, ...], at: Place
+        ) -> Iterator[tuple[Place, SinkSettings, OnSlow]]:
+            for index, stage in enumerate(stages):
+                if isinstance(stage, Tee):
+                    here = (*at, index, stage.kind)
+                    yield from walk(stage.stages, (*here, "stages"))
+                    own = "on_slow" in stage.model_fields_set
+                    place = (*here, "on_slow") if own else (*here, "to", "on_slow")
+                    yield place, stage.to, stage.on_slow if own else stage.to.on_slow
+
+        yield from walk(self.stages, ("stages",))
+        yield ("sink", "on_slow"), self.sink, self.sink.on_slow
 
     def sinks(self) -> Iterator[tuple[Place, SinkSettings]]:
         """Every sink of the route with its place in it: those of its tees first, in order, replies too."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from relay.config.models import Config, Route
-from relay.endpoints.options import OnSlow
 from relay.settings import FrozenModel, Place, Problem
 from relay.stages.base import StageSettings
 
@@ -26,7 +25,6 @@ class Pending(NamedTuple):
 PENDING = (
     Pending(Config, "admin", "leave it out; relay logs what it does"),
     Pending(Route, "duplex", "a route moves bytes one way: from its source to its sinks"),
-    Pending(OnSlow, "buffer", "a sink's backlog is its pipe"),
 )
 
 

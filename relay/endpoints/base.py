@@ -240,6 +240,21 @@ class Sink(End):
         """Bytes that wait in this sink's log; only a spill has one."""
         return 0
 
+    @property
+    def reconnects(self) -> int:
+        """How often it was connected again; only one with a log does that by itself."""
+        return 0
+
+    @property
+    def twice(self) -> int:
+        """Bytes sent again after a connection broke; only a spill does that."""
+        return 0
+
+    @property
+    def away(self) -> bool:
+        """Whether one that is connected again by itself is not there."""
+        return False
+
     def under_way(self) -> int:
         """Bytes handed over that the receiver's kernel has not acknowledged, where that can be told."""
         return 0

@@ -105,6 +105,8 @@ class OnSlow(FrozenModel):
         for key in ("directory", "max", "then"):
             if key in given and policy != "spill":
                 yield Problem(f"'{key}' belongs to policy spill, {_this(policy)}", (key,), at_key=True)
+        if given.get("buffer") and policy == "spill":
+            yield Problem("a spill's log is its backlog; 'max' bounds it", ("buffer",), at_key=True)
         if "align" in given and policy != "drop" and given.get("then") != "drop":
             yield Problem(f"'align' belongs to policy drop, {_this(policy)}", ("align",), at_key=True)
 

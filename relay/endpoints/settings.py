@@ -344,6 +344,21 @@ class SinkSettings(EndpointSettings):
                 said = "'sidecar' covers one file; with 'rotate' the stream is in many"
                 yield Problem(said, ("sidecar",), at_key=True)
 
+    def check_made(self) -> Iterator[Problem]:
+        """A policy that this kind of sink cannot have."""
+        yield from (problem.within("on_slow") for problem in self.cannot(self.on_slow))
+
+    def cannot(self, slow: OnSlow) -> Iterator[Problem]:
+        """What in a policy that covers this sink it cannot have, each at its key in the policy."""
+        scheme = self.address.scheme
+        if slow.directory is not None and self.verb != "listen" and scheme not in ("tcp", "unix", "fifo"):
+            said = f"a log on disk waits for a sink that can be reached again; {str(self.address)!r} is none"
+            hint = "leave 'directory' out: the log is then in memory"
+            yield Problem(f"{said}; {hint}", ("directory",), at_key=True)
+        if slow.buffer and self.verb == "listen":
+            said = "a listening sink has no buffer: each subscriber's backlog is a pipe of its own"
+            yield Problem(said, ("buffer",), at_key=True)
+
     @property
     def verb(self) -> Literal["listen", "connect", "write"]:
         """What the sink does to get rid of its bytes."""

@@ -233,7 +233,7 @@ int move_out(struct pass *s, struct relay_node *n, int64_t amount)
         return drop(s, n, amount);
     if (!n->left || (!n->into && !n->sink)) {
         int any = discard(s, n, amount);
-        if (n->left)
+        if (n->left || n->cut)
             n->dropped += before - n->held;
         return any;
     }

@@ -14,7 +14,7 @@ static void pass_end_on(struct pass *s, struct relay_node *n)
         tell(s, n->sink->token, RELAY_SINK_DRAINED, 0);
 }
 
-static int turn(struct pass *s, struct relay_node *n)
+static int turn_of(struct pass *s, struct relay_node *n)
 {
     int moved = 0;
     int64_t amount;
@@ -68,6 +68,18 @@ static int turn(struct pass *s, struct relay_node *n)
     if (n->stash_len > n->stash_out && amount > n->stash_len - n->stash_out)
         amount = n->stash_len - n->stash_out;
     return moved | move_out(s, n, amount);
+}
+
+/* A node's turn. What is teed onwards ends when all was teed, however long the branch takes over its own part. */
+static int turn(struct pass *s, struct relay_node *n)
+{
+    int moved = turn_of(s, n);
+    if (n->ended && n->next && !n->next->ended && n->held == n->owed && !n->prefix_left
+        && n->stash_next == n->stash_len) {
+        n->next->ended = 1;
+        moved = 1;
+    }
+    return moved;
 }
 
 /* What the peer of a one-way sink sends is thrown away: closing with unread bytes would reset the connection

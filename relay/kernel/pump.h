@@ -159,6 +159,7 @@ struct relay_node {
     int64_t stamp_ns;
     int64_t skip;              /* bytes still to be discarded first */
     int64_t left;              /* bytes that may still pass, -1: no bound */
+    int cut;                   /* with `left` 0: what comes is dropped by policy, not by a limit */
     /* bytes put in front of what comes in: lent, never written again */
     char *prefix;
     int64_t prefix_left;

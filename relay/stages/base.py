@@ -31,6 +31,12 @@ class StageSettings(FrozenModel):
         """How this stage itself holds the stream back, to follow "holds the source"; empty if it does not."""
         return ""
 
+    @property
+    def once(self) -> str:
+        """Why it must see its stream once from its beginning, and so cannot stand behind a log, where a broken
+        connection makes it begin again; empty if that does not matter to it."""
+        return ""
+
     def sinks(self) -> Iterator[tuple[Place, SinkSettings]]:
         """Every sink this stage feeds, with its place below the stage's settings; most stages feed none."""
         yield from ()

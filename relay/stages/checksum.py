@@ -32,6 +32,11 @@ class Settings(StageSettings):
         """While the thread that hashes is behind."""
         return "while hashing is slower than the stream"
 
+    @property
+    def once(self) -> str:
+        """Behind a log it would cover only what went over the last connection."""
+        return "it would cover only what went over the last connection"
+
     def make(self) -> Checksum:
         """The stage at work for one pipeline."""
         return Checksum(self.algorithm, self.name or self.kind)

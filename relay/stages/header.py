@@ -59,6 +59,11 @@ class Settings(StageSettings):
         """The bytes given by `base64`; None if they come from `text` or `file`."""
         return None if self.base64 is None else _base64.b64decode(self.base64)
 
+    @property
+    def once(self) -> str:
+        """Behind a log the header would come again with every new connection."""
+        return "the header would come again with every new connection"
+
     def make(self) -> Header:
         """The stage at work for one pipeline."""
         return Header(self)

@@ -29,6 +29,11 @@ class Settings(StageSettings):
         if "skip" not in given and "stop" not in given:
             yield Problem("limit needs 'skip', 'stop' or both", at_key=True)
 
+    @property
+    def once(self) -> str:
+        """Behind a log it would count anew with every new connection."""
+        return "it would count anew with every new connection"
+
     def make(self) -> Limit:
         """The stage at work for one pipeline."""
         return Limit(self)

@@ -35,6 +35,18 @@ class Settings(StageSettings):
                 "'on_slow' is given inside 'to' as well; a branch has one policy", ("on_slow",), at_key=True
             )
 
+    def check_made(self) -> Iterator[Problem]:
+        """What the branch's sink cannot have, and stages that cannot stand behind a spill's log."""
+        if "on_slow" in self.model_fields_set:
+            yield from (problem.within("on_slow") for problem in self.to.cannot(self.on_slow))
+        if self.slow.policy != "spill" or self.to.verb == "listen":
+            return
+        for index, stage in enumerate(self.stages):
+            if stage.once:
+                said = f"'{stage.kind}' cannot be in a branch that spills: {stage.once}"
+                hint = "put it in front of the tee, or in a route of its own"
+                yield Problem(f"{said}; {hint}", ("stages", index, stage.kind), at_key=True)
+
     @property
     def slow(self) -> OnSlow:
         """The branch's policy in force, wherever it was written, with its defaults filled in."""
@@ -47,6 +59,11 @@ class Settings(StageSettings):
             for place, sink in stage.sinks():
                 yield ("stages", index, stage.kind, *place), sink
         yield ("to",), self.to
+
+    @property
+    def once(self) -> str:
+        """Behind a log its sink would get again what a broken connection had not acknowledged."""
+        return "its sink would get again what a broken connection had not acknowledged"
 
     def make(self) -> Tee:
         """The stage at work for one pipeline."""
