@@ -381,12 +381,13 @@ def footprint(served: Process) -> tuple[int, int, int]:
 
 @pytest.fixture
 def many() -> Iterator[int]:
-    """How many connections this process may have open; its limit of descriptors is raised for the test."""
+    """How many connections at once; the limit of descriptors is raised for the test, four a connection in relay."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 5000 if FULL else 500
-    most = wanted + 200
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, most), hard), hard))
-    yield min(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200)
+    if hard != resource.RLIM_INFINITY and hard < 4 * wanted + 200:
+        pytest.skip(f"the hard limit of descriptors is {hard}: {4 * wanted + 200} are needed (ulimit -Hn)")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4 * wanted + 200), hard))
+    yield wanted
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
@@ -429,13 +430,12 @@ def test_churn_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_idle_connections_cost_little(tmp_path: Path, many: int) -> None:
     """A host of connections that say nothing are all there, and when they go nothing of them is left."""
     with serving('routes: {r: {source: {listen: "tcp://127.0.0.1:0"}, sink: "null:"}}', tmp_path) as served:
-        resource.prlimit(served.pid, resource.RLIMIT_NOFILE, (8 * many, 8 * many))
         for _ in range(20):
             assert is_in(connect(served))
         served.sessions(20)
         before = footprint(served)
         rounds = []
-        for _ in range(2):
+        for _ in range(5):
             socks = [connect(served) for _ in range(many)]
             eventually(lambda: footprint(served)[0] >= before[0] + many, "all of them are in", patience=60.0)
             rounds.append(footprint(served))
@@ -444,9 +444,9 @@ def test_idle_connections_cost_little(tmp_path: Path, many: int) -> None:
             eventually(lambda: footprint(served)[0] <= before[0], "descriptors are given back", patience=60.0)
         assert is_in(connect(served))
         end(served)
-    first, second = rounds
-    assert first[1] == second[1] == before[1]
+    first, *_between, fourth, fifth = rounds
+    assert {there[1] for there in rounds} == {before[1]}
     assert (first[2] - before[2]) / many < 64  # KiB a connection
     assert (
-        second[2] - first[2] < 4096 + many
+        fifth[2] - fourth[2] < 2048 + many
     )  # the queue of log lines, which nobody reads here, and the allocator
