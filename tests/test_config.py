@@ -691,3 +691,20 @@ def test_an_endless_device_is_read_up_to_the_limit() -> None:
         load("/dev/zero")
     with pytest.raises(ConfigErrors, match="the limit is 4 MiB"):
         loads(" " * (LARGEST + 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "column", "said"),
+    [
+        ("append: true, rotate: 1h", 59, "logrotate"),
+        ("rotate: 1h, sidecar: true", 57, "'sidecar' covers one file"),
+        ("append: true, direct: true", 59, "whole blocks"),
+    ],
+)
+def test_file_options_that_exclude_each_other(options: str, column: int, said: str) -> None:
+    """Options of a file sink that cannot both hold are refused at the second one's key."""
+    with pytest.raises(ConfigErrors) as caught:
+        loads(f"routes: {{a: {{source: '-', sink: {{file: out, {options}}}}}}}")
+    (error,) = caught.value.errors
+    assert error.column == column
+    assert said in str(error)
