@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -15,11 +16,21 @@ from relays import Process, serving
 KEPT = '  kept: {source: {listen: "tcp://127.0.0.1:0"}, sink: {file: "kept-{id}"}}\n'
 
 
+# below the ports that outgoing connections take, and not those of another run beside this one
+PORTS = itertools.count(12_000 + os.getpid() % 18_000)
+
+
 def free_port() -> int:
-    """A port that nobody has at this moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port that nobody listens on now, nor will by chance: a reload closes and opens it again."""
+    for port in PORTS:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise AssertionError("unreachable: the ports do not end")
 
 
 def connect(port: int) -> socket.socket:
