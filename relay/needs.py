@@ -86,9 +86,9 @@ def subscriber() -> Need:
 def backlog(slow: OnSlow, burst: int) -> int:
     """By how many bytes a subscriber may be behind before it is full; it begins a burst behind.
 
-    A broadcast's log is its ring, which is memory: a spill's `max` makes it larger, one for a disk does not.
+    A broadcast's log is its ring, which is memory: a spill's `max` makes it larger.
     """
-    spilled = slow.max or 0 if slow.policy == "spill" and slow.directory is None else 0
+    spilled = slow.max or 0 if slow.policy == "spill" else 0
     return BACKLOG + slow.buffer + spilled + burst
 
 

@@ -366,10 +366,10 @@ class _Walk:
         ]
         first = min(loose, key=lambda item: item[0], default=None)
         words = f"holds the source{' ' * bool(how)}{how}"
-        if slow is not None and slow.policy == "spill":
+        if slow is not None and slow.policy == "spill" and not room:
             full = f"has {show_size(slow.max)}" if slow.max is not None else "has filled its disk"
             words = f"reads from a log of its own; once that {full}, it {words}"
-        elif slow is not None and slow.buffer:
+        elif slow is not None and slow.buffer and not room:
             words = f"reads from a buffer of its own; once that has {show_size(slow.buffer)}, it {words}"
         if first is None:
             words += ", and with it everybody on the route"

@@ -52,16 +52,19 @@ class SinkRecord:
         return line
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: without what is empty."""
+        """For JSON: the figures always, words only where there are any."""
         found = {
             "sink": self.sink,
             "address": self.address,
             "bytes": self.bytes,
+            "lost": self.lost,
+            "dropped": self.dropped,
+            "reconnects": self.reconnects,
             "seconds": round(self.seconds, 6),
             "method": self.method,
             "result": self.result,
         }
-        for key in ("reason", "lost", "dropped", "backlog", "reconnects", "twice", "path", "why_method"):
+        for key in ("reason", "backlog", "twice", "path", "why_method"):
             if value := getattr(self, key):
                 found[key] = value
         if self.blocked_seconds > 0:

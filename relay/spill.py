@@ -258,7 +258,10 @@ class SpillSink(Sink):
     def _let_go(self) -> None:
         """Neither thread touches the log any more: what is on disk stays there."""
         if self._stop and not self._appending and not self._delivering:
-            self.log.close(keep=bool(self.delivery.left))
+            left = self.delivery.left
+            if left and self.log.directory is not None:
+                log.warning("%d bytes for %s wait in %s", left, self.address, self.log.directory)
+            self.log.close(keep=bool(left))
 
 
 class Resumed:

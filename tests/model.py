@@ -220,9 +220,9 @@ class Model:
                 moved |= self._end_next(node)
             if not moved or self._read >= self.budget or self._given >= GIVEN:
                 break
-        empty = not any(self._in_turn(node) for node in self.nodes)
+        waited_for = [node for node in self.nodes if self._in_turn(node)]
         still_open = any(n.sink and not n.sink.failed and not n.done for n in self.nodes)
-        if empty and self.tell_idle and (self.source_ended or not self.source):
+        if not waited_for and self.tell_idle and (self.source_ended or not self.source):
             self.tell_idle, self.idle = False, 0
             self._tell("IDLE", "pipeline")
         if not still_open and not self.done and not self.keep:

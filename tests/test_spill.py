@@ -584,8 +584,8 @@ HEAD = "routes: {a: {source: 'tcp://:1', "
             "leave 'directory'",
         ),
         (
-            "sink: {listen: 'tcp://:2', on_slow: {buffer: 1MiB}}",
-            "each subscriber's backlog is a pipe of its own",
+            "sink: {listen: 'tcp://:2', on_slow: {policy: spill, directory: d}}",
+            "its subscribers read from one ring in memory",
         ),
         ("sink: {connect: 'tcp://h:2', on_slow: {policy: spill, buffer: 1MiB}}", "'max' bounds it"),
         *(

@@ -355,9 +355,10 @@ class SinkSettings(EndpointSettings):
             said = f"a log on disk waits for a sink that can be reached again; {str(self.address)!r} is none"
             hint = "leave 'directory' out: the log is then in memory"
             yield Problem(f"{said}; {hint}", ("directory",), at_key=True)
-        if slow.buffer and self.verb == "listen":
-            said = "a listening sink has no buffer: each subscriber's backlog is a pipe of its own"
-            yield Problem(said, ("buffer",), at_key=True)
+        if slow.directory is not None and self.verb == "listen":
+            said = "a listening sink has no log on disk: its subscribers read from one ring in memory"
+            hint = "leave 'directory' out: 'max' is then how much larger the ring is"
+            yield Problem(f"{said}; {hint}", ("directory",), at_key=True)
 
     @property
     def verb(self) -> Literal["listen", "connect", "write"]:
