@@ -733,7 +733,8 @@ def test_a_signal_ends_at_once(number: signal.Signals, code: int, data: Path, tm
         with peers.running(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             with accept(listener) as sock:
                 peers.receive_exactly(sock, 1000)
-                peers.eventually((tmp_path / "out.part").exists, "the part")
+                part = tmp_path / "out.part"
+                peers.eventually(lambda: part.exists() and part.stat().st_size, "the part has bytes")
                 began = time.monotonic()
                 process.send_signal(number)
                 with pytest.raises(ConnectionResetError):
