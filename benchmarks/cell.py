@@ -38,7 +38,7 @@ class Cell:
 
 
 _BASE = (
-    Cell("file-tcp", "File (warm page cache) to tcp", "file", "tcp", 1, 2 * GIB, contender.FILE_TCP),
+    Cell("file-tcp", "File (warm page cache) to tcp", "file", "tcp", 1, GIB, contender.FILE_TCP),
     Cell("tcp-4tcp", "tcp to 4 tcp", "tcp", "tcp", 4, GIB, contender.TCP_4TCP),
     Cell(
         "pipe-4pipes",
@@ -46,11 +46,11 @@ _BASE = (
         "pipe",
         "fifo",
         4,
-        4 * GIB,
+        8 * GIB,
         contender.PIPE_4PIPES,
         target=("tee", 0.2),
     ),
-    Cell("tcp-file", "tcp to file", "tcp", "file", 1, 2 * GIB, contender.TCP_FILE),
+    Cell("tcp-file", "tcp to file", "tcp", "file", 1, GIB, contender.TCP_FILE),
 )
 
 
