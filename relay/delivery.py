@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 from relay.backoff import Backoff
-from relay.endpoints.base import Source
+from relay.endpoints.base import Sink, Source
 from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine, Timer
@@ -115,6 +115,7 @@ class Delivery:
         self._noted[0] = self._cursor.position
         self._pipeline: Pipeline | None = None
         self._source: LogSource | None = None
+        self._end: Sink | None = None  # of the present connection, or the last
         self._backoff = Backoff()
         self._timer: Timer | None = None
         self._looker: Timer | None = None
@@ -140,6 +141,7 @@ class Delivery:
         if self._stopped:
             return
         self.reconnects += 1
+        self._end = None
         source = self._source = LogSource(self.engine, self._log, self._cursor.position)
         if self._torn:
             source.torn = TORN
@@ -165,7 +167,7 @@ class Delivery:
         pipeline.begin(source, self._turn)
         if pipeline.closed:
             return
-        standing = pipeline.chain.outlets[-1].sink
+        standing = self._end = pipeline.chain.outlets[-1].sink
         if standing is not None:
             standing.c.base = self._cursor.position
             standing.c.queues = int(self._sink.address.scheme == "tcp")
@@ -236,7 +238,8 @@ class Delivery:
             show_size(self.left),
             extra={"route": self.route, "sink": sink.sink, "backlog": self.left},
         )
-        self._again(sink.seconds)
+        end = self._end
+        self._again(sink.seconds if end is not None and end.opened_at else 0.0)
 
     def _again(self, lasted: float) -> None:
         self._backoff.lasted(lasted)

@@ -99,7 +99,7 @@ def test_a_peer_that_vanishes_while_busy_is_found_within_dead_after(net: Network
     assert said["result"] == "failed"
     assert "writing to tcp://10.77.0.2" in said["reason"]
     assert "silent for 2 s with 19.5 KiB unacknowledged (ETIMEDOUT)" in said["reason"]
-    assert said["lost"] == 20_000
+    assert said.get("lost", 0) == 20_000
     assert 1.9 < took < 2 + SLACK
 
 
@@ -117,7 +117,7 @@ def test_a_peer_that_vanishes_while_idle_is_found_within_dead_after(net: Network
         took = time.monotonic() - cut_at
     (said,) = record["sinks"]
     assert said["result"] == "failed"
-    assert said["lost"] == 0
+    assert said.get("lost", 0) == 0
     assert took < 2 + SLACK
 
 
@@ -192,7 +192,7 @@ def test_a_partition_that_heals_in_time_loses_nothing(net: Network, tmp_path: Pa
         (record,) = served.sessions()
         feeder.join()
     (said,) = record["sinks"]
-    assert (said["result"], said["reconnects"], said["lost"]) == ("delivered", 0, 0)
+    assert (said["result"], said.get("reconnects", 0), said.get("lost", 0)) == ("delivered", 0, 0)
 
 
 def test_a_partition_that_heals_late_loses_nothing_under_spill(net: Network, tmp_path: Path) -> None:
@@ -225,8 +225,10 @@ def test_a_partition_that_heals_late_loses_nothing_under_spill(net: Network, tmp
 @pytest.mark.parametrize("policy", ["drop", "spill"])
 def test_a_slow_link(net: Network, tmp_path: Path, policy: str) -> None:
     """Beside a receiver behind a slow link another gets all at its own pace; the slow one what its policy says."""
-    data = payload(5, 6 << 20)
-    net.slow("16mbit")
+    data = payload(
+        5, 20 << 20 if policy == "drop" else 6 << 20
+    )  # more than the socket's queue and the pipe hold
+    net.slow("32mbit")
     slow = "{policy: drop, after: 50ms, align: 188}" if policy == "drop" else "spill"
     with net.listener(receive_buffer=65536) as listener:
         port = listener.getsockname()[1]
@@ -251,13 +253,13 @@ routes:
     said, file = record["sinks"]
     assert file["result"] == said["result"] == "delivered"
     assert said["bytes"] == len(got)
-    assert said["bytes"] + said["dropped"] == len(data)
-    assert said["lost"] == 0
+    assert said["bytes"] + said.get("dropped", 0) == len(data)
+    assert said.get("lost", 0) == 0
     if policy == "spill":
         assert_same(got, data)
     else:
-        assert said["dropped"] > 0
-        assert said["dropped"] % 188 in (0, len(data) % 188)
+        assert said.get("dropped", 0) > 0
+        assert said.get("dropped", 0) % 188 in (0, len(data) % 188)
 
 
 def test_nothing_is_left_of_the_network() -> None:
