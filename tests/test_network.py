@@ -22,7 +22,7 @@ from peers import (
     send_all,
     wait_for,
 )
-from relays import Process, serving
+from relays import Process, relay, serving
 
 SLACK = 2.0  # seconds of a busy machine's own
 
@@ -220,6 +220,18 @@ def test_a_partition_that_heals_late_loses_nothing_under_spill(net: Network, tmp
     assert_same(rest, data[len(data) - len(rest) :])
     assert len(first) + len(rest) >= len(data)
     assert record["result"] == "delivered"
+
+
+def test_a_network_that_cannot_be_reached_is_named(net: Network, tmp_path: Path) -> None:
+    """Without a route the sink's error names the operation, the address, the errno and what to look at."""
+    to = "tcp://192.0.2.1:9"
+    with relay("run", "null:", "--to", to, cwd=tmp_path, prefix=net.prefix) as process:
+        assert process.wait() == 5
+        said = process.text
+    unreachable = (
+        f"connecting to {to}: Network is unreachable (ENETUNREACH); is there a route to that network?"
+    )
+    assert unreachable in said
 
 
 @pytest.mark.parametrize("policy", ["drop", "spill"])
