@@ -103,6 +103,7 @@ class Delivery:
         self._timer = None
         if self._stopped:
             return
+        self._standing = None
         source = self._source = LogSource(self.engine, self._log, self._cursor.position)
         if self._torn:
             source.torn = TORN
@@ -218,7 +219,8 @@ class Delivery:
             extra={"route": self.route, "sink": sink.sink, "backlog": self.left},
         )
         self.reconnects += bool(sink.bytes)
-        self._again(sink.seconds if sink.bytes else 0.0)
+        standing = self._standing
+        self._again(sink.seconds if standing is not None and standing.opened_at else 0.0)
 
     def _end(self, tell: Callable[[], None]) -> None:
         self._stopped = True

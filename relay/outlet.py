@@ -102,12 +102,16 @@ class Outlet:
         return settings is not None and settings.verb == "connect" and self.slow.policy != "spill"
 
     def begin_turn(self) -> None:
-        """Counts from here."""
+        """The next stream: its reconnects count from here."""
         self.settled = False
-        self.moved_before = self.sink.moved if self.sink and not self.per_turn else 0
-        self.moved_away = self.lost_before = self.away = 0
+        self.away = 0
         self.why_away = ""
+
+    def end_turn(self) -> None:
+        """Bytes count from here, the last record holds the others: what waits now is the next record's to tell of."""
+        self.moved_before = self.sink.moved if self.sink and not self.per_turn else 0
         self.lost_earlier = self.sink.lost if self.sink and not self.per_turn else 0
+        self.moved_away = self.lost_before = 0
         self.dropped_before += self.dropped
         self.blocked_before += self.blocked
 
@@ -157,7 +161,8 @@ class Outlet:
         method = sink.method if sink.c.kind == core.FERRY or self.listens else by_hand
         failed = sink.state == "failed" and not self.absent
         lost = self.lost_before + (0 if self.absent else sink.lost - self.lost_earlier)
-        missed = lost or (self.backoff is not None and self.down and self.dropped)
+        waiting = int(self.node.c.held) if self.node.c.apart_ns else 0
+        missed = lost or (self.backoff is not None and self.down and (self.dropped or waiting))
         return SinkRecord(
             sink=self.name,
             address=sink.address,
@@ -173,7 +178,7 @@ class Outlet:
             dropped=self.dropped,
             blocked_seconds=self.blocked / 1e9,
             path=sink.result_path,
-            backlog=sink.backlog + (int(self.node.c.held) if self.node.c.apart_ns else 0),
+            backlog=sink.backlog + waiting,
         )
 
 

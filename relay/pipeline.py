@@ -414,6 +414,8 @@ class Pipeline:
             self._reason,
             aborted=self._aborting,
         )
+        for outlet in self.chain.outlets:
+            outlet.end_turn()
         intake, self.intake = self.intake, None
         self.c.source = core.ffi.NULL
         if intake is not None:

@@ -94,8 +94,9 @@ int64_t read_and_discard(struct pass *s, struct relay_end *sink)
             sink->readable = 0;
         } else if (got == 0) {
             sink->readable = 0;
-            if (!sink->peer_ended) {
-                sink->peer_ended = 1;
+            /* a unix peer that had ended its own stream may now be gone: no other edge will tell */
+            if (!sink->peer_ended || (sink->peer_ended == 1 && says_ready(sink->fd, 0))) {
+                sink->peer_ended++;
                 tell(s, sink->token, RELAY_PEER_ENDED, 0);
             }
         } else {

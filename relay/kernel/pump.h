@@ -35,7 +35,7 @@ enum {                       /* relay_event.what */
     RELAY_SOURCE_FAILED = 3, /* pipeline: `error` */
     RELAY_SINK_DRAINED = 4,  /* end: it was given all that it will get */
     RELAY_SINK_FAILED = 5,   /* end: `error`; what was meant for it is discarded from here on */
-    RELAY_PEER_ENDED = 6,    /* end: the peer of a one-way sink shut its write side */
+    RELAY_PEER_ENDED = 6,    /* end: the peer of a one-way sink shut its write side, or hung up after that */
     RELAY_WANTS_COPY = 7,    /* node: the kernel refuses zero-copy here (`error`); give it a stash */
     RELAY_SOURCE_COPIES = 8, /* pipeline: the same for the source; it goes on by itself */
     RELAY_SLOW = 9,          /* node, or a reader's end: its way out was full for `after_ns` */
@@ -84,7 +84,7 @@ struct relay_end {
     int is_socket;           /* recv and send with MSG_DONTWAIT instead of read and write */
     int readable, writable;  /* edges seen and not yet contradicted by EAGAIN */
     int discard;             /* a one-way sink: what its peer sends is read and thrown away */
-    int peer_ended;
+    int peer_ended;          /* 1: its stream is over; 2: and epoll has hung up since */
     int failed;
     int64_t moved;           /* payload bytes: in for a source, out for a sink */
     int64_t discarded;
