@@ -90,6 +90,9 @@ class SessionRecord:
     sinks: list[SinkRecord] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     source_failed: bool = False
+    back: int | None = None  # of a duplex session: bytes from the sink that the source's kernel took
+    back_lost: int = 0
+    back_method: str = ""
 
     @property
     def failed_sinks(self) -> int:
@@ -116,6 +119,9 @@ class SessionRecord:
             "result": self.result,
             "sinks": [sink.as_dict() for sink in self.sinks],
         }
+        if self.back is not None:
+            found["bytes_back"], found["lost_back"] = self.back, self.back_lost
+            found["method_back"] = self.back_method
         for key in ("reason", "why_method", "stages"):
             if value := getattr(self, key):
                 found[key] = value
@@ -128,6 +134,8 @@ class SessionRecord:
             f"{self.route} #{self.id} from {self.peer or self.source}: {show_size(self.bytes)} "
             f"in {self.seconds:.2f} s ({rate}/s, {self.method}), {self.result}, ended by {self.ended_by}"
         ]
+        if self.back is not None:
+            parts[0] += f", {show_size(self.back)} back ({self.back_method})"
         if self.reason:
             parts.append(self.reason)
         for sink in self.sinks:

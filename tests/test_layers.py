@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "serve",
         "fleet",
         "route",
+        "duplex_route",
         "admission",
         "redial",
         "send",
@@ -38,6 +39,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("spills", "spill", "delivery", "log_source"),
     (
         "pipeline",
+        "duplex",
+        "patrol",
         "subscribers",
         "chain",
         "outlet",

@@ -24,7 +24,6 @@ class Pending(NamedTuple):
 
 PENDING = (
     Pending(Config, "admin", "leave it out; relay logs what it does"),
-    Pending(Route, "duplex", "a route moves bytes one way: from its source to its sinks"),
 )
 
 
