@@ -8,6 +8,7 @@ its record is written.
 from __future__ import annotations
 
 import socket
+from collections import deque
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,8 @@ class DuplexRoute(RunningRoute):
         self._persistent = False
         self._under_way = 0
         self._sessions: dict[Engine, Sessions] = {}
-        self._overs: list[tuple[SessionRecord, str]] = []
+        self._overs: deque[tuple[SessionRecord, str]] = deque()  # from other engines
+        self._told = False
 
     def open(self) -> None:
         """Binds the listeners. Raises SourceError; see `bound`."""
@@ -72,13 +74,14 @@ class DuplexRoute(RunningRoute):
             self._left(record, peer)
         else:
             self._overs.append((record, peer))
-            if len(self._overs) == 1:
+            if not self._told:
+                self._told = True
                 self.home.post(self._all_left)
 
     def _all_left(self) -> None:
-        overs, self._overs = self._overs, []
-        for record, peer in overs:
-            self._left(record, peer)
+        self._told = False  # first: whoever comes from here on posts again
+        while self._overs:
+            self._left(*self._overs.popleft())
 
     def _left(self, record: SessionRecord, peer: str) -> None:
         self._admission.leave(peer)
