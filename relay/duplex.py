@@ -204,14 +204,13 @@ class Sessions:
         self._exchange.give_back(slot)
         seconds = self._engine.now - session.began
         result = "failed" if reason else "delivered"
-        why = self._why if to.bytes else ""
         sink = SinkRecord(
-            self._sink, self._sink, to.bytes, seconds, to.method, result, lost=to.lost, why_method=why
+            self._sink, self._sink, to.bytes, seconds, to.method, result, lost=to.lost
         )
         record = SessionRecord(
             route=self._name, id=str(session.id), source=self._source, peer=session.peer, bytes=to.bytes + to.lost,
             seconds=seconds, method=to.method, ended_by=ended_by, result=result, reason=reason, sinks=[sink],
-            source_failed=source_failed, back=back.bytes, back_lost=back.lost, back_method=back.method,
+            why_method=self._why if to.method == "copy" else "", source_failed=source_failed, back=back.bytes, back_lost=back.lost, back_method=back.method,
         )  # fmt: skip
         self._on_over(record, session.peer)
 
