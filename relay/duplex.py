@@ -102,9 +102,7 @@ class Sessions:
             slot = exchange.take()
             c = exchange.sessions[slot]
             session = live[slot] = Session(slot, c, next(self._ids), peer, now)
-            error = lib.relay_duplex_begin(
-                self._engine.c, c, fd, self._tcp, self._method, self._token, slot
-            )
+            error = lib.relay_duplex_begin(self._engine.c, c, fd, self._tcp, self._method, self._token, slot)
             if error:
                 self._fail(session, -error, "source", "registering")
             else:
@@ -121,7 +119,9 @@ class Sessions:
             self._fail(session, 0, "sinks", "connecting to", f"{reason}; {CHECK_NAME}")
             return
         # most often the first try is all there is
-        if lib.relay_duplex_dial(self._engine.c, session.c, dials[0], int(CONNECT_TIMEOUT * 1e9 / len(dials))):
+        if lib.relay_duplex_dial(
+            self._engine.c, session.c, dials[0], int(CONNECT_TIMEOUT * 1e9 / len(dials))
+        ):
             self._attempt(session, dials, 0, session.began + CONNECT_TIMEOUT)
         elif len(dials) > 1:
             self._attempts[session.slot] = (dials, 0, session.began + CONNECT_TIMEOUT)
@@ -204,9 +204,7 @@ class Sessions:
         self._exchange.give_back(slot)
         seconds = self._engine.now - session.began
         result = "failed" if reason else "delivered"
-        sink = SinkRecord(
-            self._sink, self._sink, to.bytes, seconds, to.method, result, lost=to.lost
-        )
+        sink = SinkRecord(self._sink, self._sink, to.bytes, seconds, to.method, result, lost=to.lost)
         record = SessionRecord(
             route=self._name, id=str(session.id), source=self._source, peer=session.peer, bytes=to.bytes + to.lost,
             seconds=seconds, method=to.method, ended_by=ended_by, result=result, reason=reason, sinks=[sink],

@@ -147,7 +147,9 @@ class SessionRecord:
     def as_text(self) -> str:
         """One line for people."""
         if self.back is not None:
-            said = f"{self.route} #{self.id} from {self.peer}: {self.bytes} B there and {self.back} B back in "
+            said = (
+                f"{self.route} #{self.id} from {self.peer}: {self.bytes} B there and {self.back} B back in "
+            )
             said += f"{self.seconds:.2f} s, {self.result}, ended by {self.ended_by}"
             return f"{said}; {self.reason}" if self.reason else said
         rate = show_size(self.bytes / self.seconds) if self.seconds > 0 else "0 B"

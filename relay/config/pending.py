@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from relay.config.models import Config, Route
+from relay.config.models import Config
 from relay.settings import FrozenModel, Place, Problem
 from relay.stages.base import StageSettings
 
@@ -22,9 +22,7 @@ class Pending(NamedTuple):
     when: Callable[[Any], bool] = bool
 
 
-PENDING = (
-    Pending(Config, "admin", "leave it out; relay logs what it does"),
-)
+PENDING = (Pending(Config, "admin", "leave it out; relay logs what it does"),)
 
 
 def refusals(config: Config) -> Iterator[Problem]:

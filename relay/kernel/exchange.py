@@ -17,9 +17,9 @@ from relay.kernel import core
 from relay.kernel.pipe import Pipe
 
 SMALL: Final = 16 << 10  # bytes of a buffer for messages
-LARGE: Final = 1 << 20  # bytes of a buffer for bulk
+LARGE: Final = 4 << 20  # bytes of a buffer for bulk: what a send queue takes at most
 SMALL_BUFFERS: Final = 512
-LARGE_BUFFERS: Final = 32
+LARGE_BUFFERS: Final = 24
 PIPES: Final = 8  # of 1 MiB each; bulk that finds none free is copied
 SLAB: Final = 64  # sessions' structs that are allocated together
 
@@ -104,4 +104,3 @@ class Exchange:
         self.c.pipe_count = 0
         core.ffi.release(self._view)
         self._memory.close()
-
