@@ -12,7 +12,8 @@ import errno
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 from relay.config.models import Route
 from relay.endpoints.base import hint
@@ -86,7 +87,7 @@ class Sessions:
         self._tcp = int(route.source.address.scheme == "tcp")
         choice = ways.duplex()
         self._method = core.SPLICE if choice.method == "splice" else core.COPY
-        self._why = choice.reason if choice.method == "copy" else ""
+        self._why = choice.reason if ways.forced != "auto" else ""
         self._live: dict[int, Session] = {}
         self._attempts: dict[int, tuple[list[core.Struct], int, float]] = {}  # slot: addresses, which, until
         self._patrol = Patrol(engine, route, self._live, self._expired)
@@ -106,7 +107,7 @@ class Sessions:
             if error:
                 self._fail(session, -error, "source", "registering")
             else:
-                self._dials.get(lambda dials, reason, s=session: self._dial(s, dials, reason))
+                self._dials.get(partial(self._dial, session))
         self._patrol.look_soon()
 
     # -- connecting
@@ -139,7 +140,7 @@ class Sessions:
                 self._attempts[session.slot] = (dials, number, until)
                 return
             if code == errno.EAGAIN and left > 0:  # a unix listener's backlog is full
-                self._engine.later(BACKLOG_FULL, lambda: self._attempt(session, dials, number, until))
+                self._engine.later(BACKLOG_FULL, partial(self._attempt, session, dials, number, until))
                 return
             number += 1
         self._fail(session, errno.ETIMEDOUT if code == errno.EAGAIN else code, "sinks", "connecting to")
@@ -206,10 +207,23 @@ class Sessions:
         result = "failed" if reason else "delivered"
         sink = SinkRecord(self._sink, self._sink, to.bytes, seconds, to.method, result, lost=to.lost)
         record = SessionRecord(
-            route=self._name, id=str(session.id), source=self._source, peer=session.peer, bytes=to.bytes + to.lost,
-            seconds=seconds, method=to.method, ended_by=ended_by, result=result, reason=reason, sinks=[sink],
-            why_method=self._why if to.method == "copy" else "", source_failed=source_failed, back=back.bytes, back_lost=back.lost, back_method=back.method,
-        )  # fmt: skip
+            route=self._name,
+            id=str(session.id),
+            source=self._source,
+            peer=session.peer,
+            bytes=to.bytes + to.lost,
+            seconds=seconds,
+            method=to.method,
+            ended_by=ended_by,
+            result=result,
+            reason=reason,
+            why_method=self._why if to.method == "copy" else "",
+            sinks=[sink],
+            source_failed=source_failed,
+            back=back.bytes,
+            back_lost=back.lost,
+            back_method=back.method,
+        )
         self._on_over(record, session.peer)
 
     def close(self) -> None:
@@ -221,6 +235,3 @@ class Sessions:
 def counted(start: int = 1) -> Iterator[int]:
     """Numbers for sessions."""
     return itertools.count(start)
-
-
-__all__ = ["Any", "Session", "Sessions", "Way", "counted"]

@@ -5,8 +5,9 @@ to a stopped terminal. O_NONBLOCK is no way out: stderr is shared with whoever s
 
 A thread that is woken for each line costs more than the line.
 
-What this means here: whoever logs never writes. Lines that come close together are written together. Lines that do not fit into the queue are counted, and the count is
-logged as soon as there is room. At the end of the program the queue has a second to empty itself.
+What this means here: whoever logs never writes. Lines that come close together are written together. Lines that do
+not fit into the queue are counted, and the count is logged as soon as there is room. At the end of the program the
+queue has a second to empty itself.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 MOST = 1 << 20  # bytes of lines that may wait
 PATIENCE = 1.0  # seconds to get rid of them at the end of the program
+TOGETHER = 16 << 10  # bytes of lines in one write, or one line that is longer
 CLOSE = 0.005  # seconds within which lines are close together
 
 
@@ -89,14 +91,20 @@ class LineWriter:
                     self._changed.wait()
                 self._idle = False
                 self._writing = True
-            if time.monotonic() - last < CLOSE:
+            if time.monotonic() - last < CLOSE and self._waiting < TOGETHER:
                 time.sleep(CLOSE)
             with self._changed:
-                raw = b"".join(self._lines)
-                self._lines.clear()
-                self._waiting = 0
+                raw = b"".join(self._taken())
+                self._waiting -= len(raw)
             self._write(raw)
             last = time.monotonic()
+
+    def _taken(self) -> Iterator[bytes]:
+        """Lines that are written together, taken out of the queue."""
+        size = 0
+        while self._lines and size < TOGETHER:
+            size += len(self._lines[0])
+            yield self._lines.popleft()
 
     def _write(self, raw: bytes) -> None:
         view = memoryview(raw)

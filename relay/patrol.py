@@ -7,7 +7,7 @@ the sessions of a route on an engine looks at every session now and then: a limi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from relay.config.models import Route
 from relay.endpoints.liveness import LOOKS, TcpState
@@ -25,7 +25,10 @@ class Watched(Protocol):
     began: float
 
 
-class Patrol:
+One = TypeVar("One", bound=Watched)
+
+
+class Patrol(Generic[One]):
     """Calls `expired(session, reason)` for sessions that reached a limit, or whose peer left bytes unanswered for
     too long. `live` is the owner's own account of its sessions, which may lose some during a look.
     """
@@ -34,8 +37,8 @@ class Patrol:
         self,
         engine: Engine,
         route: Route,
-        live: Mapping[int, Watched],
-        expired: Callable[[Watched, str], None],
+        live: Mapping[int, One],
+        expired: Callable[[One, str], None],
     ) -> None:
         self._engine = engine
         self._live = live
@@ -80,7 +83,7 @@ class Patrol:
         if self._live:
             self.look_soon()
 
-    def _limit(self, session: Watched, now: float) -> str:
+    def _limit(self, session: One, now: float) -> str:
         if self._lifetime is not None and now - session.began >= self._lifetime:
             return f"it lived for {self._lifetime:g} s (limits.lifetime)"
         if self._idle is not None and now - max(session.began, session.c.last_ns / 1e9) >= self._idle:
@@ -88,7 +91,7 @@ class Patrol:
         return ""
 
     def _silent(
-        self, session: Watched, which: int, asked: dict[tuple[int, int], float], slot: int, now: float
+        self, session: One, which: int, asked: dict[tuple[int, int], float], slot: int, now: float
     ) -> str:
         """Why the peer of that side counts as dead; empty while it does not (see endpoints/liveness.py)."""
         try:

@@ -22,6 +22,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fleet",
         "route",
         "duplex_route",
+        "duplex",
+        "patrol",
         "admission",
         "redial",
         "send",
@@ -39,8 +41,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("spills", "spill", "delivery", "log_source"),
     (
         "pipeline",
-        "duplex",
-        "patrol",
         "subscribers",
         "chain",
         "outlet",
