@@ -308,13 +308,22 @@ class Listener:
         self._watch: Watch | None = engine.watch(sock.fileno(), select.EPOLLIN, self._readable)
 
     def _readable(self, _mask: int) -> None:
-        for _ in range(64):
+        self._take(64)
+
+    def take_all(self) -> None:
+        """Takes every connection that the kernel holds, before `close` resets those that are left."""
+        self._take(BACKLOG)
+
+    def _take(self, most: int) -> None:
+        for _ in range(most):
             if self._sock is None:
                 return
             try:
                 sock, peer = self._sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            except (BlockingIOError, InterruptedError):
                 return
+            except ConnectionAbortedError:
+                continue  # that one is gone; others may wait behind it
             except OSError as error:
                 self._cannot_accept(error)
                 return
