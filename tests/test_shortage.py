@@ -180,11 +180,13 @@ class Shortage(RuleBasedStateMachine):
         free = os.statvfs(self.disks[name])
         size = max(0, free.f_bavail * free.f_frsize - leave)
         with (self.disks[name] / "ballast").open("ab", buffering=0) as ballast:
-            try:
-                while size > 0:
+            while size > 0:
+                try:
                     size -= ballast.write(bytes(min(size, 1 << 16)))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    return
 
     @precondition(lambda self: any((disk / "ballast").exists() for disk in self.disks.values()))
     @rule(name=places)
