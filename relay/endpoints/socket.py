@@ -94,7 +94,6 @@ class SocketSink(Sink):
     """A connected stream socket as a one-way sink; subclasses connect it. Owns the socket once connected."""
 
     counts_fin = True  # tcp: SIOCOUTQ tells after a reset too, and an unacknowledged FIN is one more in it
-    awaits_reading = True  # whether SIOCOUTQ must fall to 0 before the stream counts as delivered
 
     def __init__(
         self,
@@ -163,7 +162,7 @@ class SocketSink(Sink):
         if self.state != "finishing":
             return
         now = self.engine.now
-        if not self._delivered_at and (not self.awaits_reading or unacknowledged(self.c.fd) == 0):
+        if not self._delivered_at and unacknowledged(self.c.fd) == 0:
             if not self.counts_fin and (code := error_of(self.c.fd)):
                 self.broke(code)  # nothing is outstanding because the peer closed with bytes unread
                 return

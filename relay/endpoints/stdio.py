@@ -5,8 +5,11 @@ Facts (man 2 open, 5 proc, 7 pipe):
   it would break them. Opening /proc/self/fd/N makes a description of our own for pipes, terminals and files;
   for sockets it is ENXIO, so those are used with MSG_DONTWAIT, call by call.
 - splice refuses terminals, and files opened with O_APPEND, with EINVAL.
+- shutdown(2) and SO_LINGER act on the socket, not on the descriptor: everybody who shares it is shut down, or
+  resets the connection when closing it later.
 
-What this means here: the descriptor we were given is never changed and never closed; what we open ourselves is.
+What this means here: the descriptor we were given is never changed and never closed; what we open ourselves is. The
+end of a stream is the close of relay's own descriptor and nothing else: who reads sees an end when the last one closes.
 """
 
 from __future__ import annotations
@@ -108,20 +111,27 @@ class InheritedSource(FileSource):
 
 
 class InheritedSocketSink(SocketSink):
-    """A connected socket that relay was started with: written with MSG_DONTWAIT, half-closed at the end."""
+    """A connected socket that relay was started with: written with MSG_DONTWAIT through a descriptor of relay's own."""
 
     def __init__(self, engine: Engine, fd: int) -> None:
         super().__init__(engine, name_of(fd))
         self._given = fd
         self.copies = "an inherited socket is not made nonblocking"
-        self.grace = 0.0  # only a duplicate is closed here, which tells the peer nothing
-        self.awaits_reading = False  # whoever started relay may read only when it has ended
 
     def open(self) -> None:
         """Registers a duplicate of the descriptor."""
         self.counts_fin = socket_of(self._given, lambda sock: sock.family) != socket.AF_UNIX
         self.attach(os.dup(self._given), READ_WRITE)
         self.opened()
+
+    def finish(self) -> None:
+        """Closes the duplicate: others may go on with the socket, and whoever started relay may read only later."""
+        if self.state == "open":
+            self.finished()
+
+    def close(self) -> None:
+        """Closes the duplicate alone, without a reset, however the stream ended."""
+        Sink.close(self)
 
 
 class PipeSink(Sink):
