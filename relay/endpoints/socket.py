@@ -74,9 +74,8 @@ class SocketSource(Source):
     def open(self) -> None:
         """Registers the socket with the engine."""
         sock, self._sock = self._sock, None
-        if sock is not None:
-            self.attach(sock.detach(), select.EPOLLIN | select.EPOLLRDHUP)
-        self.on_open()
+        if sock is None or self.attach(sock.detach(), select.EPOLLIN | select.EPOLLRDHUP):
+            self.on_open()
 
     def close(self, *, reset: bool = False) -> None:
         """Closes the connection; with `reset` its peer sees ECONNRESET."""
@@ -124,7 +123,8 @@ class SocketSink(Sink):
             sock.close()
             return
         sock.setblocking(False)
-        self.attach(sock.detach(), READ_WRITE)
+        if not self.attach(sock.detach(), READ_WRITE):
+            return
         if self.dead_after:
             self._liveness = Liveness(
                 self.engine, self.c, self.dead_after, lambda: unacknowledged(self.c.fd), self._dead

@@ -89,8 +89,8 @@ class InheritedSource(FileSource):
         elif stat.S_ISSOCK(mode):
             self.c.is_socket = 1
             self.copies = "an inherited socket is not made nonblocking"
-            self.attach(os.dup(self._given), select.EPOLLIN | select.EPOLLRDHUP)
-            self.on_open()
+            if self.attach(os.dup(self._given), select.EPOLLIN | select.EPOLLRDHUP):
+                self.on_open()
         else:
             self._open_pipe_or_device(stat.S_ISFIFO(mode))
 
@@ -106,8 +106,8 @@ class InheritedSource(FileSource):
             enlarge(own, LARGEST_CAPACITY)
         else:
             self.copies = "a terminal or device is not spliced"
-        self.attach(own, select.EPOLLIN)
-        self.on_open()
+        if self.attach(own, select.EPOLLIN):
+            self.on_open()
 
 
 class InheritedSocketSink(SocketSink):
@@ -121,8 +121,8 @@ class InheritedSocketSink(SocketSink):
     def open(self) -> None:
         """Registers a duplicate of the descriptor."""
         self.counts_fin = socket_of(self._given, lambda sock: sock.family) != socket.AF_UNIX
-        self.attach(os.dup(self._given), READ_WRITE)
-        self.opened()
+        if self.attach(os.dup(self._given), READ_WRITE):
+            self.opened()
 
     def finish(self) -> None:
         """Closes the duplicate: others may go on with the socket, and whoever started relay may read only later."""
@@ -148,8 +148,8 @@ class PipeSink(Sink):
     def open(self) -> None:
         """Registers the descriptor."""
         own, self._own = self._own, -1
-        self.attach(own, select.EPOLLOUT)
-        self.opened()
+        if self.attach(own, select.EPOLLOUT):
+            self.opened()
 
 
 class BlockingSink(Sink):
