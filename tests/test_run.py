@@ -65,7 +65,7 @@ def test_programs_get_the_record(tmp_path: Path) -> None:
 
 
 def test_a_route_without_yaml_needs_no_yaml_parser(tmp_path: Path) -> None:
-    """`relay run` loads neither the YAML parser nor the progress bars nor other commands: each costs time at every start."""
+    """`relay run` loads no YAML parser, no progress bars and no other command: each costs time at every start."""
     (tmp_path / "in").write_bytes(payload(2, SIZE))
     argv = [sys.executable, "-X", "importtime", "-m", "relay", "run", "in", "--to", "out"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, check=True, env=environment())
