@@ -66,7 +66,7 @@ class Intake:
         sink = chain.outlets[0].sink
         if len(chain.nodes) == 1 and self.source.c.is_socket and sink is not None:
             choice = ways.straight()
-            if choice is not None and sink.go_straight():
+            if choice is not None and sink.go_straight(choice.reason):
                 self.choice = choice
                 self.source.c.method = core.COPY
 

@@ -17,7 +17,7 @@ Method = Literal["splice", "tee", "sendfile", "vmsplice", "copy"]
 
 STRAIGHT = ("tcp", "unix", "fifo")  # sinks that a file reaches by sendfile when nothing else is on the way
 APPENDING = "a file opened to append refuses splice"
-STRAIGHT_TO_FILE = "into memory that the file is written from: splice copies into the page cache, too, page by page"
+STRAIGHT_TO_FILE = "into memory that the file is written from: splice would copy into the page cache, too"
 DIRECT = "O_DIRECT takes whole, aligned blocks: bytes are gathered in memory first"
 
 

@@ -202,8 +202,8 @@ class Sink(End):
             self.state = "open"
             self.on_open(self)
 
-    def go_straight(self) -> bool:
-        """Whether it has memory that a source may be read into, past the pipe; from here on it is."""
+    def go_straight(self, why: str) -> bool:
+        """Whether it has memory that a source may be read into, past the pipe; from here on it is, for that reason."""
         return False
 
     def finish(self) -> None:

@@ -29,7 +29,7 @@ class Ferry:
     """Owns both pipes and both eventfds until its thread has ended and `close` was called.
 
     `work` runs on the thread; it takes loads by `wait`/`give_back` or all of them by `carry`, and what it
-    returns (or raises) is given to `then` on the engine's thread, after which the ferry closes itself.    """
+    returns (or raises) is given to `then` on the engine's thread, after which the ferry closes itself."""
 
     def __init__(
         self,
@@ -133,16 +133,16 @@ class Ferry:
     def nudge(self) -> None:
         """Wakes the thread without giving it anything. From the engine's thread."""
         if self._knock >= 0:
-            os.eventfd_write(self._knock, 1)
+            core.lib.relay_ferry_nudge(self.c)
 
     def give_back(self) -> None:
         """The pipe that `wait` gave is empty again."""
         core.lib.relay_ferry_give_back(self.c)
 
-    def carry(self, fd: int, *, copy: bool) -> None:
-        """Carries every load to `fd` until the end. Raises OSError with what the write answered.
+    def carry(self, fd: int, *, copy: bool) -> bool:
+        """Carries every load to `fd` until the end (True), or until somebody nudged (False): then it is called again.
 
-        Blocks may be reserved beyond the end of a regular file: see `WrittenFile.trim`.
+        Raises OSError with what the write answered. With `c.ahead`, blocks may be reserved up to `c.reserved`.
         """
         self.c.fd = fd
         if copy:
@@ -152,8 +152,8 @@ class Ferry:
                 self._buffer = core.buffer(BUFFER)
                 self.c.buffer, self.c.buffer_size = self._buffer, BUFFER
             answer = int(core.lib.relay_ferry_run(self.c))
-            if answer == 0:
-                return
+            if answer in (0, -errno.EINTR):
+                return answer == 0
             if not (self._buffer is None and self.c.method == core.COPY):
                 raise OSError(-answer, os.strerror(-answer))
 

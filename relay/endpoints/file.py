@@ -175,10 +175,11 @@ class FileSink(Sink):
         self._ferry = Ferry(self.engine, self.c, self._how.capacity, self._write, self._written)
         self._ferry.start()
 
-    def go_straight(self) -> bool:
+    def go_straight(self, why: str) -> bool:
         """Whether the source may be read into memory that the thread writes from, and is from now on."""
-        if self._ferry is not None and self._how.plain:
-            self._straight = self._ferry.have_memory()
+        if self._ferry is not None and self._how.plain and self._ferry.have_memory():
+            self._straight = True
+            self.copies = self.copies or why
         return self._straight
 
     def finish(self) -> None:
@@ -230,15 +231,19 @@ class FileSink(Sink):
             self._file.close()
 
     def _carry(self, ferry: Ferry, fd: int) -> None:
-        """All of it without a look between."""
-        ferry.c.ahead = self._file.ahead
-        try:
-            ferry.carry(fd, copy=self._file.copies)
-        finally:
-            self._file.trim(ferry.c.reserved)
+        """All of it in the C core, but for a file that was moved away meanwhile."""
+        while True:
+            ferry.c.ahead, ferry.c.reserved = self._file.ahead, 0
+            try:
+                if ferry.carry(fd, copy=self._file.copies):
+                    return
+            finally:
+                self._file.trim(ferry.c.reserved)
+            self._reopen_asked = False
+            fd = self._file.reopen()
 
     def _pour(self, ferry: Ferry) -> None:
-        """Load by load, with a look at the clock between: for files that rotate, sync, or are opened anew."""
+        """Load by load, with a look at the clock between: for files that rotate, sync or are direct."""
         while True:
             taken = ferry.wait_until(None if self._sealed else self._file.next_look())
             if taken is not None and not taken[1]:

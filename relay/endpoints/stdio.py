@@ -187,9 +187,11 @@ class BlockingSink(Sink):
         if self._ferry is not None:
             self._ferry.release()
 
-    def go_straight(self) -> bool:
+    def go_straight(self, why: str) -> bool:
         """Whether the source may be read into memory that the thread writes from, and is from now on."""
-        self._straight = self._ferry is not None and self._ferry.have_memory()
+        if self._ferry is not None and self._ferry.have_memory():
+            self._straight = True
+            self.copies = self.copies or why
         return self._straight
 
     def _write(self) -> None:

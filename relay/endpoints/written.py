@@ -34,7 +34,7 @@ log = logging.getLogger("relay.endpoints")
 MOST_SUFFIXES = 10000
 PIECE = 256 * 1024
 DIRECT_PIECE = 1 << 20
-RESERVED = 4 << 20  # bytes; the gain of larger steps is small, and this much too much is on disk while a file grows
+RESERVED = 4 << 20  # bytes; larger steps gain little, and this much too much is on disk while a file grows
 DIRECT_WAIT = 1.0  # seconds that gathered bytes wait for more before they go through the page cache
 
 
@@ -59,14 +59,7 @@ class Writing:
     @property
     def plain(self) -> bool:
         """Whether nothing needs a look between two loads."""
-        return not (
-            self.append
-            or self.in_place
-            or self.rotate_size
-            or self.rotate_every
-            or self.fsync_every
-            or self.direct
-        )
+        return not (self.rotate_size or self.rotate_every or self.fsync_every or self.direct)
 
 
 class WrittenFile:
@@ -107,7 +100,8 @@ class WrittenFile:
         self._began = self._synced = time.monotonic()
         self.copies = self._how.copy or self._how.append
         self._go_direct()
-        if stat.S_ISREG(os.fstat(self._fd).st_mode) and core.lib.relay_reserving_pays(self._fd):
+        # of a file that others may append to, nothing is cut off
+        if self._part is not None and core.lib.relay_reserving_pays(self._fd):
             self.ahead = RESERVED
         self.doing = "writing"
         return self._fd
@@ -234,8 +228,10 @@ class WrittenFile:
         flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
         fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
 
-    def reopen(self) -> None:
+    def reopen(self) -> int:
         """Opens the path anew without cutting it, if the file there is another one by now: it was moved away.
+
+        Returns the descriptor to write to.
 
         Where that fails the file at hand is written on, which is said.
         """
@@ -243,7 +239,7 @@ class WrittenFile:
             there = self._final.stat() if self._final.exists() else None
             here = os.fstat(self._fd)
             if there is not None and (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
-                return
+                return self._fd
             fresh = self._opened()
             if not self._how.append:
                 self._have_alone(fresh)
@@ -252,12 +248,13 @@ class WrittenFile:
             log.warning(
                 "opening %s anew: %s; the file that was moved away is written on", self._final, error.strerror
             )
-            return
+            return self._fd
         self._end_block()
         self._sync(asked=bool(self._how.fsync_at_close or self._how.fsync_every))
         os.close(self._fd)
         self._fd = fresh
         self._go_direct()
+        return fresh
 
     def take(self, pipe: Pipe, load: int) -> None:
         """Writes up to `load` bytes out of `pipe`, not beyond where the file must rotate; `written` says how many.

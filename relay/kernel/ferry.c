@@ -12,7 +12,7 @@
 /* A folio of the page cache is at most as large as the write that makes it. Beyond 512 KiB it must come from memory
  * that was whole blocks of 2 MiB before, which a virtual machine may have given back to its host (free page
  * reporting): first touching those again costs ten times the copy. */
-#define RELAY_PUT (512 << 10)
+#define RELAY_PUT (128 << 10)
 #define EXT4_MAGIC 0xEF53
 
 static int64_t take_knock(struct relay_ferry *f)
@@ -30,11 +30,13 @@ static void answer(struct relay_ferry *f)
     while (write(f->answer, &one, sizeof one) < 0 && errno == EINTR) {}
 }
 
-int64_t relay_ferry_wait(struct relay_ferry *f)
+static int64_t next_load(struct relay_ferry *f, int looks)
 {
     for (;;) {
         /* `ending` is read first: the last load was handed over before it was set */
         int ending = __atomic_load_n(&f->ending, __ATOMIC_ACQUIRE);
+        if (looks && __atomic_exchange_n(&f->look, 0, __ATOMIC_ACQ_REL))
+            return -EINTR;
         if (__atomic_load_n(&f->turn[f->away], __ATOMIC_ACQUIRE) == RELAY_WITH_THREAD)
             return f->load[f->away];
         if (ending)
@@ -45,6 +47,8 @@ int64_t relay_ferry_wait(struct relay_ferry *f)
     }
 }
 
+int64_t relay_ferry_wait(struct relay_ferry *f) { return next_load(f, 0); }
+
 void relay_ferry_give_back(struct relay_ferry *f)
 {
     int k = f->away;
@@ -53,6 +57,13 @@ void relay_ferry_give_back(struct relay_ferry *f)
     __atomic_store_n(&f->turn[k], RELAY_WITH_ENGINE, __ATOMIC_SEQ_CST);
     if (__atomic_exchange_n(&f->asked, 0, __ATOMIC_SEQ_CST))
         answer(f);
+}
+
+void relay_ferry_nudge(struct relay_ferry *f)
+{
+    uint64_t one = 1;
+    __atomic_store_n(&f->look, 1, __ATOMIC_RELEASE);
+    while (write(f->knock, &one, sizeof one) < 0 && errno == EINTR) {}
 }
 
 void relay_ferry_end(struct relay_ferry *f)
@@ -118,7 +129,7 @@ static void reserve(struct relay_ferry *f, int64_t size)
 int relay_ferry_run(struct relay_ferry *f)
 {
     for (;;) {
-        int64_t load = relay_ferry_wait(f), n = 0;
+        int64_t load = next_load(f, 1), n = 0;
         if (load <= 0)
             return (int)load;
         reserve(f, load);

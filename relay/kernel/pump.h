@@ -72,6 +72,7 @@ struct relay_ferry {
     int answer;              /* eventfd, thread to engine: a load is back, and the engine had asked */
     int asked;
     int ending;              /* engine: nothing more will come */
+    int look;                /* engine: relay_ferry_run is to return, there is something to see to */
     int error;               /* thread: errno that stopped it */
     char *memory;            /* room for two loads, read into straight from the source; NULL: by pipes alone */
     int64_t room;            /* bytes of one of them */
@@ -242,11 +243,12 @@ void relay_ring_drop(struct relay_ring *ring, struct relay_reader *reader, char 
 void relay_ring_stream(struct relay_ring *ring);
 
 /* A ferry's thread: wait for the next loaded pipe (its bytes; 0: the end), give it back, or do both until
- * the end (0), -errno on failure, -ENOBUFS when it must copy and has no buffer. */
+ * the end (0), -errno on failure, -ENOBUFS when it must copy and has no buffer, -EINTR after relay_ferry_nudge. */
 int64_t relay_ferry_wait(struct relay_ferry *f);
 void relay_ferry_give_back(struct relay_ferry *f);
 int relay_ferry_run(struct relay_ferry *f);
-/* The engine's side: no more will come. */
+/* The engine's side: the thread is to look up before the next load; no more will come. */
+void relay_ferry_nudge(struct relay_ferry *f);
 void relay_ferry_end(struct relay_ferry *f);
 /* Whether reserving blocks ahead of writing makes files on this one's filesystem cheaper (ferry.c). */
 int relay_reserving_pays(int fd);
