@@ -96,6 +96,20 @@ class DuplexRoute(RunningRoute):
         """Whether a connection is open."""
         return self._under_way > 0
 
+    def leave_addresses(self) -> None:
+        """Closes every listener; whoever is connected to one already is served."""
+        self._take_all()
+        super().leave_addresses()
+
+    def drain(self) -> None:
+        """Nobody new; whoever is connected already is served."""
+        self._take_all()
+        super().drain()
+
+    def _take_all(self) -> None:
+        for listener in list(self._listeners):
+            listener.take_all()
+
     def abort(self, reason: str) -> None:
         """Resets every connection."""
         self._ending = True

@@ -77,9 +77,8 @@ class SocketSource(Source):
     def open(self) -> None:
         """Registers the socket with the engine."""
         sock, self._sock = self._sock, None
-        if sock is not None:
-            self.attach(sock.detach(), select.EPOLLIN | select.EPOLLRDHUP)
-        self.on_open()
+        if sock is None or self.attach(sock.detach(), select.EPOLLIN | select.EPOLLRDHUP):
+            self.on_open()
 
     def close(self, *, reset: bool = False) -> None:
         """Closes the connection; with `reset` its peer sees ECONNRESET."""
@@ -97,7 +96,6 @@ class SocketSink(Sink):
     """A connected stream socket as a one-way sink; subclasses connect it. Owns the socket once connected."""
 
     counts_fin = True  # tcp: SIOCOUTQ tells after a reset too, and an unacknowledged FIN is one more in it
-    awaits_reading = True  # whether SIOCOUTQ must fall to 0 before the stream counts as delivered
 
     def __init__(
         self,
@@ -128,7 +126,8 @@ class SocketSink(Sink):
             sock.close()
             return
         sock.setblocking(False)
-        self.attach(sock.detach(), READ_WRITE)
+        if not self.attach(sock.detach(), READ_WRITE):
+            return
         if self.dead_after:
             self._liveness = Liveness(
                 self.engine, self.c, self.dead_after, lambda: unacknowledged(self.c.fd), self._dead
@@ -166,7 +165,7 @@ class SocketSink(Sink):
         if self.state != "finishing":
             return
         now = self.engine.now
-        if not self._delivered_at and (not self.awaits_reading or unacknowledged(self.c.fd) == 0):
+        if not self._delivered_at and unacknowledged(self.c.fd) == 0:
             if not self.counts_fin and (code := error_of(self.c.fd)):
                 self.broke(code)  # nothing is outstanding because the peer closed with bytes unread
                 return
@@ -325,16 +324,17 @@ class Listener:
         """The listening socket, borrowed; None once closed."""
         return self._sock
 
-    def _accept_many(self, accepted: Callable[[list[tuple[int, str]]], None]) -> None:
-        if self._sock is None:
-            return
-        count = core.lib.relay_accept(self._sock.fileno(), self._room, CROWD)
-        if count < 0:
-            self._cannot_accept(OSError(-count, os.strerror(-count)))
-        elif count:
-            self._can_accept()
-            name = core.ffi.string
-            accepted([(got.fd, name(got.peer).decode()) for got in self._room[0:count]])
+    def _accept_many(self, accepted: Callable[[list[tuple[int, str]]], None], most: int) -> None:
+        name = core.ffi.string
+        count = CROWD
+        while self._sock is not None and count == CROWD and most > 0:
+            count = core.lib.relay_accept(self._sock.fileno(), self._room, CROWD)
+            most -= CROWD
+            if count < 0:
+                self._cannot_accept(OSError(-count, os.strerror(-count)))
+            elif count:
+                self._can_accept()
+                accepted([(got.fd, name(got.peer).decode()) for got in self._room[0:count]])
 
     def _can_accept(self) -> None:
         if self._short_of:
@@ -342,16 +342,25 @@ class Listener:
             self._short_of = ""
 
     def _readable(self, _mask: int) -> None:
+        self._take(CROWD)
+
+    def take_all(self) -> None:
+        """Takes every connection that the kernel holds, before `close` resets those that are left."""
+        self._take(BACKLOG)
+
+    def _take(self, most: int) -> None:
         if self._crowd is not None:
-            self._accept_many(self._crowd)
+            self._accept_many(self._crowd, most)
             return
-        for _ in range(64):
+        for _ in range(most):
             if self._sock is None:
                 return
             try:
                 sock, peer = self._sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            except (BlockingIOError, InterruptedError):
                 return
+            except ConnectionAbortedError:
+                continue  # that one is gone; others may wait behind it
             except OSError as error:
                 self._cannot_accept(error)
                 return
