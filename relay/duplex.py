@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -28,6 +29,8 @@ from relay.record import SessionRecord, SinkRecord
 from relay.ways import Ways
 
 BACKLOG_FULL = 0.02  # seconds until a unix listener whose backlog was full is tried again
+
+SHORT = (-errno.EMFILE, -errno.ENFILE, -errno.ENOBUFS, -errno.ENOMEM)
 
 lib = core.lib
 
@@ -61,7 +64,8 @@ class Way(NamedTuple):
 
 
 class Sessions:
-    """The sessions of one route on one engine. `on_over(records)` is told of those that ended, on the engine's thread.
+    """The sessions of one route on one engine. `on_over(record, peer)` is told of each that ended, `on_short(errno)`
+    when no descriptor was left, both on the engine's thread.
 
     `begin` takes connections over; `abort` resets whatever is left.
     """
@@ -74,6 +78,7 @@ class Sessions:
         ways: Ways,
         ids: Iterator[int],
         on_over: Callable[[SessionRecord, str], None],
+        on_short: Callable[[int], None] = lambda _code: None,
     ) -> None:
         self._engine = engine
         self._name = name
@@ -81,6 +86,8 @@ class Sessions:
         self._sink = str(route.sink.address)
         self._ids = ids
         self._on_over = on_over
+        self._on_short = on_short
+        self._fresh: deque[Session] = deque()  # accepted together, not connecting so far
         self._exchange = engine.exchange()
         self._token = engine.register(self._event)
         self._dials = Dials(engine, route.sink.address, route.sink.dead_after)
@@ -99,15 +106,17 @@ class Sessions:
         """New sessions for accepted connections, nonblocking (descriptor, peer); they are this object's from here."""
         now = self._engine.now
         exchange, live = self._exchange, self._live
+        fresh = self._fresh
         for fd, peer in connections:
             slot = exchange.take()
             c = exchange.sessions[slot]
             session = live[slot] = Session(slot, c, next(self._ids), peer, now)
+            fresh.append(session)
             error = lib.relay_duplex_begin(self._engine.c, c, fd, self._tcp, self._method, self._token, slot)
             if error:
                 self._fail(session, -error, "source", "registering")
-            else:
-                self._dials.get(partial(self._dial, session))
+        while fresh:
+            self._dials.get(partial(self._dial, fresh.popleft()))
         self._patrol.look_soon()
 
     # -- connecting
@@ -120,12 +129,24 @@ class Sessions:
             self._fail(session, 0, "sinks", "connecting to", f"{reason}; {CHECK_NAME}")
             return
         # most often the first try is all there is
-        if lib.relay_duplex_dial(
-            self._engine.c, session.c, dials[0], int(CONNECT_TIMEOUT * 1e9 / len(dials))
-        ):
+        share = int(CONNECT_TIMEOUT * 1e9 / len(dials))
+        error = lib.relay_duplex_dial(self._engine.c, session.c, dials[0], share)
+        while error in SHORT and self._make_room(-error):
+            error = lib.relay_duplex_dial(self._engine.c, session.c, dials[0], share)
+        if error:
             self._attempt(session, dials, 0, session.began + CONNECT_TIMEOUT)
         elif len(dials) > 1:
             self._attempts[session.slot] = (dials, 0, session.began + CONNECT_TIMEOUT)
+
+    def _make_room(self, code: int) -> bool:
+        """No descriptor is left for a connection's counterpart: of those accepted with it the last gives up its own."""
+        self._on_short(code)
+        while self._fresh:
+            last = self._fresh.pop()
+            if last.slot >= 0:
+                self._fail(last, code, "relay", "opening a connection for")
+                return True
+        return False
 
     def _attempt(self, session: Session, dials: list[core.Struct], number: int, until: float) -> None:
         """Tries the addresses from `number` on until one does not fail at once."""

@@ -7,6 +7,7 @@ its record is written.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections import deque
 from functools import partial
@@ -61,12 +62,30 @@ class DuplexRoute(RunningRoute):
             sessions = self._sessions.get(engine)
             if sessions is None:
                 sessions = self._sessions[engine] = Sessions(
-                    engine, self.name, self.route, self._ways, _ids, partial(self._ended, engine)
+                    engine,
+                    self.name,
+                    self.route,
+                    self._ways,
+                    _ids,
+                    partial(self._ended, engine),
+                    partial(self._short, engine),
                 )
             if engine is self.home:
                 sessions.begin(share)
             else:
                 engine.post(partial(sessions.begin, share))
+
+    def _short(self, engine: Engine, code: int) -> None:
+        """On any engine: it was a descriptor short of a session. Newcomers wait in the kernel for a moment."""
+        error = OSError(code, os.strerror(code))
+        if engine is self.home:
+            self._accept_later(error)
+        else:
+            self.home.post(partial(self._accept_later, error))
+
+    def _accept_later(self, error: OSError) -> None:
+        for listener in self._listeners:
+            listener.cannot_accept(error)
 
     def _ended(self, engine: Engine, record: SessionRecord, peer: str) -> None:
         """On the session's engine."""

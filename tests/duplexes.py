@@ -14,7 +14,7 @@ from typing import Any
 
 from peers import PATIENCE, accept, eventually, tcp_listener, unix_listener
 
-from relay.config.load import from_data
+from relay.config.data import from_data
 from relay.duplex_route import DuplexRoute
 from relay.endpoints.address import Address
 from relay.engine import Engine

@@ -10,6 +10,7 @@ import os
 import random
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -355,22 +356,34 @@ def test_descriptors_sent_along_do_no_harm(tmp_path: Path) -> None:
         assert receive_exactly(server, 140) == b"without" * 20
 
 
-def test_bytes_that_come_before_the_sink_is_connected_are_kept() -> None:
-    """A client that speaks, ends and even closes while the upstream is still being connected loses nothing."""
-    with tcp_listener(backlog=0) as (listening, address):
-        held = [connected(address), socket.socket()]
-        held[1].setblocking(False)
-        held[1].connect_ex(listening.getsockname())  # the backlog is full: a third waits
-        with Duplex({"listen": "tcp://127.0.0.1:0"}, {"connect": address}) as duplex:
-            client = connected(duplex.address)
-            client.sendall(payload(41, 100_000))
-            client.close()
-            own = {sock.getsockname() for sock in held}
-            found = [accept(listening) for _ in range(3)]
-            (server,) = (sock for sock in found if sock.getpeername() not in own)
-            assert_same(receive_all(server), payload(41, 100_000))
-            for sock in [*found, *held]:
-                sock.close()
+def test_bytes_that_come_before_the_sink_is_connected_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that speaks, ends and even closes while the upstream's name is looked up loses nothing."""
+    answer = threading.Event()
+    known = tcp.lookup
+    with tcp_listener() as (listening, _address):
+        place = (socket.AF_INET, listening.getsockname())
+
+        def slow(host: str, port: int, **more: Any) -> list[tuple[int, Any]]:
+            if host != "slow.test":
+                return known(host, port, **more)
+            assert answer.wait(PATIENCE)
+            return [place]
+
+        monkeypatch.setattr(tcp, "lookup", slow)
+        with Duplex({"listen": "tcp://127.0.0.1:0"}, {"connect": "tcp://slow.test:1"}) as duplex:
+            clients = [connected(duplex.address) for _ in range(3)]
+            for number, client in enumerate(clients):
+                client.sendall(payload(41 + number, 100_000))
+                client.close()
+            eventually(lambda: duplex.route.under_way, "the clients are there")
+            answer.set()
+            got = set()
+            for _ in clients:
+                with accept(listening) as server:
+                    got.add(receive_all(server))
+            assert got == {payload(41 + number, 100_000) for number in range(3)}
+            eventually(lambda: len(duplex.records) == 3, "all are over")
+            assert {record.result for record in duplex.records} == {"delivered"}
 
 
 # -- time and wake-ups
@@ -569,15 +582,9 @@ def test_drain_lets_sessions_go_on() -> None:
         with Duplex({"listen": "tcp://127.0.0.1:0"}, {"connect": address}) as duplex:
             with connected(duplex.address) as client, accept(listening) as server:
                 duplex.drain()
-
-                def refused() -> bool:
-                    try:
-                        connected(duplex.address).close()
-                    except ConnectionRefusedError:
-                        return True
-                    return False
-
-                eventually(refused, "it accepts nobody")
+                eventually(lambda: not duplex.route._listeners, "it accepts nobody")
+                with pytest.raises(ConnectionRefusedError):
+                    connected(duplex.address)
                 client.sendall(b"still")
                 assert receive_exactly(server, 5) == b"still"
                 assert duplex.route.under_way

@@ -331,7 +331,7 @@ class Listener:
             count = core.lib.relay_accept(self._sock.fileno(), self._room, CROWD)
             most -= CROWD
             if count < 0:
-                self._cannot_accept(OSError(-count, os.strerror(-count)))
+                self.cannot_accept(OSError(-count, os.strerror(-count)))
             elif count:
                 self._can_accept()
                 accepted([(got.fd, name(got.peer).decode()) for got in self._room[0:count]])
@@ -362,12 +362,12 @@ class Listener:
             except ConnectionAbortedError:
                 continue  # that one is gone; others may wait behind it
             except OSError as error:
-                self._cannot_accept(error)
+                self.cannot_accept(error)
                 return
             self._can_accept()
             self._accepted(sock, peer_name(sock, peer))
 
-    def _cannot_accept(self, error: OSError) -> None:
+    def cannot_accept(self, error: OSError) -> None:
         """No descriptor or no memory is left: newcomers wait in the kernel's backlog for a moment."""
         self._short_of = errno.errorcode.get(error.errno or 0, str(error.errno))
         if count := self._complained():
