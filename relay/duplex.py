@@ -9,7 +9,6 @@ move, how ends and resets pass, is C's. A limit of time is looked at for all ses
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -251,8 +250,3 @@ class Sessions:
         """Hears of nothing any more. Every session is over."""
         self._patrol.close()
         self._engine.forget_token(self._token)
-
-
-def counted(start: int = 1) -> Iterator[int]:
-    """Numbers for sessions."""
-    return itertools.count(start)

@@ -13,14 +13,12 @@ from collections import deque
 from functools import partial
 from typing import Any
 
-from relay.duplex import Sessions, counted
+from relay.duplex import Sessions
 from relay.endpoints.liveness import tune
 from relay.engine import Engine
 from relay.kernel import core
 from relay.record import SessionRecord
-from relay.route import RunningRoute, listen
-
-_ids = counted()
+from relay.route import RunningRoute, ids, listen
 
 
 class DuplexRoute(RunningRoute):
@@ -66,7 +64,7 @@ class DuplexRoute(RunningRoute):
                     self.name,
                     self.route,
                     self._ways,
-                    _ids,
+                    ids,
                     partial(self._ended, engine),
                     partial(self._short, engine),
                 )

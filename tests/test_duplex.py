@@ -386,6 +386,22 @@ def test_bytes_that_come_before_the_sink_is_connected_are_kept(monkeypatch: pyte
             assert {record.result for record in duplex.records} == {"delivered"}
 
 
+def test_ipv6_on_both_sides() -> None:
+    """[::1] in front and behind; the record names the peer as [address]:port."""
+    try:
+        listening = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6 loopback: {error}")
+    with listening:
+        port = listening.getsockname()[1]
+        with Duplex({"listen": "tcp://[::1]:0"}, {"connect": f"tcp://[::1]:{port}"}) as duplex:
+            with connected(duplex.address) as client, accept(listening) as server:
+                client.sendall(b"six")
+                assert receive_exactly(server, 3) == b"six"
+                name = f"[::1]:{client.getsockname()[1]}"
+            assert duplex.record().peer == name
+
+
 # -- time and wake-ups
 
 

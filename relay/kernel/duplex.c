@@ -25,6 +25,7 @@
 
 #define GRACE_NS 2000000000LL
 #define LOOK_NS 50000000LL
+#define SHARE (1 << 20)       /* most bytes at once while somebody else waits for his turn */
 
 int64_t relay_duplex_waits(const struct relay_side *s) { return s->until - s->at + s->held; }
 
@@ -95,6 +96,8 @@ int relay_duplex_outstanding(const struct relay_duplex *d)
 {
     return (outstanding(&d->sides[0]) > 0) | (outstanding(&d->sides[1]) > 0) << 1;
 }
+
+static int others_wait(const struct relay_engine *e) { return e->exchange->first || e->ready_first; }
 
 static void cut(struct relay_engine *e, struct relay_duplex *d)
 {
@@ -309,6 +312,8 @@ static int64_t take(struct relay_engine *e, struct relay_duplex *d, struct relay
     if (!borrow(x, from, from->bulk))
         return peek(e, d, from, to);
     size = from->large ? x->large_size : x->small_size;
+    if (size > SHARE && others_wait(e))
+        size = SHARE;
     n = call_read(from->fd, 1, from->buffer, size);
     if (n <= 0) {
         give_back(x, from);
@@ -326,7 +331,7 @@ static int64_t take(struct relay_engine *e, struct relay_duplex *d, struct relay
 /* From one side to the other, as far as it goes; whether the budget stopped it. */
 static int pass(struct relay_engine *e, struct relay_duplex *d, struct relay_side *from, struct relay_side *to)
 {
-    int64_t left = e->budget;
+    int64_t left = others_wait(e) ? SHARE : e->budget;
     while (!to->error) {
         int64_t n;
         if (relay_duplex_waits(from) && !flush(e, d, from, to))
