@@ -91,9 +91,9 @@ class Sessions:
         self._token = engine.register(self._event)
         self._dials = Dials(engine, route.sink.address, route.sink.dead_after)
         self._tcp = int(route.source.address.scheme == "tcp")
-        choice = ways.duplex()
-        self._method = core.SPLICE if choice.method == "splice" else core.COPY
-        self._why = choice.reason if ways.forced != "auto" else ""
+        choices = [ways.duplex(end.address.scheme) for end in (route.sink, route.source)]
+        self._methods = [core.SPLICE if choice.method == "splice" else core.COPY for choice in choices]
+        self._why = choices[0].reason if choices[0].method == "copy" else ""
         self._live: dict[int, Session] = {}
         self._attempts: dict[int, tuple[list[core.Struct], int, float]] = {}  # slot: addresses, which, until
         self._patrol = Patrol(engine, route, self._live, self._expired)
@@ -111,7 +111,9 @@ class Sessions:
             c = exchange.sessions[slot]
             session = live[slot] = Session(slot, c, next(self._ids), peer, now)
             fresh.append(session)
-            error = lib.relay_duplex_begin(self._engine.c, c, fd, self._tcp, self._method, self._token, slot)
+            error = lib.relay_duplex_begin(
+                self._engine.c, c, fd, self._tcp, *self._methods, self._token, slot
+            )
             if error:
                 self._fail(session, -error, "source", "registering")
         while fresh:

@@ -42,6 +42,7 @@ from peers import (
 )
 
 from relay.endpoints import tcp
+from relay.endpoints.pacing import paced
 
 EXAMPLES = int(os.environ.get("RELAY_EXAMPLES", "12"))
 MIXES = [("tcp", "tcp"), ("unix", "unix"), ("tcp", "unix"), ("unix", "tcp")]
@@ -400,6 +401,36 @@ def test_ipv6_on_both_sides() -> None:
                 assert receive_exactly(server, 3) == b"six"
                 name = f"[::1]:{client.getsockname()[1]}"
             assert duplex.record().peer == name
+
+
+def test_the_method_of_each_direction(tmp_path: Path) -> None:
+    """Unless told otherwise bulk is spliced into tcp and copied into unix; the record says what happened."""
+    with relayed("tcp", "unix", tmp_path) as (client, server, duplex):
+        for from_, to in ((client, server), (server, client)):
+            sender = in_background(from_.sendall, bytes(8 << 20))
+            assert len(receive_exactly(to, 8 << 20)) == 8 << 20
+            sender.join(PATIENCE)
+        client.close()
+        server.close()
+        record = duplex.record()
+        assert (record.method, record.back_method) == ("copy", "splice")
+
+
+@pytest.mark.skipif(not paced(), reason="tcp is not paced here: net.ipv4.tcp_congestion_control is not bbr")
+def test_connections_within_this_machine_are_not_paced() -> None:
+    """Where the system's tcp is paced, a duplex route's sockets on the loopback device are not."""
+    with relayed("tcp", "tcp", Path()) as (_client, _server, duplex):
+        engine = duplex.engines[0]
+
+        def look() -> list[bytes]:
+            found = []
+            for side in engine.exchange().sessions[0].sides:
+                sock = socket.socket(fileno=os.dup(side.fd))
+                found.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0"))
+                sock.close()
+            return found
+
+        assert engine.call(look) == [b"reno", b"reno"]
 
 
 # -- time and wake-ups
