@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -79,6 +80,8 @@ class Intake:
         self.over = True
         if self._clock is not None:
             self._clock.cancel()
+        if code == errno.EFAULT and self._mapped is not None:
+            code = errno.EIO  # a page of the mapped file could not be read
         if broken_off:
             self._failed(broken_off)
         elif not self.look_for_change() and code:
