@@ -13,7 +13,8 @@ import socket
 from typing import TYPE_CHECKING
 
 from relay.endpoints.broadcast import Broadcast, Subscriber
-from relay.endpoints.socket import close_with_reset, peer_name
+from relay.endpoints.listening import peer_name
+from relay.endpoints.socket import close_with_reset
 from relay.engine import Engine
 from relay.errors import KernelError
 from relay.kernel import core

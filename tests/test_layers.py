@@ -22,6 +22,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "fleet",
         "route",
         "admission",
+        "names",
+        "reception",
         "redial",
         "send",
         "lane",

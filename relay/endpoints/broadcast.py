@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from relay.endpoints.base import Sink
-from relay.endpoints.socket import Listener, SocketSink
+from relay.endpoints.socket import SocketSink
 from relay.engine import Engine
 from relay.kernel import core
 
@@ -40,7 +40,7 @@ class Subscriber(SocketSink):
 
 
 class Broadcast(Sink):
-    """Owns the listeners once they are given; its struct counts what came to the broadcast, and has no descriptor.
+    """Takes connections of the route's listeners; its struct counts what came to it, and has no descriptor.
 
     Until `accept` names who takes them, connections wait. Listeners live on the route's home engine, which need
     not be the engine of the pipeline that the connections join.
@@ -48,7 +48,6 @@ class Broadcast(Sink):
 
     def __init__(self, engine: Engine, address: str) -> None:
         super().__init__(engine, address)
-        self.listeners: Sequence[Listener] = ()
         self._lock = threading.Lock()
         self._early: list[tuple[socket.socket, str]] = []
         self._join: Callable[[socket.socket, str], None] | None = None
@@ -75,15 +74,8 @@ class Broadcast(Sink):
         self.c.method = core.COPY
         self.opened()
 
-    def stop_listening(self) -> None:
-        """Nobody new joins; who is there stays."""
-        for listener in self.listeners:
-            listener.close()
-        self.listeners = ()
-
     def close(self) -> None:
-        """Stops listening."""
-        self.stop_listening()
+        """Closes whoever came too early to be taken."""
         with self._lock:
             early, self._early = self._early, []
         for sock, _peer in early:
