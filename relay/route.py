@@ -336,9 +336,17 @@ class RunningRoute:
         self._aborted = reason
         self._stop_dialing()
         self.reception.refuse()
+        if count := len(self._waiting):
+            self.cut_short = True
+            log.warning(
+                "%s: %d connections that waited for their turn were reset: %s",
+                self.name,
+                count,
+                reason,
+                extra={"event": "refused", "route": self.name, "count": count},
+            )
         while self._waiting:
             self._waiting.popleft().close(reset=True)
-            self.cut_short = True
         for source, engine in self._starting.items():
             engine.post(partial(self._give_up, source))
         for pipeline in self._pipelines:
