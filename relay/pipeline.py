@@ -362,6 +362,9 @@ class Pipeline:
         if outlet.sink is not sink or outlet.settled:
             return
         outlet.settled = True
+        for group in self.subscribers:
+            if group.outlet is outlet and not self.c.keep:
+                group.ended()
         node = outlet.node.c
         if node.sink == sink.c:
             node.sink = core.ffi.NULL
