@@ -151,7 +151,9 @@ struct relay_node {
     int ended;                 /* nothing more will come in */
     int done;                  /* its end was passed on */
     int hold;                  /* a failed sink will be replaced: keep what is meant for it */
-    int64_t apart_ns;          /* a turn's end waits no longer for it once its sink took nothing for so long; 0: waits */
+    int64_t apart_ns;          /* of a gate: a turn's end waits for its branch no longer once its sinks took nothing for
+                                  so long; 0: waits */
+    struct relay_node *apart;  /* the outermost such gate whose branch it is in; NULL: none */
     /* gate */
     int64_t rate;              /* bytes a second, 0: none */
     int64_t burst;             /* most tokens */
