@@ -145,7 +145,7 @@ class Fleet:
                 break
             running = self.at_work[name] = self._make(name, route)
             try:
-                running.open(found)
+                running.open(found, wait=True)
             except RelayError as error:
                 log.error("%s: %s", name, error, extra={"event": "error", "route": name})
                 reason = "another route could not be opened"
@@ -205,7 +205,7 @@ class Fleet:
                         self._end(old[rival], "the configuration of its route changed")
                 fresh[name] = self._make(name, config.routes[name])
                 try:
-                    fresh[name].home.call(partial(fresh[name].open, found, hand.take))
+                    fresh[name].home.call(partial(fresh[name].open, found, hand.take, wait=True))
                 except RelayError as error:
                     raise NotExchanged(name, error) from error
         except BaseException:
@@ -259,7 +259,6 @@ class Fleet:
                     running.close()
                     self.at_work[name] = again = self._make(name, running.route)
                     again.home.call(partial(again.open, running.reception.found, hand.take))
-                    again.home.post(again.begin)
                 else:
                     running.home.call(partial(running.reception.take_back, hand.returned))
             except RelayError as error:

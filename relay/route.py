@@ -106,8 +106,8 @@ class RunningRoute:
         self._done = False
         self.over = threading.Event()
 
-    def open(self, found: Found | None = None, take: Take = nobody) -> None:
-        """Binds every listener and opens the sinks that outlive a stream; `begin` lets streams in.
+    def open(self, found: Found | None = None, take: Take = nobody, *, wait: bool = False) -> None:
+        """Binds every listener and opens the sinks that outlive a stream, and begins unless it is to `wait`.
 
         `found` is what the listeners' names mean, `take` may have sockets for them. Raises SourceError; see `bound`.
         """
@@ -116,9 +116,11 @@ class RunningRoute:
         if self._persistent:
             self._standing = self._pipeline(self.home)
             self._standing.open(self._broadcasts)
+        if not wait:
+            self.begin()
 
     def begin(self) -> None:
-        """Streams come in from now on."""
+        """Streams come in from now on. Once."""
         self.reception.accept()
         if self.route.source.verb == "connect" and not self.finite:
             self._redial = Redial(self.home, self.name, self._new_source, self._connected)

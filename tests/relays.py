@@ -55,7 +55,6 @@ class Relay:
     def __enter__(self) -> Relay:
         try:
             self.route.open()
-            self.route.begin()
         except BaseException:
             self.route.close()
             self._spills.close()
