@@ -99,9 +99,14 @@ class Outlet:
 
     @property
     def rejoins(self) -> bool:
-        """Whether it is connected again when it broke; a spill does that behind its log."""
-        settings = self.settings
-        return settings is not None and settings.verb == "connect" and self.slow.policy != "spill"
+        """Whether it stands up again when it broke. A spill breaks with its log alone: it connects again behind it."""
+        return self.settings is not None and self.settings.verb == "connect"
+
+    def stands(self, sink: Sink) -> None:
+        """`sink` is here from now on; it has moved and lost nothing so far."""
+        self.sink = sink
+        self.moved_before = self.lost_earlier = 0
+        self.absent = False
 
     def begin_turn(self) -> None:
         """The next stream: its reconnects count from here."""
