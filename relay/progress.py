@@ -102,7 +102,10 @@ class Progress:
     def print(self, line: str) -> None:
         """A line of the results. A reader who went away is no reason to stop sending."""
         try:
-            print(line, file=self._results, flush=True)
+            self._results.write(
+                f"{line}\n"
+            )  # one write: other processes' lines share the terminal or the pipe
+            self._results.flush()
         except OSError:
             # what is buffered would fail once more at exit: it goes where nobody minds
             with contextlib.suppress(OSError, ValueError):
@@ -185,7 +188,8 @@ class JsonLines(Progress):
 def say(line: str) -> None:
     """A line on stderr, if anybody is there to read it."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 class Bars(Progress):

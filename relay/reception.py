@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from relay.endpoints import tcp, unix
-from relay.endpoints.listening import Accepted, Bound, Key, Listener
+from relay.endpoints.listening import Accepted, Bound, Crowd, Key, Listener
 from relay.endpoints.liveness import tune
 from relay.endpoints.settings import SourceSettings
 from relay.engine import Engine
@@ -37,16 +37,19 @@ def _owner(route: str, end: End) -> str:
 
 
 class Reception:
-    """Owns the listeners of one route; `ends` are what listens, each with who gets its connections.
+    """Owns the listeners of one route; `ends` are what listens, each with who gets its connections, or `crowd` does.
 
     Lives on the route's home engine. A listener of a broadcast takes subscribers until the route is over, one of a
     source only while the route takes new streams.
     """
 
-    def __init__(self, engine: Engine, route: str, ends: Sequence[tuple[End, Accepted]]) -> None:
+    def __init__(
+        self, engine: Engine, route: str, ends: Sequence[tuple[End, Accepted]], crowd: Crowd | None = None
+    ) -> None:
         self._engine = engine
         self._route = route
         self._ends = ends
+        self._crowd = crowd
         self.found: Found = {}
         self._listeners: dict[int, list[Listener]] = {}  # by the place of their end in `ends`
         self._released: list[tuple[Listener, Bound]] = []
@@ -70,6 +73,11 @@ class Reception:
         else:
             bounds = unix.bind(end.address, mode=end.mode, owner=means.user, group=means.group, take=take)
         self._listeners[number] = [Listener(self._engine, bound, accepted) for bound in bounds]
+        if self._crowd is not None:
+            for listener in self._listeners[number]:
+                listener.by_the_crowd(self._crowd)
+            for bound in bounds if end.address.scheme == "tcp" else []:
+                tune(bound.sock, end.dead_after)
         does, role = ("listening", "source") if _is_source(end) else ("broadcasting", "sink")
         for bound in bounds:
             self.bound.append(bound.address)
@@ -127,6 +135,13 @@ class Reception:
         """Nobody new: whoever waits in a backlog is let in, then the listeners close."""
         for number, (end, _accepted) in enumerate(self._ends):
             if _is_source(end) or not sources_only:
+                for listener in self._listeners.get(number, ()):
+                    listener.finish()
+
+    def finish_one(self, end: End) -> None:
+        """The same for the listeners of one end."""
+        for number, (each, _accepted) in enumerate(self._ends):
+            if each is end:
                 for listener in self._listeners.get(number, ()):
                     listener.finish()
 

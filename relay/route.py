@@ -21,6 +21,7 @@ from relay.admission import Admission
 from relay.config.models import Route
 from relay.endpoints.base import Source
 from relay.endpoints.broadcast import Broadcast
+from relay.endpoints.listening import Crowd
 from relay.endpoints.make import make_source
 from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
@@ -92,7 +93,9 @@ class RunningRoute:
             (sink, self._broadcasts[id(sink)].joined) for _, sink in route.sinks() if sink.verb == "listen"
         ]
         comes = [(route.source, self._accepted)] if route.source.verb == "listen" else []
-        self.reception = Reception(home, name, [*joins, *comes])
+        self.reception = Reception(home, name, [*joins, *comes], self._crowds())
+        for sink, _join in joins:
+            self._broadcasts[id(sink)].leave = partial(self.reception.finish_one, sink)
         self._standing: Pipeline | None = None
         self._pipelines: set[Pipeline] = set()
         self._waiting: deque[Source] = deque()
@@ -127,6 +130,10 @@ class RunningRoute:
             self.home.post(self._redial.start)
         elif self.route.source.verb != "listen":
             self._read()
+
+    def _crowds(self) -> Crowd | None:
+        """For a route that takes many connections at once: who takes them."""
+        return None
 
     @property
     def bound(self) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance import connected
+from conformance import connected, reset
 from flapping import Receiver, gaps
 from peers import (
     accept,
@@ -24,15 +25,19 @@ from peers import (
     program,
     receive_all,
     receive_exactly,
+    received,
     send_all,
     tcp_listener,
 )
 from relays import Relay, serving
 
 import relay.log
+import relay.spill_directory
 from relay.config.load import load_to_run, loads
+from relay.endpoints.socket import unacknowledged
 from relay.errors import ConfigErrors
 from relay.record import SinkRecord
+from relay.spill_directory import SpillDirectory
 
 MIB = 1 << 20
 
@@ -343,8 +348,8 @@ def test_a_plain_file_of_a_route_without_end_is_written_in_place(tmp_path: Path)
                 source.sendall(payload(turn, 100_000))
                 source.shutdown(socket.SHUT_WR)
                 receive_all(source)
-            size = (turn + 1) * 100_000
-            eventually(lambda size=size: (tmp_path / "all.bin").stat().st_size == size, "it is written")
+            size, file = (turn + 1) * 100_000, tmp_path / "all.bin"
+            eventually(lambda: file.exists() and file.stat().st_size == size, "it is written")  # noqa: B023 - asked now
         served.signal(signal.SIGTERM)
         assert served.wait() == 0
     assert_same((tmp_path / "all.bin").read_bytes(), payload(0, 100_000) + payload(1, 100_000))
@@ -439,6 +444,24 @@ def test_a_directory_in_use_stops_the_start(tmp_path: Path) -> None:
             assert "another relay uses it" in second.text
         first.signal(signal.SIGTERM)
         assert first.wait() == 0
+
+
+def test_a_log_that_goes_while_logs_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is delivered between the listing and the look into it is none any more; the others are found."""
+    for name in ("goes", "stays"):
+        kept = relay.log.Log(tmp_path / name)
+        kept.close(keep=True)
+    directory = SpillDirectory(str(tmp_path))
+    look = relay.spill_directory.is_log
+
+    def gone_by_then(path: Path) -> bool:
+        if path.name == "goes":
+            shutil.rmtree(path)
+        return look(path)
+
+    monkeypatch.setattr(relay.spill_directory, "is_log", gone_by_then)
+    assert directory.found() == ["stays"]
+    directory.close()
 
 
 def test_a_log_that_no_route_claims_is_kept_and_named(tmp_path: Path) -> None:
@@ -673,3 +696,47 @@ def test_a_standing_sink_recovers_with_its_disk(tmp_path: Path, then: str) -> No
     assert_same(got[-MIB:], more)
     assert (records[0]["result"], records[1]["result"]) == ("failed", "delivered")
     assert "EFBIG" in records[0]["reason"]
+
+
+# --- streams that break off ---------------------------------------------------------------------------------
+
+
+def until_reset(sock: socket.socket) -> tuple[bytes, bool]:
+    """What comes, and whether it had an orderly end."""
+    got = bytearray()
+    try:
+        for piece in received(sock):
+            got += piece
+    except ConnectionResetError:
+        return bytes(got), False
+    return bytes(got), True
+
+
+@pytest.mark.parametrize("directory", ["", ", directory: spill"])
+def test_what_a_broken_stream_left_in_its_log_is_delivered(tmp_path: Path, directory: str) -> None:
+    """A source that resets leaves no orphan: what was logged comes out when the sink is there, cut off at its end."""
+    data = payload(11, 2 * MIB)
+    with Receiver() as receiver:
+        config = (
+            'routes: {r: {source: {listen: "tcp://127.0.0.1:0", connections: each}, '
+            f'sink: {{connect: "{receiver.address}", on_slow: {{policy: spill{directory}}}}}}}}}'
+        )
+        with serving(config, tmp_path) as served:
+            with socket.create_connection(("127.0.0.1", served.port())) as source:
+                source.sendall(data)
+                served.said("is away")
+                eventually(lambda: unacknowledged(source.fileno()) == 0, "relay's kernel has it")
+                reset(source)
+            served.said("reading from")
+            receiver.up()
+            connection = receiver.accept()
+            got, ended = until_reset(connection)
+            assert not ended
+            (record,) = served.sessions()
+            assert not list((tmp_path / "spill").glob("r.*"))
+            served.signal(signal.SIGTERM)
+            assert served.wait() == 0
+    (sink,) = record["sinks"]
+    assert_same(got, data[: len(got)])
+    assert (record["result"], sink["result"], sink["lost"]) == ("failed", "failed", 0)
+    assert len(got) == sink["bytes"] == record["bytes"]

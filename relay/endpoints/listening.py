@@ -25,6 +25,7 @@ from relay.endpoints.base import hint
 from relay.endpoints.socket import close_with_reset
 from relay.engine import WATCH_HINTS, Engine, Watch
 from relay.errors import KernelError
+from relay.kernel import core
 from relay.seldom import Seldom
 
 log = logging.getLogger("relay.endpoints")
@@ -36,6 +37,7 @@ AT_ONCE = 64  # connections accepted before others have their turn
 
 Key = tuple[Any, ...]  # where a socket listens: equal keys mean that one can take the other's place
 Accepted = Callable[[socket.socket, str], None]
+Crowd = Callable[[list[tuple[int, str]]], None]
 
 
 class Bound:
@@ -85,17 +87,44 @@ class Listener:
         self.address = bound.address
         self._engine = engine
         self._accepted = accepted
+        self._crowd: Crowd | None = None
+        self._room: Any = None
         self._short_of = ""
         self._complained = Seldom(COMPLAIN)
         self._watch: Watch | None = None
 
+    def by_the_crowd(self, accepted: Crowd) -> None:
+        """From now on connections come as lists of (descriptor, peer), each the receiver's to close, nonblocking.
+
+        They have the options of the listening socket.
+        """
+        self._crowd = accepted
+        self._room = core.ffi.new("struct relay_accepted[]", AT_ONCE)
+
+    def _accept_many(self, listening: socket.socket, accepted: Crowd) -> bool:
+        count = core.lib.relay_accept(listening.fileno(), self._room, AT_ONCE)
+        if count < 0:
+            self._cannot_accept(-count)
+        elif count:
+            self._can_accept()
+            name = core.ffi.string
+            accepted([(got.fd, name(got.peer).decode()) for got in self._room[0:count]])
+        return bool(count > 0)
+
     def _readable(self, _mask: int) -> None:
-        for _ in range(AT_ONCE):
+        for _ in range(1 if self._crowd is not None else AT_ONCE):
             if self.bound is None or not self._accept(self.bound.sock):
                 return
 
+    def _can_accept(self) -> None:
+        if self._short_of:
+            log.info("accepting on %s again", self.address, extra={"event": "accepting"})
+            self._short_of = ""
+
     def _accept(self, listening: socket.socket) -> bool:
-        """One connection; False when none waits or none can be had."""
+        """One connection, or a crowd; False when none waits or none can be had."""
+        if self._crowd is not None:
+            return self._accept_many(listening, self._crowd)
         try:
             sock, peer = listening.accept()
         except ConnectionAbortedError:
@@ -105,9 +134,7 @@ class Listener:
         except OSError as error:
             self._cannot_accept(error.errno or 0)
             return False
-        if self._short_of:
-            log.info("accepting on %s again", self.address, extra={"event": "accepting"})
-            self._short_of = ""
+        self._can_accept()
         self._accepted(sock, peer_name(sock, peer))
         return True
 
