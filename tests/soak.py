@@ -95,7 +95,7 @@ def feed(world: World, route: str, address: str, seed: int) -> None:
     """One stream after another until the world stops; some are stalled, some reset, some fed by a killed nc."""
     chance = random.Random(seed)
     while not world.stop.is_set():
-        given = world.new_stream(route, 2048 * chance.randrange(400) + 8)
+        given = world.new_stream(route, 2048 * chance.randrange(1, 400) + 8)
         how = chance.choice(["whole", "whole", "whole", "stalls", "resets", "killed", "late"])
         try:
             if how == "killed" and address.startswith("tcp:"):
