@@ -91,6 +91,7 @@ class RoutePlan:
     subscriber: Need | None
     streams: int | None
     waiting: int | None
+    duplex: bool = False
 
     @property
     def at_limit(self) -> Need:
@@ -125,6 +126,8 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 
 
 def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
+    if route.duplex:
+        return _plan_duplex(name, route, machine)
     walk = _Walk(Ways(machine, route.method), machine)
     chain = walk.chain(route.stages, route.sink, route.sink.slow, gated=False, within=())
     finite = route.source.verb == "read"
@@ -158,6 +161,28 @@ def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
     )
 
 
+def _plan_duplex(name: str, route: Route, machine: Machine) -> RoutePlan:
+    """Two sockets a connection, and the same way across in both directions."""
+    choice = Ways(machine, route.method).duplex()
+    source, sink = str(route.source.address), str(route.sink.address)
+    need = Need(1)
+    words = "holds the source, and the source holds it: back-pressure passes as over one connection"
+    return RoutePlan(
+        name=name,
+        method=route.method,
+        turns="each",
+        source=Hop("source", route.source.address.scheme, source, choice, need, source, "listen"),
+        chain=(Hop("sink", route.sink.address.scheme, sink, choice, need, sink, "connect"),),
+        holds=(Hold(sink, "sink", "", None, "", "", words),),
+        standing=needs.listener(route.source.address) + needs.exchange(choice.method == "splice", machine),
+        stream=need.times(2),
+        subscriber=None,
+        streams=route.source.limits.connections,
+        waiting=0,
+        duplex=True,
+    )
+
+
 Within = tuple[tuple[str, OnSlow], ...]  # the branches around a place that have a policy, innermost first
 
 
@@ -174,7 +199,7 @@ class _Walk:
     def source(self, route: Route, chain: tuple[Hop, ...]) -> tuple[Hop, tuple[Hop, ...]]:
         """The source, how its bytes get into the first pipe, and the chain as it is if none is needed."""
         address = route.source.address
-        read, chain = self._read(address.scheme, chain)
+        read, chain = self._read(address.scheme, chain, route.sink)
         choice, sure = self._sure(address.scheme, read)
         need = needs.source(address, self._machine)
         shown = str(address)
@@ -182,10 +207,16 @@ class _Walk:
         hop = Hop("source", address.scheme, name, choice, need, shown, route.source.verb, sure=sure)
         return hop, chain
 
-    def _read(self, scheme: str, chain: tuple[Hop, ...]) -> tuple[Choice, tuple[Hop, ...]]:
+    def _read(
+        self, scheme: str, chain: tuple[Hop, ...], sink: SinkSettings | None = None
+    ) -> tuple[Choice, tuple[Hop, ...]]:
+        """How a stream gets into `chain`; `sink` is where it goes when it may get there past all pipes."""
         only = chain[0]
-        alone = len(chain) == 1 and only.entry is None and only.kind in STRAIGHT and only.verb != "listen"
-        choice = self._ways.from_source(scheme, alone=alone)
+        bare = len(chain) == 1 and only.entry is None and only.verb != "listen"
+        straight = self._ways.straight() if bare and sink is not None and sink.straight else None
+        if straight is not None and scheme in ("tcp", "unix"):
+            return straight, chain if only.choice.method == "copy" else (replace(only, choice=straight),)
+        choice = self._ways.from_source(scheme, alone=bare and only.kind in STRAIGHT)
         return choice, (replace(only, choice=choice),) if choice.method == "sendfile" else chain
 
     def chain(

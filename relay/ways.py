@@ -17,6 +17,7 @@ Method = Literal["splice", "tee", "sendfile", "vmsplice", "copy"]
 
 STRAIGHT = ("tcp", "unix", "fifo")  # sinks that a file reaches by sendfile when nothing else is on the way
 APPENDING = "a file opened to append refuses splice"
+STRAIGHT_TO_FILE = "into memory that the file is written from: splice would copy into the page cache, too"
 DIRECT = "O_DIRECT takes whole, aligned blocks: bytes are gathered in memory first"
 
 
@@ -68,6 +69,14 @@ class Ways:
             return Choice("splice", "page-cache pages go into the pipe by reference")
         return Choice("splice", "pages move into the pipe by reference")
 
+    def straight(self) -> Choice | None:
+        """How a socket's bytes reach a file when nothing else is on the way; None where they go through a pipe."""
+        if reason := self._copies("splice"):
+            return Choice("copy", reason)
+        if self.forced != "auto":
+            return None
+        return Choice("copy", STRAIGHT_TO_FILE)
+
     def tee(self) -> Choice:
         """How the stream is doubled."""
         if reason := self._copies("tee") or self.machine.refused("splice"):
@@ -95,6 +104,15 @@ class Ways:
     def from_ring(self) -> Choice:
         """How they go to its subscribers."""
         return Choice("copy", "one send out of the ring, which costs less than pipes of references")
+
+    def duplex(self) -> Choice:
+        """How bulk crosses a duplex route; small messages are copied, a recv and a send each."""
+        if self.forced in ("zero-copy", "splice"):
+            refused = self.machine.refused("splice")
+            return Choice("copy", refused) if refused else Choice("splice", "asked for by method: zero-copy")
+        if self.forced == "copy":
+            return Choice("copy", "asked for by method: copy")
+        return Choice("copy", "one large buffer costs less than a pipe between two sockets")
 
     def between(self) -> Choice:
         """How bytes go from one of relay's pipes to the next."""
