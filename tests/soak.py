@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 import random
 import signal
 import socket
@@ -258,10 +259,15 @@ def _subscribe_by_socat(world: World, piece: Piece, address: str, until: float) 
         world.stop.wait(0.1)
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody has; the kernel gives them to nobody else for a while."""
+def free_ports(count: int, seed: int) -> list[int]:
+    """Ports that nobody has, none of which the kernel gives to connections while a killed relay is away."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    chance = random.Random(f"{seed} {os.getpid()}")
+    found: list[int] = []
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in socks:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in socks]
+        while len(found) < count:
+            port = chance.randrange(2048, lowest)
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                found.append(port)
+    return found
