@@ -16,7 +16,7 @@ from peers import PATIENCE, eventually, receive_all, receive_exactly
 from relays import environment, serving
 from test_reload import KEPT, connect, each, end, finish, free_port, reload, reloads
 
-from relay.config.load import from_data
+from relay.config.data import from_data
 from relay.engine import Engine
 from relay.fleet import Fleet, NotExchanged
 from relay.record import SessionRecord
