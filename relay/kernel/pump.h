@@ -83,6 +83,7 @@ struct relay_ferry {
     int knock;               /* eventfd, engine to thread */
     int answer;              /* eventfd, thread to engine: a load is back, and the engine had asked */
     int asked;
+    int refused;             /* engine: both were away when there were bytes */
     int ending;              /* engine: nothing more will come */
     int look;                /* engine: relay_ferry_run is to return, there is something to see to */
     int error;               /* thread: errno that stopped it */
