@@ -17,6 +17,7 @@ from relay.config.models import Config
 from relay.engine import Engine
 from relay.errors import ConfigError, ConfigErrors, EndpointError
 from relay.fleet import Fleet, NotExchanged
+from relay.names import Found, Names
 from relay.news import News
 from relay.record import SessionRecord
 from relay.route import RunningRoute
@@ -64,7 +65,9 @@ class Server:
         self._on_ready = on_ready
         self._again = again
         self._news: News[Callable[[], None]] = News()
+        self._names = Names(self._news.tell)
         self._reload_asked = False
+        self._ready = False
         self._interrupted = ""
         self._deadline: float | None = None
         self.signalled = 0
@@ -77,19 +80,36 @@ class Server:
         engines = [Engine(f"engine-{i}") for i in range(count)]
         self._fleet = Fleet(self._config, engines, self._done, self._on_record, once=self._once)
         try:
-            if not self._fleet.open(lambda: bool(self._interrupted)):
+            found = self._look_up()
+            if found is None or not self._fleet.open(found, lambda: bool(self._interrupted)):
                 return self._not_opened()
             self._on_ready(list(self._fleet))
             if not self._once:
                 _keep_small()
             for engine in engines:
                 engine.start()
+            self._ready = True
+            if self._reload_asked:  # it came before there was anything to exchange
+                self._news.tell(self._reload)
             return self._serve()
         finally:
             self._fleet.close()
             self._news.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _look_up(self) -> Found | None:
+        """What the names of all listeners mean; None when relay was told to end before that was known."""
+        answers: list[Found] = []
+        self._names.look_up(self._config.routes.values(), answers.append)
+        waiting = self._names.waiting
+        if waiting:
+            log.info("looking up %s", ", ".join(waiting))
+        while not answers and not self._interrupted:
+            news = self._news.wait()
+            if news is not None:
+                news()
+        return answers[0] if answers else None
 
     def _not_opened(self) -> int:
         if not self._interrupted:
@@ -148,30 +168,43 @@ class Server:
     # -- reload
 
     def _reload(self) -> None:
+        if not self._ready:
+            return
         self._reload_asked = False  # before the file is read: a signal from here on asks again
         if self.signalled:
             log.info("SIGHUP: relay is draining, nothing is reloaded")
-            return
-        before = dict(self._fleet.at_work)
-        if self._again is not None:
-            self._exchange(self._again)
-        kept = tuple(name for name, route in self._fleet.at_work.items() if before.get(name) is route)
-        self._fleet.reopen(kept)
-        if self._again is None:
+        elif self._again is None:
+            self._fleet.reopen(tuple(self._fleet.at_work))
             log.info("SIGHUP: files are opened anew; there is no configuration file to read again")
+        else:
+            self._reload_from(self._again)
 
-    def _exchange(self, again: Callable[[], Loaded]) -> None:
+    def _reload_from(self, again: Callable[[], Loaded]) -> None:
         try:
             loaded = again()
         except (ConfigError, ConfigErrors) as error:
+            self._fleet.reopen(tuple(self._fleet.at_work))
             self._refuse(error.errors if isinstance(error, ConfigErrors) else [error])
             return
+        self._names.look_up(self._fleet.fresh_routes(loaded.config), partial(self._exchange, loaded))
+        waiting = self._names.waiting
+        if waiting:  # everything goes on meanwhile; another signal reads the file again
+            log.info("the reload waits for the addresses of %s", ", ".join(waiting))
+            self._fleet.reopen(tuple(self._fleet.at_work))
+
+    def _exchange(self, loaded: Loaded, found: Found) -> None:
+        if self.signalled:
+            return
+        before = dict(self._fleet.at_work)
         try:
-            change = self._fleet.exchange(loaded.config)
+            change = self._fleet.exchange(loaded.config, found)
         except NotExchanged as error:
             said = f"{loaded.where(_place(loaded.config, error))}: {error}"
             self._refuse([said])
             return
+        finally:
+            kept = tuple(name for name, route in self._fleet.at_work.items() if before.get(name) is route)
+            self._fleet.reopen(kept)
         if loaded.config.engines != self._config.engines:
             log.warning(
                 "engines: %s takes a restart", loaded.config.engines, extra={"event": "restart_needed"}

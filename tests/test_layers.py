@@ -25,6 +25,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "duplex",
         "patrol",
         "admission",
+        "names",
+        "reception",
         "redial",
         "send",
         "lane",
