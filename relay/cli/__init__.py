@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from relay import __version__
-from relay.cli import check, plan, run, schema, send, serve
+from relay.cli import bench, check, plan, run, schema, send, serve
 
 app = typer.Typer(
     add_completion=False,
@@ -35,7 +35,7 @@ def relay(
     """Moves streams of bytes to many sockets and files without carrying them."""
 
 
-for module in (serve, run, send, check, plan, schema):
+for module in (serve, run, send, check, plan, bench, schema):
     module.add_to(app)
 
 
