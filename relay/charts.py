@@ -25,7 +25,7 @@ HEAD = 40  # above the first group of a panel
 LABEL = 128  # left of the bars
 VALUE = 78  # right of them
 MARGIN = 20
-FONT = "font-family='system-ui, sans-serif'"
+FONT = "font-family='system-ui, Helvetica, Arial, sans-serif'"
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,12 @@ def _drawn(bar: Bar) -> bool:
     return math.isfinite(bar.value) and bar.value >= 0
 
 
-def series_of(charts: Sequence[Chart]) -> list[str]:
-    """The names of all series, in order of appearance."""
-    return list(dict.fromkeys(bar.series for chart in charts for group in chart.groups for bar in group.bars))
+def colours_of(charts: Sequence[Chart], order: Sequence[str]) -> dict[str, str]:
+    """A colour for each series that there is: those in `order` first, whatever else comes as it appears."""
+    found = {bar.series for chart in charts for group in chart.groups for bar in group.bars}
+    seen = [bar.series for chart in charts for group in chart.groups for bar in group.bars]
+    names = dict.fromkeys([*(name for name in order if name in found), *seen])
+    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
 def check(path: Path) -> None:
@@ -92,26 +95,38 @@ def check(path: Path) -> None:
         )
 
 
-def write(path: Path, title: str, charts: Sequence[Chart], *, columns: int = 2) -> None:
+def write(
+    path: Path, title: str, charts: Sequence[Chart], *, columns: int = 2, order: Sequence[str] = ()
+) -> None:
     """Draws the charts there, as the end of the name says; see `check`. Raises OSError when it cannot be written."""
     if path.suffix == ".png":
-        _write_png(path, title, charts, columns)
+        _write_png(path, title, charts, columns, colours_of(charts, order))
     else:
-        path.write_text(svg(title, charts, columns=columns), encoding="utf-8")
+        path.write_text(svg(title, charts, columns=columns, order=order), encoding="utf-8")
 
 
-def svg(title: str, charts: Sequence[Chart], *, columns: int = 2, width: int = 440) -> str:
-    """An SVG document: the title, a legend, and the charts in rows of `columns`, each `width` pixels wide."""
+def svg(
+    title: str,
+    charts: Sequence[Chart],
+    *,
+    columns: int = 2,
+    order: Sequence[str] = (),
+    width: int = 440,
+    label: int = LABEL,
+) -> str:
+    """An SVG document: title, legend, and the charts in rows of `columns`, each `width` pixels wide.
+
+    `order` is that of the series in the legend; `label` pixels are left for the names of groups.
+    """
     columns = max(1, min(columns, len(charts)))
-    names = series_of(charts)
-    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
+    colours = colours_of(charts, order)
     total = MARGIN * 2 + columns * width
     parts: list[str] = []
-    legend, y = _legend(names, colours, total)
+    legend, y = _legend(colours, total)
     for start in range(0, len(charts), columns):
         row = charts[start : start + columns]
         for number, chart in enumerate(row):
-            parts += _panel(chart, colours, MARGIN + number * width, y, width)
+            parts += _panel(chart, colours, MARGIN + number * width, y, width, label)
         y += max(chart.height for chart in row) + MARGIN
     head = [
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {total} {y}' width='{total}' height='{y}' "
@@ -123,36 +138,36 @@ def svg(title: str, charts: Sequence[Chart], *, columns: int = 2, width: int = 4
     return "\n".join([*head, *legend, *parts, "</svg>"]) + "\n"
 
 
-def _legend(names: Sequence[str], colours: dict[str, str], total: int) -> tuple[list[str], int]:
+def _legend(colours: dict[str, str], total: int) -> tuple[list[str], int]:
     """The keys in rows, and where the first panel begins."""
     parts, x, y = [], MARGIN, MARGIN + 24
-    for name in names:
+    for name, colour in colours.items():
         wide = 26 + 6 * len(name)
         if x + wide > total - MARGIN and x > MARGIN:
             x, y = MARGIN, y + 16
-        parts.append(f"<rect x='{x}' y='{y - 8}' width='10' height='9' fill='{colours[name]}'/>")
+        parts.append(f"<rect x='{x}' y='{y - 8}' width='10' height='9' fill='{colour}'/>")
         parts.append(_text(x + 14, y, name))
         x += wide
     return parts, y + MARGIN
 
 
-def _panel(chart: Chart, colours: dict[str, str], x: int, y: int, width: int) -> list[str]:
+def _panel(chart: Chart, colours: dict[str, str], x: int, y: int, width: int, label: int) -> list[str]:
     parts = [_text(x, y + 12, chart.title, "font-size='12' font-weight='600'")]
     if chart.note:
         parts.append(_text(x, y + 27, chart.note, "fill='#666'"))
-    room = width - LABEL - VALUE
+    room = width - label - VALUE
     at = y + HEAD
     for group in chart.groups:
         middle = at + len(group.bars) * BAR / 2 + 3
-        parts.append(_text(x + LABEL - 6, middle, group.label, "text-anchor='end'"))
+        parts.append(_text(x + label - 6, middle, group.label, "text-anchor='end'"))
         for bar in group.bars:
             long = room * bar.value / chart.full(group) if _drawn(bar) else 0.0
             said = escape(f"{group.label} {bar.series}: {bar.said}")
             parts.append(
-                f"<rect x='{x + LABEL}' y='{at}' width='{max(long, 0.5):.1f}' height='{BAR - 2}' "
+                f"<rect x='{x + label}' y='{at}' width='{max(long, 0.5):.1f}' height='{BAR - 2}' "
                 f"fill='{colours[bar.series]}'><title>{said}</title></rect>"
             )
-            parts.append(_text(x + LABEL + max(long, 0.5) + 4, at + BAR - 3, bar.said, "font-size='9'"))
+            parts.append(_text(x + label + max(long, 0.5) + 4, at + BAR - 3, bar.said, "font-size='9'"))
             at += BAR
         at += GAP
     return parts
@@ -162,7 +177,9 @@ def _text(x: float, y: float, words: str, more: str = "") -> str:
     return f"<text x='{x:g}' y='{y:g}' {more}>{escape(words)}</text>".replace("' >", "'>")
 
 
-def _write_png(path: Path, title: str, charts: Sequence[Chart], columns: int) -> None:
+def _write_png(
+    path: Path, title: str, charts: Sequence[Chart], columns: int, colours: dict[str, str]
+) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -172,8 +189,6 @@ def _write_png(path: Path, title: str, charts: Sequence[Chart], columns: int) ->
     columns = max(1, min(columns, len(charts)))
     rows = [charts[i : i + columns] for i in range(0, len(charts), columns)]
     heights = [max(chart.height for chart in row) for row in rows]
-    names = series_of(charts)
-    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
     figure, axes = pyplot.subplots(
         len(rows), columns, squeeze=False, layout="constrained",
         figsize=(4.6 * columns, sum(heights) / 80 + 1), height_ratios=heights,
@@ -199,7 +214,7 @@ def _write_png(path: Path, title: str, charts: Sequence[Chart], columns: int) ->
         axis.invert_yaxis()
         axis.spines[["top", "right", "bottom"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
-    keys = [Patch(color=colours[name], label=name) for name in names]
+    keys = [Patch(color=colours[name], label=name) for name in colours]
     figure.legend(handles=keys, loc="outside lower center", ncols=min(6, len(keys)), fontsize=7)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -8,6 +8,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,9 @@ from relay.kernel.probe import machine
 
 log = logging.getLogger("relay.bench")
 
-SECONDS = 0.04  # each cell is measured so long, after a quarter of that: all of them fit in a minute
+SECONDS = 0.016  # each cell is measured so long, after a quarter of that: all of them fit in a minute
+ROUNDS = 2  # of which the second is left out wherever the first took too long
+SPAN = 50.0  # seconds for all that is asked for, unless rounds are
 
 
 class Signals:
@@ -51,16 +54,17 @@ def survey(
     *,
     quick: bool = False,
     seconds: float = SECONDS,
-    rounds: int = 1,
+    rounds: int | None = None,
     as_json: bool = False,
     plot: Path | None = None,
     directory: Path | None = None,
 ) -> int:
     """Measures every place, or those of the hops in `only` (such as tcp-pipe), and prints what came out.
 
-    `seconds` is for how long each cell is measured, `rounds` how often (the median counts), `directory` where files and
-    fifos are made. 0: all went well; 1: a cell failed; 128 and the number of a signal that ended it. Raises
-    UsageError for a hop or a plot that cannot be, before anything is measured. Call it on the main thread.
+    `seconds` is for how long each cell is measured, `rounds` how often (the median counts, of two the cheaper; None:
+    twice where a minute allows), `directory` where files and fifos are made. 0: all went well; 1: a cell failed; 128
+    and the number of a signal that ended it. Raises UsageError for a hop or a plot that cannot be, before anything is
+    measured. Call it on the main thread.
     """
     places = _chosen(only, quick)
     if plot is not None:
@@ -113,17 +117,19 @@ def _chosen(only: Sequence[str], quick: bool) -> list[Place]:
 
 
 def _measured(
-    places: Sequence[Place], directory: Path, seconds: float, rounds: int, stopped: Callable[[], bool]
+    places: Sequence[Place], directory: Path, seconds: float, rounds: int | None, stopped: Callable[[], bool]
 ) -> tuple[list[Row], bool]:
     """Every place in turn; at each, all methods and auto, `rounds` times. And whether relay had a CPU of its own."""
     bench = Bench(directory, seconds, stopped)
     shown = sys.stderr.isatty()
     try:
         rows = []
+        began = time.monotonic()
         for number, place in enumerate(places, start=1):
+            late = time.monotonic() - began > SPAN * (number - 1) / len(places)
             if shown:
                 print(f"\r{number} of {len(places)}: {place.hop:16}", end="", file=sys.stderr, flush=True)
-            rows.append(_place(bench, place, rounds, stopped))
+            rows.append(_place(bench, place, rounds or (1 if late else ROUNDS), stopped))
         return rows, bench.pinned
     finally:
         if shown:

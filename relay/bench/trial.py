@@ -38,7 +38,7 @@ from relay.stages.tee import Settings as TeeSettings
 from relay.ways import Ways
 
 STEP: Final = 0.002  # seconds between two looks whether it has flowed for long enough
-LEAST: Final = 4 * MIB  # bytes to measure: slow cells last longer
+LEAST: Final = 2 * MIB  # bytes to measure: slow cells last longer
 LONGEST: Final = 2.0  # seconds, even where fewer bytes went
 MOST_FILED: Final = 192 * MIB  # bytes written to files in one cell: then it has lasted long enough
 DEADLINE: Final = 20.0  # seconds for a cell; one that hangs is an error
@@ -158,7 +158,7 @@ class Bench:
             if feeds is not None:
                 feeds.start()
             most = MOST_FILED // place.sinks if place.to == "file" else 0
-            cell.measure(self._seconds / 4, self._seconds, most, feeds)
+            cell.measure(max(0.005, self._seconds / 4), self._seconds, most, feeds)
             record = self._wait(cell)
             fed = None if feeds is None else feeds.feed.moved
             return cell.outcome(record, fed, receivers.counts())

@@ -25,8 +25,13 @@ def bench(
     ] = None,
     seconds: Annotated[
         float, typer.Option(min=0.001, max=60.0, help="For how long each cell is measured.")
-    ] = 0.04,
-    rounds: Annotated[int, typer.Option(min=1, max=99, help="How often; the median counts.")] = 1,
+    ] = 0.016,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=99, help="How often; the median counts.  [default: twice where a minute allows]"
+        ),
+    ] = None,
     directory: Annotated[
         Path | None,
         typer.Option(
