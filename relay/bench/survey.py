@@ -111,8 +111,8 @@ def survey(
 def _chosen(only: Sequence[str], quick: bool) -> list[Place]:
     for name in only:
         if name not in hops():
-            hint = did_you_mean(name, hops()) or f"hops are {', '.join(hops())}"
-            raise UsageError(f"no hop is called {name!r}", hint=hint)
+            meant = did_you_mean(name, hops()) or f"; there are {', '.join(hops())}"
+            raise UsageError(f"no hop is called {name!r}{meant}")
     return catalogue(only, quick=quick)
 
 
