@@ -18,7 +18,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as command
 from benchmarks import contender, table
-from benchmarks.cell import GIB, MIB, Cell, catalogue
+from benchmarks.catalogue import catalogue
+from benchmarks.cell import GIB, MIB, Cell
 from benchmarks.contender import Contender, Part, Place
 from benchmarks.load import BenchmarkError, Process, compiled, kept
 from benchmarks.series import Result, measured
@@ -152,6 +153,7 @@ def test_every_relay_command_follows_the_contract() -> None:
             file=Path("/f"),
             ports=tuple(range(1, one.sinks + 1)),
             fifos=tuple(Path(f"/p{n}") for n in range(one.sinks)),
+            paths=tuple(Path(f"/p{n}") for n in range(one.sinks)),
             output=Path("/o"),
         )
         (part,) = relay.parts(place)
