@@ -148,8 +148,10 @@ def _goal(goal: tuple[float, float], relay: Result, peers: list[Result]) -> str:
     cpu = relay.cpu().median / min(peer.cpu().median for peer in peers)
     speed = relay.rate().median / max(peer.rate().median for peer in peers)
     words = {True: "met", False: "missed"}
+    least = min(peer.net_cpu() for peer in peers)
+    net = f" ({relay.net_cpu() / least:.2f} without start-up)" if least > 0 else ""
     return (
-        f"Goal, at most {goal[0]:g} of the CPU: {words[cpu <= goal[0]]}, {cpu:.2f}; "
+        f"Goal, at most {goal[0]:g} of the CPU: {words[cpu <= goal[0]]}, {cpu:.2f}{net}; "
         f"at least {goal[1]:g} times the GiB/s: {words[speed >= goal[1]]}, {speed:.2f}."
     )
 

@@ -23,7 +23,7 @@ BAR = 11  # pixels a bar is high, with its margin
 GAP = 7  # between two groups
 HEAD = 40  # above the first group of a panel
 LABEL = 128  # left of the bars
-VALUE = 78  # right of them
+LETTER = 5.2  # pixels a letter beside a bar is wide
 MARGIN = 20
 FONT = "font-family='system-ui, Helvetica, Arial, sans-serif'"
 
@@ -52,17 +52,22 @@ class Group:
 
 @dataclass(frozen=True)
 class Chart:
-    """A panel. With `scale` "group" the longest bar of each group is full, with "chart" the longest of all."""
+    """A panel. With `scale` "group" the longest bar of each group is full, with "chart" the longest of all.
+
+    `mark` is a value at which a line stands, where all bars have the same scale.
+    """
 
     title: str
     groups: tuple[Group, ...]
     note: str = ""
     scale: Literal["chart", "group"] = "chart"
+    mark: float | None = None
 
     def full(self, group: Group) -> float:
         """The value of a bar that goes all the way, in this group."""
         within = (group,) if self.scale == "group" else self.groups
-        return max((bar.value for g in within for bar in g.bars if _drawn(bar)), default=1.0) or 1.0
+        least = self.mark or 0.0
+        return max([least, *(bar.value for g in within for bar in g.bars if _drawn(bar))]) or 1.0
 
     @property
     def height(self) -> int:
@@ -155,8 +160,15 @@ def _panel(chart: Chart, colours: dict[str, str], x: int, y: int, width: int, la
     parts = [_text(x, y + 12, chart.title, "font-size='12' font-weight='600'")]
     if chart.note:
         parts.append(_text(x, y + 27, chart.note, "fill='#666'"))
-    room = width - label - VALUE
+    longest = max((len(bar.said) for group in chart.groups for bar in group.bars), default=0)
+    room = width - label - longest * LETTER - 12
     at = y + HEAD
+    if chart.mark is not None and chart.scale == "chart" and chart.groups:
+        there = x + label + room * chart.mark / chart.full(chart.groups[0])
+        parts.append(
+            f"<line x1='{there:.1f}' x2='{there:.1f}' y1='{at - 4}' y2='{y + chart.height}' "
+            "stroke='#888' stroke-dasharray='3 3'/>"
+        )
     for group in chart.groups:
         middle = at + len(group.bars) * BAR / 2 + 3
         parts.append(_text(x + label - 6, middle, group.label, "text-anchor='end'"))
@@ -208,6 +220,10 @@ def _write_png(
                 axis.text(long + 0.01, at, bar.said, va="center", fontsize=6)
                 at += 1
             at += 0.6
+        if chart.mark is not None and chart.scale == "chart" and chart.groups:
+            axis.axvline(
+                chart.mark / chart.full(chart.groups[0]), color="#888", linestyle="--", linewidth=0.8
+            )
         axis.set_yticks([tick for tick, _ in ticks], [label for _, label in ticks], fontsize=6)
         axis.set_xticks([])
         axis.set_xlim(0, 1.25)
