@@ -1,7 +1,7 @@
 """One cell at work: a pipeline between a source that is fed and sinks that are read from, and a look at the clocks.
 
 Theory of operation. Everything is what a route has: real endpoints, a Pipeline, an Engine on a thread of its own.
-The engine's thread looks at its own CPU clock, its counter of system calls and the source's bytes twice, between
+The engine's thread looks at its own CPU clock, its counter of system calls and the sinks' bytes twice, between
 two of its rounds: once the stream has flowed for a while, and again some time later. Setting up and ending are
 not in the figures. Then the stream ends as any stream does, and every sink must have had every byte.
 """
@@ -38,7 +38,7 @@ from relay.stages.tee import Settings as TeeSettings
 from relay.ways import Ways
 
 STEP: Final = 0.002  # seconds between two looks whether it has flowed for long enough
-LEAST: Final = 2 * MIB  # bytes to measure: slow cells last longer
+LEAST: Final = 4 * MIB  # bytes to measure: slow cells last longer
 LONGEST: Final = 2.0  # seconds, even where fewer bytes went
 MOST_FILED: Final = 192 * MIB  # bytes written to files in one cell: then it has lasted long enough
 DEADLINE: Final = 20.0  # seconds for a cell; one that hangs is an error
@@ -50,7 +50,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class _Look:
-    """What the clocks and counters say at one instant, on the engine's thread."""
+    """What the clocks and counters say at one instant, on the engine's thread; `bytes` are a sink's, on average."""
 
     at: int
     cpu: int
@@ -58,32 +58,40 @@ class _Look:
     bytes: int
 
     @classmethod
-    def now(cls, engine: Engine, source: Source) -> _Look:
+    def now(cls, engine: Engine, pipeline: Pipeline) -> _Look:
         cpu = time.thread_time_ns()
         for thread in threading.enumerate():  # those that write files for this engine
             if thread.ident is not None and thread.name.startswith(f"{engine.name}-"):
                 with contextlib.suppress(OSError):
                     cpu += time.clock_gettime_ns(time.pthread_getcpuclockid(thread.ident))
         calls = int(engine.c.calls) + int(engine.c.wakeups)
-        return cls(time.monotonic_ns(), cpu, calls, source.moved)
+        # what came in may still be in relay's pipes, and its way out has cost nothing yet
+        moved = [outlet.sink.moved for outlet in pipeline.chain.outlets if outlet.sink is not None]
+        return cls(time.monotonic_ns(), cpu, calls, sum(moved) // max(1, len(moved)))
 
 
 class _Meter:
     """Two looks at a stream, `warm` and then `seconds` apart; then `then()`. Lives on the engine's thread."""
 
     def __init__(
-        self, engine: Engine, source: Source, warm: float, seconds: float, most: int, then: Callable[[], None]
+        self,
+        engine: Engine,
+        pipeline: Pipeline,
+        warm: float,
+        seconds: float,
+        most: int,
+        then: Callable[[], None],
     ) -> None:
-        self._engine, self._source = engine, source
+        self._engine, self._pipeline = engine, pipeline
         self._warm, self._seconds, self._most, self._then = warm, seconds, most, then
         self.first: _Look | None = None
         self.last: _Look | None = None
         engine.later(warm, self._look)
 
     def _look(self) -> None:
-        if self.last is not None or self._source.closed:
+        if self.last is not None or self._pipeline.closed:
             return
-        now = _Look.now(self._engine, self._source)
+        now = _Look.now(self._engine, self._pipeline)
         if self.first is None:
             self.first = now if now.bytes else None
             self._engine.later(self._seconds if now.bytes and not self._most else STEP, self._look)
@@ -271,19 +279,19 @@ class _Cell:
 
     def measure(self, warm: float, seconds: float, most: int, feeds: Feeder | None) -> None:
         """Lets it flow, looks at the clocks, and has the stream end; at `most` bytes (0: any) it has lasted enough."""
-        source, engine = self._source, self._engine
+        source, pipeline, engine = self._source, self._pipeline, self._engine
         assert source is not None
+        assert pipeline is not None
 
         def enough() -> None:
             if feeds is not None:
                 feeds.feed.stop()
             if isinstance(source, LoopedFile | LoopedMemory):
                 source.stop()
-                assert self._pipeline is not None
-                engine.ready(self._pipeline.c)
+                engine.ready(pipeline.c)
 
         def begin() -> None:
-            self._meter = _Meter(engine, source, warm, seconds, most, enough)
+            self._meter = _Meter(engine, pipeline, warm, seconds, most, enough)
 
         engine.call(begin)
 
