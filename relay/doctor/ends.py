@@ -7,6 +7,7 @@ somewhere. Whoever then finds the new bytes there looks at the same pages; whoev
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import os
 import select
@@ -23,11 +24,19 @@ Kind = Literal["memory", "file", "memfd", "pipe", "unix", "tcp", "process"]
 
 BEFORE: Final = b"a"
 AFTER: Final = b"b"
-PIECE: Final = 64 * 1024  # bytes moved at once: sockets and the smallest of ordinary pipes take them
+PIECE: Final = 64 * 1024  # bytes moved at once: sockets and ordinary pipes take them
+PIPES: Final = 4  # as many are open at once, at most
+
+
+@functools.cache
+def piece() -> int:
+    """Bytes moved at once: PIECE, or less where this user's pipes are smaller."""
+    with contextlib.ExitStack() as undo:
+        return min(PIECE, *(undo.enter_context(Pipe()).capacity for _ in range(PIPES)))
 
 
 class Pages:
-    """PIECE bytes that can be changed afterwards; owns what holds them.
+    """Bytes that can be changed afterwards; owns what holds them.
 
     `fd` is a file's or a memfd's, -1 for memory; `memory` a map of it for plain memory.
     """
@@ -37,7 +46,7 @@ class Pages:
         self.fd = -1
         self.map: mmap.mmap | None = None
         if kind == "memory":
-            self.map = mmap.mmap(-1, PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.map = mmap.mmap(-1, piece(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         elif kind == "file":
             self.fd, path = tempfile.mkstemp(dir=directory)
             os.unlink(path)  # noqa: PTH108 - a plain call, as mkstemp before it
@@ -48,9 +57,9 @@ class Pages:
     def write(self, byte: bytes) -> None:
         """The whole of it becomes that byte."""
         if self.map is not None:
-            self.map[:] = byte * PIECE
+            self.map[:] = byte * piece()
         else:
-            os.pwrite(self.fd, byte * PIECE, 0)
+            os.pwrite(self.fd, byte * piece(), 0)
 
     def change(self) -> None:
         """From now on it has other bytes."""
@@ -99,11 +108,11 @@ class Channel:
             raise KernelError("what was sent did not arrive")
 
     def look(self) -> bytes:
-        """Reads all PIECE bytes."""
+        """Reads as many bytes as were sent."""
         got = b""
-        while len(got) < PIECE:
+        while len(got) < piece():
             self.wait()
-            got += os.read(self.read_fd, PIECE - len(got))
+            got += os.read(self.read_fd, piece() - len(got))
         return got
 
     def close(self) -> None:
@@ -124,7 +133,7 @@ class Stored:
     def look(self) -> bytes:
         """What is in it; the next bytes go to its beginning again."""
         os.lseek(self.write_fd, 0, os.SEEK_SET)
-        return os.pread(self.write_fd, PIECE, 0)
+        return os.pread(self.write_fd, piece(), 0)
 
     def close(self) -> None:
         """Lets go of it."""

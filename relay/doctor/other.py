@@ -16,7 +16,7 @@ import struct
 from types import TracebackType
 from typing import Final
 
-from relay.doctor.ends import PIECE
+from relay.doctor.ends import piece
 from relay.errors import KernelError
 from relay.kernel import core
 
@@ -28,25 +28,25 @@ PATIENCE: Final = 10.0  # seconds for an answer
 
 
 class Landing:
-    """PIECE bytes of memory where bytes land; or, after `take(MAP)`, a map of what was handed over. Owns its maps."""
+    """Memory where bytes land; or, after `take(MAP)`, a map of what was handed over. Owns its maps."""
 
     def __init__(self) -> None:
-        self._map = mmap.mmap(-1, PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._map[:] = bytes(PIECE)
+        self._map = mmap.mmap(-1, piece(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._map[:] = bytes(piece())
         self._mapped: mmap.mmap | None = None
 
     def take(self, way: bytes, fd: int) -> None:
-        """Takes PIECE bytes from `fd` by that way. Raises OSError."""
+        """Takes one piece from `fd` by that way. Raises OSError."""
         if way == MAP:
             self.release()
-            self._mapped = mmap.mmap(fd, PIECE, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+            self._mapped = mmap.mmap(fd, piece(), flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
             return
         at = 0
         pointer = core.ffi.from_buffer("char[]", self._map)
         try:
-            while at < PIECE:
+            while at < piece():
                 if way == VMSPLICE:
-                    got = int(core.lib.relay_lend(fd, pointer + at, PIECE - at))
+                    got = int(core.lib.relay_lend(fd, pointer + at, piece() - at))
                 else:
                     got = _read(fd, memoryview(self._map)[at:])
                 if got == -errno.EAGAIN:
@@ -65,7 +65,7 @@ class Landing:
 
     def look(self) -> bytes:
         """What is there now."""
-        return bytes((self._mapped or self._map)[:PIECE])
+        return bytes((self._mapped or self._map)[: piece()])
 
     def release(self) -> None:
         """Unmaps what was handed over."""
@@ -111,7 +111,7 @@ class Other:
         return self
 
     def take(self, way: bytes, fd: int) -> None:
-        """The child takes PIECE bytes from `fd`, or maps it, and has done so on return. Raises OSError as there."""
+        """The child takes one piece from `fd`, or maps it, and has done so on return. Raises OSError as there."""
         socket.send_fds(self._ours, [way], [fd])
         (code,) = struct.unpack("i", self._answer(4))
         if code:
@@ -120,7 +120,7 @@ class Other:
     def look(self) -> bytes:
         """What the child finds in its memory now."""
         self._ours.sendall(LOOK)
-        return self._answer(PIECE)
+        return self._answer(piece())
 
     def _answer(self, size: int) -> bytes:
         got = b""

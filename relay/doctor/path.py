@@ -1,6 +1,6 @@
 """The path matrix: from every end to every other, by every way, shared or copied, how fast and at what CPU.
 
-Theory of operation. PIECE bytes are moved from an origin to where they arrive. Then the origin is changed, and only
+Theory of operation. A piece is moved from an origin to where they arrive. Then the origin is changed, and only
 then is looked at what arrived: new bytes mean shared pages, old ones a copy. A refusal of the kernel or a sandbox is
 denied. Then the same is done over and over for a moment; only the way's own calls are timed, not what fills and
 empties the ends.
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from relay.doctor.ends import AFTER, BEFORE, PIECE, Arrival, Channel, Kind, Pages, Stored, arrival
+from relay.doctor.ends import AFTER, BEFORE, Arrival, Channel, Kind, Pages, Stored, arrival, piece
 from relay.doctor.other import MAP, READ, VMSPLICE, Landing, Other
 from relay.errors import KernelError, name_of
 from relay.kernel import core
@@ -105,9 +105,9 @@ def examine(source: Kind, to: Kind, way: str, directory: Path, seconds: float) -
 
 
 def _seen(content: bytes) -> Result:
-    if content == AFTER * PIECE:
+    if content == AFTER * piece():
         return "shared"
-    if content == BEFORE * PIECE:
+    if content == BEFORE * piece():
         return "copied"
     raise KernelError("what arrived is neither what was sent nor what it was changed to")
 
@@ -126,7 +126,7 @@ def _timed(
         spent += time.perf_counter_ns() - began
         after()
         rounds += 1
-    moved = rounds * PIECE
+    moved = rounds * piece()
     return moved / max(1, spent), cpu / moved
 
 
@@ -136,9 +136,9 @@ def _to_process(source: Kind, way: str, directory: Path, seconds: float, undo: c
     bench = _Bench(held, "pipe", directory, undo)
     pipe = bench.arrived
     assert isinstance(pipe, Channel)
-    target = Stored("memfd", directory)
+    target = Stored("memfd" if way == "vmsplice+splice" else "file", directory)
     undo.callback(target.close)
-    os.ftruncate(target.write_fd, PIECE)
+    os.ftruncate(target.write_fd, piece())
 
     def into(take: Callable[[bytes, int], None]) -> None:
         if way == "passed":
@@ -187,7 +187,7 @@ class _Bench:
         self.arrived: Arrival = arrival(to, directory)
         undo.callback(self.arrived.close)
         self._to_pipe = to == "pipe"
-        kind: Kind = source if source in ("memory", "file", "memfd") else "memfd"
+        kind: Kind = source if source in ("memory", "file", "memfd") else "file"
         self.pages = Pages(kind, directory)
         undo.callback(self.pages.close)
         self._channel: Channel | None = None
@@ -196,7 +196,7 @@ class _Bench:
             undo.callback(self._channel.close)
         self._between = Pipe()
         undo.callback(self._between.close)
-        self._buffer = bytearray(PIECE)
+        self._buffer = bytearray(piece())
         self._left_behind = False
         self._view = memoryview(self.pages.map) if self.pages.map is not None else None
         if self._view is not None:
@@ -211,7 +211,7 @@ class _Bench:
         return self.pages.fd
 
     def fill(self) -> None:
-        """The origin has PIECE bytes to give, which are pages of `pages`; a copy of them where splice is refused."""
+        """The origin has a piece to give, which are pages of `pages`; a copy of them where splice is refused."""
         if self._channel is None:
             return
         try:
@@ -219,7 +219,7 @@ class _Bench:
         except OSError as error:
             if error.errno not in REFUSED:
                 raise
-            _written(self._channel.write_fd, memoryview(BEFORE * PIECE))
+            _written(self._channel.write_fd, memoryview(BEFORE * piece()))
 
     def again(self) -> None:
         """For the next round; what tee left in its pipe is there already."""
@@ -237,8 +237,8 @@ class _Bench:
             self._lent(to)
         elif way == "sendfile":
             at = 0
-            while at < PIECE:
-                at += os.sendfile(to, self.pages.fd, at, PIECE - at)
+            while at < piece():
+                at += os.sendfile(to, self.pages.fd, at, piece() - at)
         elif self._channel is None:
             if way == "splice":
                 self._spliced(self.pages.fd, to, to_pipe=self._to_pipe)
@@ -276,7 +276,7 @@ class _Bench:
     def _spliced(self, file: int, to: int, *, to_pipe: bool) -> None:
         """From a file's beginning, through a pipe of relay's where the other end is none."""
         into = to if to_pipe else self._between.write_fd
-        _exactly(lambda left: core.lib.relay_splice(file, PIECE - left, into, left, 0))
+        _exactly(lambda left: core.lib.relay_splice(file, piece() - left, into, left, 0))
         if not to_pipe:
             _exactly(lambda left: core.lib.relay_splice(self._between.read_fd, -1, to, left, 0))
 
@@ -291,8 +291,8 @@ class _Bench:
 def _exactly(
     call: Callable[[int], int], *, wait: Callable[[], None] | None = None, whole: bool = False
 ) -> None:
-    """`call(left)` until PIECE bytes have gone. Raises OSError with what it answered."""
-    left, stuck = PIECE, 0
+    """`call(left)` until the piece has gone. Raises OSError with what it answered."""
+    left, stuck = piece(), 0
     while left:
         got = int(call(left))
         if got == -errno.EAGAIN and stuck < STUCK:
@@ -321,7 +321,7 @@ def _written(fd: int, content: memoryview) -> None:
 
 def _received(channel: Channel, into: memoryview) -> None:
     at = 0
-    while at < PIECE:
+    while at < piece():
         try:
             at += os.readv(channel.read_fd, [into[at:]])
         except BlockingIOError:
