@@ -38,7 +38,7 @@ def run_once(source: str, to: Sequence[str], method: str) -> int:
                 print(f"listening on {address}", file=sys.stderr, flush=True)
 
     def over(record: SessionRecord) -> None:
-        if not sys.stderr.isatty():  # people have the results, programs the record
+        if sys.stderr is not None and not sys.stderr.isatty():  # people have the results, programs the record
             logs.session(record)
         tell(record, results)
 

@@ -22,7 +22,7 @@ from relay.engine import Engine
 from relay.errors import KernelError
 from relay.kernel import core
 from relay.kernel.arena import Arena
-from relay.kernel.load import Drain, Feed
+from relay.kernel.feed import Drain, Feed
 from relay.kernel.pipe import LARGEST_CAPACITY, enlarge
 
 LOOP = (

@@ -70,4 +70,6 @@ def main() -> NoReturn:
     except RelayError as error:
         print(f"relay: {error}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        gc.freeze()  # nor is there any use in looking for garbage once more when all of it goes
     sys.exit(0)

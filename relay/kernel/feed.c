@@ -1,11 +1,11 @@
-/* The two loops behind `relay bench`. See load.h.
+/* The two loops behind `relay bench`. See feed.h.
  *
  * Facts: a write to a pipe copies into fresh pages, which bounds a pipe at the speed of memory; a splice from
  * the page cache fills it with references, several times faster. Socket hops cost more than the copy, so
  * there a plain send, which is what producers do, is fast enough. Below a page a splice would make
  * one pipe slot of each piece, where writes are merged into pages. */
 #include "calls.h"
-#include "load.h"
+#include "feed.h"
 
 #include <poll.h>
 

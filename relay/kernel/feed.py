@@ -1,4 +1,4 @@
-"""The typed face of load.c: the loops that feed sources and read from sinks while something is measured."""
+"""The typed face of feed.c: the loops that feed sources and read from sinks while something is measured."""
 
 from __future__ import annotations
 
