@@ -36,6 +36,7 @@ from relay.bench.cell import (
     hops,
 )
 from relay.bench.trial import Bench, Interrupted
+from relay.endpoints.file import FileSink
 from relay.errors import RelayError, UsageError
 from relay.kernel.probe import machine
 
@@ -157,12 +158,24 @@ def test_small_pieces_cost_more_calls(bench: Bench) -> None:
 
 
 def test_the_cpu_of_threads_that_write_files_counts(bench: Bench) -> None:
-    """To a file the engine's own thread does less than half of the work; the figure has the other half, too."""
+    """To a file the engine's own thread does less than half of the work; the figures have the other half, too."""
     to_file = bench.run(Place("memory", "file", 1, MIB), "copy")
     to_null = bench.run(Place("memory", "null", 1, MIB), "copy")
     assert isinstance(to_file, Figures)
     assert isinstance(to_null, Figures)
     assert to_file.cpu > 2 * to_null.cpu
+    assert to_file.calls > GIB / MIB
+
+
+def test_the_calls_of_threads_that_write_files_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a file's thread calls is in the figure: without it fewer are counted."""
+    place = Place("pipe", "file", 1, MIB)
+    whole = bench.run(place, "copy")
+    monkeypatch.setattr(FileSink, "calls", 0)
+    without = bench.run(place, "copy")
+    assert isinstance(whole, Figures)
+    assert isinstance(without, Figures)
+    assert whole.calls > without.calls + GIB / MIB
 
 
 def test_missing_bytes_are_an_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,8 +52,8 @@ class Place:
 class Figures:
     """What one cell came to, per GiB of the source's stream: a GiB to four sinks counts once.
 
-    `cpu` is seconds of the engine's thread and of the threads that write files for it; `calls` are system calls for
-    payload and waits made by the engine. `bytes` in `seconds` were measured; `moved` went through in all, to each sink.
+    `cpu` is seconds of the engine's thread and of the threads that write files for it; `calls` are their system calls
+    for payload, and the engine's waits. `bytes` in `seconds` were measured; `moved` went through in all, to each sink.
     `used` is the method by which they went in truth.
     """
 

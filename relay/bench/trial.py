@@ -64,9 +64,10 @@ class _Look:
             if thread.ident is not None and thread.name.startswith(f"{engine.name}-"):
                 with contextlib.suppress(OSError):
                     cpu += time.clock_gettime_ns(time.pthread_getcpuclockid(thread.ident))
-        calls = int(engine.c.calls) + int(engine.c.wakeups)
+        sinks = [outlet.sink for outlet in pipeline.chain.outlets if outlet.sink is not None]
+        calls = int(engine.c.calls) + int(engine.c.wakeups) + sum(sink.calls for sink in sinks)
         # what came in may still be in relay's pipes, and its way out has cost nothing yet
-        moved = [outlet.sink.moved for outlet in pipeline.chain.outlets if outlet.sink is not None]
+        moved = [sink.moved for sink in sinks]
         return cls(time.monotonic_ns(), cpu, calls, sum(moved) // max(1, len(moved)))
 
 
