@@ -69,7 +69,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("engine", "backoff"),
     ("kernel",),
-    ("settings", "units", "seldom"),
+    ("settings", "units", "seldom", "charts"),
     ("errors", "__init__"),
 )
 FLOOR_OF = {unit: len(FLOORS) - number for number, units in enumerate(FLOORS) for unit in units}
