@@ -88,6 +88,10 @@ class KernelError(RelayError):
     """The kernel refused something relay cannot do without; `hint` says what to raise or allow."""
 
 
+class ShareError(RelayError):
+    """What a peer shared, or said about it, is refused: nothing of it was mapped or trusted."""
+
+
 class RelayBug(RelayError):
     """An invariant of relay's own is broken."""
 
