@@ -85,7 +85,18 @@ class Arena:
     with whoever holds them; a `with` block closes.
     """
 
-    __slots__ = ("_final", "_frozen", "_lock", "_map", "_page", "_pieces", "_pointer", "_used", "lent", "size")
+    __slots__ = (
+        "_final",
+        "_frozen",
+        "_lock",
+        "_map",
+        "_page",
+        "_pieces",
+        "_pointer",
+        "_used",
+        "lent",
+        "size",
+    )
 
     def __init__(self, content: Buffer | int, *, huge: bool = False) -> None:
         view = None if isinstance(content, int) else memoryview(content).cast("B")
@@ -105,7 +116,8 @@ class Arena:
             self._advise(self._map)
         if view is not None:
             self._map[: self.size] = view
-            self._pieces.append((0, self.size))
+            if self.size:
+                self._pieces.append((0, self.size))
             self._used = whole_pages(self.size, self._page)
             self._cut()
             self._frozen = True
@@ -260,7 +272,7 @@ class Arena:
         final = _private(whole_pages(self._used, self._page), final=True)
         with core.ffi.from_buffer("char[]", memory) as source:
             pointer = core.ffi.from_buffer("char[]", final)
-            answer = int(core.lib.relay_cut(source, pointer, len(final)))
+            answer = int(core.lib.relay_cut(source, pointer, len(final), 0))
             if answer < 0:  # a kernel before 5.7, a sandbox that does not know the flag: one copy more
                 core.ffi.release(pointer)
                 final.close()

@@ -116,22 +116,39 @@ def judge(fd: int, size: int, needed: int) -> None:
         seals |= FUTURE_WRITE
     missing = [name for bit, name in _NAMES.items() if (needed | SIZE) & bit & ~seals]
     if missing:
-        raise ShareError(f"the memfd that came lacks the seals {', '.join(missing)}: it could change or shrink")
+        raise ShareError(
+            f"the memfd that came lacks the seals {', '.join(missing)}: it could change or shrink"
+        )
     if status.st_size != size:
         raise ShareError(f"the memfd that came has {status.st_size} bytes and {size} were announced")
     if os.fstatvfs(fd).f_bsize != PAGE:
         raise ShareError("the memfd that came is made of huge pages, which can be missing when they are read")
     if status.st_blocks * 512 < size:
-        raise ShareError(f"the memfd that came has holes: {status.st_blocks * 512} of its {size} bytes are there")
+        raise ShareError(
+            f"the memfd that came has holes: {status.st_blocks * 512} of its {size} bytes are there"
+        )
 
 
 def place(memory: mmap.mmap, fd: int, offset: int = 0, *, writable: bool = False) -> None:
     """Puts the pages of `fd` from `offset` on under `memory`, a private anonymous mapping of Python's.
 
-    The mapping goes on to belong to `memory`, and the descriptor may be closed. KernelError when it cannot be.
+    The mapping goes on to belong to `memory`, and the descriptor may be closed. With -1 for `fd` the pages are
+    fresh private ones: whoever still looks at `memory` is cut off. KernelError when it cannot be.
     """
     with core.ffi.from_buffer("char[]", memory) as at:
         core.check(
             int(core.lib.relay_map_over(at, whole_pages(len(memory)), fd, offset, writable)),
             f"mmap of {len(memory)} shared bytes",
         )
+
+
+def cut_off(memory: mmap.mmap) -> mmap.mmap:
+    """A new mapping of the shared pages under `memory`, still writable; whoever looks at `memory` is cut off.
+
+    A seal FUTURE_WRITE forbids to map them anew, so the mapping moves. KernelError before Linux 5.13.
+    """
+    fresh = mmap.mmap(-1, len(memory), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with core.ffi.from_buffer("char[]", memory) as old, core.ffi.from_buffer("char[]", fresh) as new:
+        core.check(int(core.lib.relay_cut(old, new, whole_pages(len(memory)), 1)), "moving a shared mapping")
+    place(memory, -1, writable=True)
+    return fresh

@@ -207,4 +207,6 @@ def _held(fd: int) -> int:
 def _refuse_blocking(*fds: int) -> None:
     for fd in fds:
         if stat.S_ISSOCK(os.fstat(fd).st_mode) and os.get_blocking(fd):
-            raise ValueError(f"descriptor {fd} is a blocking socket, where no timeout holds: setblocking(False)")
+            raise ValueError(
+                f"descriptor {fd} is a blocking socket, where no timeout holds: setblocking(False)"
+            )

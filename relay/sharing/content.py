@@ -6,6 +6,7 @@ nothing in another process, and one made up by a hostile peer would be followed.
 
 from __future__ import annotations
 
+import mmap
 import re
 import sys
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Content:
             size *= side
         return size
 
-    def array(self, memory: Buffer, *, final: bool) -> Any:
+    def array(self, memory: mmap.mmap | memoryview, *, final: bool) -> Any:
         """A NumPy array over `memory`, which must be of this size.
 
         NumPy relies on booleans being 0 or 1 when it counts them: they are looked at first, and copied before
@@ -91,6 +92,17 @@ def itemsize(dtype: str) -> int:
     raise ShareError(f"unknown dtype {dtype[:LONGEST_DTYPE]!r}")
 
 
+def content_of(shape: int | tuple[int, ...], dtype: Any) -> Content:
+    """What an array of NumPy's `shape` and `dtype` is; NumPy is loaded unless `dtype` is spelled as here."""
+    if not isinstance(dtype, str) or _DTYPE.fullmatch(dtype) is None:
+        import numpy
+
+        kind = numpy.dtype(dtype)
+        _refuse(numpy, kind)
+        dtype = kind.str
+    return Content(dtype, (shape,) if isinstance(shape, int) else tuple(shape))
+
+
 def describe(buffer: Buffer) -> tuple[Content, memoryview]:
     """What `buffer` is, and its bytes, flat, in C order: copied only if they are not in that order.
 
@@ -100,7 +112,7 @@ def describe(buffer: Buffer) -> tuple[Content, memoryview]:
     if numpy is not None and isinstance(buffer, numpy.ndarray):
         return _of_array(numpy, buffer)
     view = memoryview(buffer)
-    content = Content(_dtype_of(view), view.shape)
+    content = Content(_dtype_of(view), view.shape or ())
     if not view.c_contiguous:
         view = memoryview(view.tobytes())
     # cast refuses an empty side
@@ -108,17 +120,20 @@ def describe(buffer: Buffer) -> tuple[Content, memoryview]:
 
 
 def _of_array(numpy: Any, array: Any) -> tuple[Content, memoryview]:
-    dtype = array.dtype
-    if dtype.hasobject:
-        raise TypeError(f"an array of {dtype} holds Python objects, which cannot be shared")
-    if dtype.names or (dtype.kind == "V" and dtype.type is not numpy.void):
-        raise TypeError(
-            f"the dtype {dtype} is not told across: share array.view('V{dtype.itemsize}') and view it back"
-        )
+    _refuse(numpy, array.dtype)
     if isinstance(array, numpy.ma.MaskedArray):
         raise TypeError("a masked array would lose its mask: share array.data and array.mask")
     plain = numpy.asarray(array, order="C")
-    return Content(dtype.str, plain.shape), memoryview(plain.reshape(-1).view("u1"))
+    return Content(plain.dtype.str, plain.shape), memoryview(plain.reshape(-1).view("u1"))
+
+
+def _refuse(numpy: Any, dtype: Any) -> None:
+    if dtype.hasobject:
+        raise TypeError(f"an array of {dtype} holds Python objects, which cannot be shared")
+    if dtype.names or dtype.subdtype or (dtype.kind == "V" and dtype.type is not numpy.void):
+        raise TypeError(
+            f"the dtype {dtype} is not told across: share array.view('V{dtype.itemsize}') and view it back"
+        )
 
 
 def _dtype_of(view: memoryview) -> str:

@@ -1,7 +1,8 @@
 """Memory that is final, and that any number of processes map.
 
-`share` copies a buffer into a memfd once and seals it; `Shared.send` hands the same pages to another process,
-which maps them read-only. Nobody, its maker included, can change a byte of it any more.
+`share` copies a buffer into a memfd once and seals it, a `Draft` is filled in place and then sealed;
+`Shared.send` hands the same pages to another process, which maps them read-only. Nobody, its maker included, can
+change a byte of it any more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from relay.errors import KernelError, ShareError
 from relay.kernel import memfd
 from relay.sharing import wire
-from relay.sharing.content import Content, describe
+from relay.sharing.content import Content, content_of, describe
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -45,7 +46,8 @@ class Shared(mmap.mmap):
         except OSError as error:
             os.close(fd)
             raise KernelError(
-                f"mmap of {content.size} bytes: {error.strerror}", hint="raise the limit of memory (ulimit -v)"
+                f"mmap of {content.size} bytes: {error.strerror}",
+                hint="raise the limit of memory (ulimit -v)",
             ) from error
         except BaseException:
             os.close(fd)
@@ -57,12 +59,7 @@ class Shared(mmap.mmap):
     def __del__(self) -> None:
         self._close_fd()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        trace: TracebackType | None = None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -142,9 +139,9 @@ def share(buffer: Buffer) -> Shared:
     """Copies `buffer` once, into memory that is then final and that other processes can map.
 
     `buffer` is anything with bytes: bytes, a NumPy array, a memoryview; dtype and shape travel along. It is
-    always copied, since its owner could go on writing to it; what is made in place is sent through
-    `ShareSink.slot`. ValueError for an empty buffer, which cannot be mapped; TypeError for Python objects and
-    structured dtypes; KernelError when memory or descriptors run out.
+    always copied, since its owner could go on writing to it: a `Draft` is made in place instead. ValueError
+    for an empty buffer, which cannot be mapped; TypeError for Python objects and structured dtypes;
+    KernelError when memory or descriptors run out.
     """
     content, flat = describe(buffer)
     if not flat:
@@ -157,3 +154,77 @@ def share(buffer: Buffer) -> Shared:
         os.close(fd)
         raise
     return Shared(fd, content)
+
+
+class Draft:
+    """Zeroed memory for one array, to be filled in place and then shared without a copy.
+
+    `array` (NumPy) and `view` (a memoryview of bytes) write to it; drop them, and `share` makes it final.
+    `shape` and `dtype` are NumPy's. It owns a mapping and a descriptor until `share` or `close`.
+    """
+
+    def __init__(self, shape: int | tuple[int, ...], dtype: Any = "|u1") -> None:
+        self.content = content_of(shape, dtype)
+        if not self.content.size:
+            raise ValueError("an empty array cannot be shared: there is no page to map")
+        self._fd = memfd.make("relay-shared")
+        try:
+            os.ftruncate(self._fd, self.content.size)
+            self._map = mmap.mmap(-1, self.content.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memfd.place(self._map, self._fd, writable=True)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        fd, self._fd = getattr(self, "_fd", -1), -1
+        if fd >= 0:
+            os.close(fd)
+
+    def array(self) -> Any:
+        """A writable NumPy array over the memory. Needs NumPy; `view` does not."""
+        import numpy
+
+        return numpy.frombuffer(self.view(), self.content.dtype).reshape(self.content.shape)
+
+    def view(self) -> memoryview:
+        """The memory as writable bytes; ValueError once it is shared or closed."""
+        return memoryview(self._map)
+
+    def share(self) -> Shared:
+        """Makes it final: from here on it is only read, by whoever is given it.
+
+        BufferError while arrays or memoryviews of it exist; KernelError (EBUSY) where a process that was
+        forked since still has the memory mapped and could write to it. The draft is as before after an error.
+        """
+        if self._fd < 0:
+            raise ValueError("the draft is closed, or shared already")
+        size = self.content.size
+        try:
+            self._map.close()
+        except BufferError as error:
+            raise BufferError(
+                "arrays or memoryviews of the draft exist: drop them before it is shared"
+            ) from error
+        try:
+            memfd.reserve(self._fd, size)
+            memfd.seal(self._fd, memfd.SIZE | memfd.WRITE | memfd.SEAL)
+        except BaseException:
+            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memfd.place(self._map, self._fd, writable=True)
+            raise
+        fd, self._fd = self._fd, -1
+        return Shared(fd, self.content)
+
+    def close(self) -> None:
+        """Gives the memory back unless it was shared. BufferError while views exist. Safe to call again."""
+        self._map.close()
+        self.__del__()

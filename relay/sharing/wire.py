@@ -14,7 +14,8 @@ is refused are closed. Every number is checked here before anybody uses it.
     shape 32 x u64                                                                     all little-endian
 
 kind 1: `size` bytes to keep, with a memfd. 2: a ring of `slot` slots of `size` bytes each, with a memfd.
-3: a block of `size` bytes in slot `slot`, for the `turn`th time. Back comes `slot u32 | turn u32`.
+3: a block of `size` bytes in slot `slot`, the `turn`th of all. 4: the end of the blocks.
+Back comes `slot u32 | turn u32` for each block.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from relay.errors import ShareError
 from relay.sharing.content import LARGEST, LONGEST_DTYPE, MOST_DIMENSIONS, Content
 
 MAGIC: Final = b"RLY1"
-KEEP, RING, BLOCK = 1, 2, 3
+KEEP, RING, BLOCK, END = 1, 2, 3, 4
 MOST_SLOTS: Final = 128
 
 _FIXED: Final = struct.Struct(f"<4sBBHQII{LONGEST_DTYPE}s")
@@ -55,9 +56,7 @@ class Header:
         shape, dtype = self.content.shape, self.content.dtype.encode("ascii")
         return b"".join(
             (
-                _FIXED.pack(
-                    MAGIC, self.kind, len(shape), len(dtype), self.size, self.slot, self.turn, dtype
-                ),
+                _FIXED.pack(MAGIC, self.kind, len(shape), len(dtype), self.size, self.slot, self.turn, dtype),
                 struct.pack(f"<{MOST_DIMENSIONS}Q", *shape, *(0,) * (MOST_DIMENSIONS - len(shape))),
             )
         )
@@ -73,16 +72,18 @@ def parse(raw: bytes) -> Header:
     magic, kind, dimensions, length, size, slot, turn, dtype = _FIXED.unpack_from(raw)
     if magic != MAGIC:
         raise ShareError(f"a message that begins with {magic!r} instead of {MAGIC!r}")
-    if kind not in (KEEP, RING, BLOCK):
+    if kind not in (KEEP, RING, BLOCK, END):
         raise ShareError(f"a message of the unknown kind {kind}")
     if dimensions > MOST_DIMENSIONS or length > LONGEST_DTYPE or size > LARGEST:
         raise ShareError("a message with more dimensions, a longer dtype or more bytes than there can be")
-    if kind == RING:
+    if kind in (RING, END):
         return Header(kind, size, ANY, slot, turn)
     shape = struct.unpack_from(f"<{dimensions}Q", raw, _FIXED.size)
     content = Content(dtype[:length].decode("ascii", "replace"), shape)
     if content.size != size:
-        raise ShareError(f"{content.dtype} of shape {shape} takes {content.size} bytes, {size} were announced")
+        raise ShareError(
+            f"{content.dtype} of shape {shape} takes {content.size} bytes, {size} were announced"
+        )
     return Header(kind, size, content, slot, turn)
 
 
@@ -115,7 +116,7 @@ def receive(sock: socket.socket) -> tuple[Header, int] | None:
         if flags & socket.MSG_TRUNC:
             raise ShareError(f"a message longer than {HEADER} bytes")
         header = parse(raw)
-        wanted = 0 if header.kind == BLOCK else 1
+        wanted = 1 if header.kind in (KEEP, RING) else 0
         if len(found) != wanted:
             raise ShareError(f"{len(found)} descriptors came with a message that has {wanted}")
         return header, found.pop() if found else -1
