@@ -17,6 +17,8 @@ LONGEST_FILE = 450
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
+    ("aio",),
+    ("transfers",),
     (
         "serve",
         "fleet",
