@@ -10,6 +10,7 @@ import mmap
 import re
 import sys
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from relay.errors import ShareError
@@ -54,7 +55,7 @@ class Content:
             if span > LARGEST:
                 raise ShareError(f"an array larger than any memory: {self.dtype} of shape {self.shape}")
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes."""
         size = itemsize(self.dtype)
@@ -81,6 +82,7 @@ class Content:
         return numpy.frombuffer(memory, self.dtype).reshape(self.shape)
 
 
+@lru_cache(64)
 def itemsize(dtype: str) -> int:
     """Bytes of one element; ShareError for a dtype that cannot be shared."""
     found = _DTYPE.fullmatch(dtype)

@@ -215,7 +215,8 @@ class Draft:
                 "arrays or memoryviews of the draft exist: drop them before it is shared"
             ) from error
         try:
-            memfd.reserve(self._fd, size)
+            if os.fstat(self._fd).st_blocks * 512 < size:  # pages that nobody wrote to
+                memfd.reserve(self._fd, size)
             memfd.seal(self._fd, memfd.SIZE | memfd.WRITE | memfd.SEAL)
         except BaseException:
             self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

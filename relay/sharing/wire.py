@@ -24,6 +24,7 @@ import os
 import socket
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from relay.errors import ShareError
@@ -53,16 +54,25 @@ class Header:
 
     def pack(self) -> bytes:
         """The message."""
-        shape, dtype = self.content.shape, self.content.dtype.encode("ascii")
-        return b"".join(
-            (
-                _FIXED.pack(MAGIC, self.kind, len(shape), len(dtype), self.size, self.slot, self.turn, dtype),
-                struct.pack(f"<{MOST_DIMENSIONS}Q", *shape, *(0,) * (MOST_DIMENSIONS - len(shape))),
-            )
+        dimensions, dtype, shape = _packed(self.content)
+        return (
+            _FIXED.pack(MAGIC, self.kind, dimensions, len(dtype), self.size, self.slot, self.turn, dtype)
+            + shape
         )
 
 
+@lru_cache(64)
+def _packed(content: Content) -> tuple[int, bytes, bytes]:
+    shape = struct.pack(f"<{len(content.shape)}Q", *content.shape).ljust(8 * MOST_DIMENSIONS, b"\0")
+    return len(content.shape), content.dtype.encode("ascii"), shape
+
+
 ANY: Final = Content("|u1", ())
+
+
+@lru_cache(64)  # most streams say the same every time
+def _content(dtype: bytes, shape: bytes) -> Content:
+    return Content(dtype.decode("ascii", "replace"), struct.unpack(f"<{len(shape) // 8}Q", shape))
 
 
 def parse(raw: bytes) -> Header:
