@@ -63,7 +63,7 @@ class UsageError(RelayError):
 
 
 class EndpointError(RelayError):
-    """A source or a sink failed: `operation` on `address` answered `errno` (0 when no call failed)."""
+    """A source or a sink failed: `operation` on `address` answered `errno` (0 when no call failed), for `reason`."""
 
     def __init__(
         self, address: str, operation: str, errno: int = 0, hint: str = "", *, reason: str = ""
@@ -71,9 +71,9 @@ class EndpointError(RelayError):
         self.address = address
         self.operation = operation
         self.errno = errno
-        why = reason or (os.strerror(errno) if errno else "failed")
         code = f" ({_errno.errorcode.get(errno, errno)})" if errno else ""
-        super().__init__(f"{operation} {address}: {why}{code}", hint=hint)
+        self.reason = (reason or (os.strerror(errno) if errno else "failed")) + code
+        super().__init__(f"{operation} {address}: {self.reason}", hint=hint)
 
 
 class SourceError(EndpointError):
@@ -85,7 +85,11 @@ class SinkError(EndpointError):
 
 
 class KernelError(RelayError):
-    """The kernel refused something relay cannot do without; `hint` says what to raise or allow."""
+    """The kernel refused what relay cannot do without, with `errno` (0: none); `hint` says what to raise or allow."""
+
+    def __init__(self, message: str, *, hint: str = "", errno: int = 0) -> None:
+        super().__init__(message, hint=hint)
+        self.errno = errno
 
 
 class ShareError(RelayError):

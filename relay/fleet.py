@@ -263,6 +263,8 @@ class Fleet:
         """Ends every engine, the routes' own and the readers of logs too. All routes must be over."""
         for running in self:
             running.close()
+            if running.over.is_set():  # what its sinks say of their logs they say on the engines
+                self._spills.wait_for_ends(running.name, PATIENCE)
         for engine in self._engines:
             engine.stop()
             engine.close()

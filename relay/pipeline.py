@@ -134,6 +134,7 @@ class Pipeline:
         for outlet in self.chain.outlets:
             if outlet.per_turn and not outlet.listens:
                 self._stand(outlet, self._makes.sink(outlet, self.turn))
+        self.intake.go_straight(self.chain, self.ways)
         source.c.reads = self.c
         self.c.source = source.c
         self.c.source_ended = 0

@@ -63,6 +63,7 @@ class SpillSink(Sink):
         self._rest = b""
         self._ferry: Ferry | None = None
         self._stop = False
+        self._cut = ""
         self._appending = False
         self._delivering = True
         self._begin = kept.end
@@ -179,6 +180,8 @@ class SpillSink(Sink):
         elif self.state == "finishing":
             self.log.end_stream()
             self.delivery.engine.post(self.delivery.whole)
+        elif self.state == "cutting":
+            self.delivery.engine.post(partial(self.delivery.whole, torn=True))
         elif self._stop and self.log.directory is not None and (missing := self._not_appended()):
             log.warning("the log of %s was full: the last %d bytes are lost", self.address, missing)
         self._let_go()
@@ -200,17 +203,34 @@ class SpillSink(Sink):
             self.state = "finishing"
             self._ferry.end()
 
+    def cut(self, reason: str) -> None:
+        """The stream broke off: what is in the log goes its way all the same; then the receiver is told."""
+        if self.state != "open" or self._ferry is None:
+            self.abort(reason)
+            return
+        self.state = "cutting"
+        self._cut = reason
+        self._ferry.end()
+
     def _undeliverable(self, error: EndpointError) -> None:
         if self.state in ("failed", "finished"):
             return
         if self.log.directory is None:
             self._gone = self._never_delivered()
+        elif self.backlog:
+            error = self._kept("delivering to", 0, error.reason)
         self.fail(error)
 
     def _all_delivered(self) -> None:
         """On the delivering engine, where a disk may be waited for: the log goes."""
         self.log.close()
-        self.engine.post(self.finished)
+        self.engine.post(self._ended)
+
+    def _ended(self) -> None:
+        if self.state == "cutting":
+            super().abort(self._cut)
+        else:
+            self.finished()
 
     def abort(self, reason: str) -> None:
         """Ends it; what is in a log on disk stays there for the next start, what is in memory is lost."""
@@ -303,7 +323,9 @@ class Resumed:
             log.warning("%s: %d bytes wait in %s", reason, self.left, self._log.directory)
         self._ended()
 
-    def _ended(self, _error: object = None) -> None:
+    def _ended(self, error: EndpointError | None = None) -> None:
+        if error is not None:
+            log.error("%s; %d bytes wait in %s", error, self.left, self._log.directory)
         self._over = True
         self._log.close(keep=bool(self._delivery.left))
         self._home.post(lambda: self._on_over(self))

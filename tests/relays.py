@@ -15,7 +15,7 @@ from typing import Any
 
 from peers import PATIENCE, eventually, read_until, wait_for
 
-from relay.config.load import from_data
+from relay.config.data import from_data
 from relay.engine import Engine
 from relay.record import SessionRecord
 from relay.route import RunningRoute
@@ -145,7 +145,11 @@ class Process:
             answer = what()
             if answer:
                 return answer
-            assert self._read(patience), f"the log ended; it was {self.text}"
+            try:
+                more = self._read(patience)
+            except AssertionError as error:
+                raise AssertionError(f"{error}; the log was {self.text}") from None
+            assert more, f"the log ended; it was {self.text}"
 
     @property
     def text(self) -> str:

@@ -77,6 +77,8 @@ def check(answer: int, operation: str, *, hint: str = "") -> int:
     """The answer of a call that gives -errno, or KernelError naming the operation."""
     if answer < 0:
         raise KernelError(
-            f"{operation}: {os.strerror(-answer)} ({errno.errorcode.get(-answer, -answer)})", hint=hint
+            f"{operation}: {os.strerror(-answer)} ({errno.errorcode.get(-answer, -answer)})",
+            hint=hint,
+            errno=-answer,
         )
     return answer
