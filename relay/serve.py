@@ -89,20 +89,23 @@ class Server:
             self._on_ready(list(self._fleet))
             for engine in engines:
                 engine.start()
-            return self._serve()
-        except (
-            BaseException
-        ):  # KeyboardInterrupt, or whoever is told of the progress: nothing is left running
-            self._on_progress = None
-            self._fleet.abort("the program that runs the routes failed")
-            self._deadline = time.monotonic() + ENDING_TIME
-            self._serve(until_deadline=True)
-            raise
+            return self._serve_on()
         finally:
             self._fleet.close()
             self._news.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _serve_on(self) -> int:
+        try:
+            return self._serve()
+        except BaseException:
+            # KeyboardInterrupt, or whoever is told of the progress failed: nothing is left running
+            self._on_progress = None
+            self._fleet.abort("the program that runs the routes failed")
+            self._deadline = time.monotonic() + ENDING_TIME
+            self._serve(until_deadline=True)
+            raise
 
     def _not_opened(self) -> int:
         if not self._interrupted:

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from relay.config.load import from_data, load_to_run
+from relay.config.data import from_data
 from relay.config.models import Config, Route
 from relay.errors import RelayError, TransferCancelled, TransferError
 from relay.kernel import memfd
@@ -214,9 +214,17 @@ def run(
         deque()
     )  # engines tell of the ends of streams, the caller's thread hears of them
 
+    failed: list[BaseException] = []
+
     def ready(routes: list[RunningRoute]) -> None:
-        if on_ready is not None:
+        if on_ready is None:
+            return
+        try:
             on_ready([address for route in routes for address in route.bound])
+        except BaseException as error:
+            failed.append(error)
+            server.end()
+            server.end()
 
     def over(record: SessionRecord) -> None:
         if finite:
@@ -239,6 +247,8 @@ def run(
             stack.callback(cancel.attach(server.end))
         code = server.run()
     far([])
+    if failed:
+        raise failed[0]
     if check and server.refusal is not None:
         raise server.refusal
     outcome = Outcome(code, (), tuple(records))
@@ -252,6 +262,8 @@ def _config(given: Path | Mapping[str, Any] | Config | Route) -> Config:
         return Config(routes={"run": given})
     if isinstance(given, Mapping):
         return from_data(given)
+    from relay.config.load import load_to_run  # YAML, for who has some
+
     return load_to_run(os.fspath(given))
 
 

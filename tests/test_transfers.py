@@ -142,6 +142,10 @@ def test_a_callback_that_raises_ends_it(file: Path) -> None:
     route = relay.Route(source=str(file), stages=[{"throttle": {"rate": "2MB/s"}}], sink="null:")
     with pytest.raises(ZeroDivisionError):
         relay.run(route, progress=far)
+    with pytest.raises(ZeroDivisionError):
+        relay.run(
+            relay.Route(source={"listen": "tcp://127.0.0.1:0"}, sink="null:"), on_ready=lambda _: 1 // 0
+        )
     assert threading.active_count() == 1
 
 
