@@ -16,6 +16,7 @@ TURNS = {
     "one": "connections take turns on one pipeline",
     "once": "one stream, then it is done",
 }
+BOTH = "both ways between each connection and one of its own to the sink"
 
 
 def as_text(plan: Plan) -> str:
@@ -59,7 +60,8 @@ def fitting(plan: Plan, need: Need) -> tuple[int, str]:
 
 def _route_lines(route: RoutePlan) -> Iterator[str]:
     method = "" if route.method == "auto" else f", method: {route.method}"
-    yield f"{route.name}: {TURNS[route.turns]}{method}"
+    turns = BOTH if route.duplex else TURNS[route.turns]
+    yield f"{route.name}: {turns}{method}"
     rows = [(_label(route.source), route.source.choice), *_tree(route.chain, "")]
     width = min(60, max(len(label) for label, _ in rows))
     for label, choice in rows:
@@ -157,6 +159,7 @@ def _route_data(route: RoutePlan) -> dict[str, Any]:
         "name": route.name,
         "method": route.method,
         "turns": route.turns,
+        "duplex": route.duplex,
         "streams": route.streams,
         "waiting": route.waiting,
         "source": _hop_data(route.source),
@@ -210,7 +213,11 @@ def as_mermaid(plan: Plan) -> str:
         for hop in hops(route):
             opening, closing = ("([", "])") if hop.role in ("source", "sink") else ("[", "]")
             lines.append(f'    {names[id(hop)]}{opening}"{escaped(_label(hop))}"{closing}')
-        lines += [f"    {edge}" for edge in _edges(names, route.source, route.chain)]
+        if route.duplex:
+            source, sink = names[id(route.source)], names[id(route.chain[0])]
+            lines.append(f'    {source} <-->|"{route.source.choice.method}"| {sink}')
+        else:
+            lines += [f"    {edge}" for edge in _edges(names, route.source, route.chain)]
         lines.append("  end")
     return "\n".join(lines) + "\n"
 

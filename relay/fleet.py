@@ -22,6 +22,7 @@ from functools import partial
 from typing import NamedTuple
 
 from relay.config.models import Config, Route
+from relay.duplex_route import route_of
 from relay.engine import Engine
 from relay.errors import RelayError, SourceError
 from relay.record import SessionRecord
@@ -148,7 +149,7 @@ class Fleet:
         return True
 
     def _make(self, name: str, route: Route) -> RunningRoute:
-        return RunningRoute(
+        return route_of(
             name,
             route,
             next(self._homes),

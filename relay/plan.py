@@ -91,6 +91,7 @@ class RoutePlan:
     subscriber: Need | None
     streams: int | None
     waiting: int | None
+    duplex: bool = False
 
     @property
     def at_limit(self) -> Need:
@@ -125,6 +126,8 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 
 
 def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
+    if route.duplex:
+        return _plan_duplex(name, route, machine)
     walk = _Walk(Ways(machine, route.method), machine)
     chain = walk.chain(route.stages, route.sink, route.sink.slow, gated=False, within=())
     finite = route.source.verb == "read"
@@ -155,6 +158,28 @@ def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
         subscriber=needs.subscriber() if listening else None,
         streams=most if turns == "each" else 1,
         waiting=0 if turns != "one" else None if most is None else most - 1,
+    )
+
+
+def _plan_duplex(name: str, route: Route, machine: Machine) -> RoutePlan:
+    """Two sockets a connection, and the same way across in both directions."""
+    choice = Ways(machine, route.method).duplex()
+    source, sink = str(route.source.address), str(route.sink.address)
+    need = Need(1)
+    words = "holds the source, and the source holds it: back-pressure passes as over one connection"
+    return RoutePlan(
+        name=name,
+        method=route.method,
+        turns="each",
+        source=Hop("source", route.source.address.scheme, source, choice, need, source, "listen"),
+        chain=(Hop("sink", route.sink.address.scheme, sink, choice, need, sink, "connect"),),
+        holds=(Hold(sink, "sink", "", None, "", "", words),),
+        standing=needs.listener(route.source.address) + needs.exchange(choice.method == "splice", machine),
+        stream=need.times(2),
+        subscriber=None,
+        streams=route.source.limits.connections,
+        waiting=0,
+        duplex=True,
     )
 
 

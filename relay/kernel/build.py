@@ -20,6 +20,8 @@ SOURCES = (
     "outflow.c",
     "loads.c",
     "ring.c",
+    "duplex.c",
+    "dial.c",
     "loop.c",
     "ferry.c",
     "memory.c",

@@ -30,6 +30,7 @@ INSTANT: Final = int(lib.RELAY_INSTANT)
 FERRY: Final = int(lib.RELAY_FERRY)
 WATCH: Final = int(lib.RELAY_WATCH)
 ANSWER: Final = int(lib.RELAY_ANSWER)
+SIDE: Final = int(lib.RELAY_SIDE)
 
 SPLICE: Final = int(lib.RELAY_SPLICE)
 COPY: Final = int(lib.RELAY_COPY)
@@ -51,6 +52,9 @@ DONE: Final = int(lib.RELAY_DONE)
 BROKEN: Final = int(lib.RELAY_BROKEN)
 SOURCE_DRY: Final = int(lib.RELAY_SOURCE_DRY)
 SINK_BUSY: Final = int(lib.RELAY_SINK_BUSY)
+NOT_CONNECTED: Final = int(lib.RELAY_NOT_CONNECTED)
+OVER: Final = int(lib.RELAY_OVER)
+WANTS_PIPE: Final = int(lib.RELAY_WANTS_PIPE)
 
 METHOD_NAMES: Final = {SPLICE: "splice", COPY: "copy", SENDFILE: "sendfile", VMSPLICE: "vmsplice"}
 
