@@ -18,7 +18,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ class ShareSink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._part()  # no end that would look like a whole stream
+            self.part()  # no end that would look like a whole stream
         self.close()
 
     @property
@@ -112,11 +112,24 @@ class ShareSink:
         """
         content, flat = describe(block)
         number = self._free_slot(content.size, timeout)
-        slots = self._slots()
         if flat:
-            with memoryview(slots.maps[number]) as whole:
+            with memoryview(self._slots().maps[number]) as whole:
                 whole[: len(flat)] = flat
         self._hand_over(number, content)
+
+    def fill(self, size: int, read: Callable[[memoryview], int], *, timeout: float | None = None) -> int:
+        """A block of bytes that `read` puts into a slot of `size` bytes, as readinto does; returns its count.
+
+        Nothing is sent when it returns 0 or raises. Waits as `send` does.
+        """
+        number = self._free_slot(size, timeout)
+        slots = self._slots()
+        with memoryview(slots.maps[number]) as whole, whole[:size] as room:
+            count = read(room)
+        slots.settle(number)
+        if count:
+            self._hand_over(number, Content("|u1", (count,)))
+        return count
 
     @contextlib.contextmanager
     def slot(
@@ -156,15 +169,16 @@ class ShareSink:
         """Ends the stream and closes the sockets; receivers read on what they have. Safe to call again."""
         for reader in list(self._readers):
             self._tell(reader, wire.Header(wire.END, 0, wire.ANY))
-        self._part()
+        self.part()
 
-    # -- inside
-
-    def _part(self) -> None:
+    def part(self) -> None:
+        """Closes the sockets without ending the stream: receivers see a connection that broke."""
         for reader in self._readers:
             reader.sock.close()
         self._readers.clear()
         self._drop_ring()
+
+    # -- inside
 
     def _own(self) -> None:
         if os.getpid() != self._process:
