@@ -234,9 +234,7 @@ class Pipeline:
 
     def _stand(self, outlet: Outlet, sink: Sink) -> None:
         """`sink` stands at `outlet` from now on."""
-        outlet.sink = sink
-        outlet.moved_before = 0
-        outlet.absent = False
+        outlet.stands(sink)
         sink.c.token = self.engine.register(
             lambda what, error, _mask: self._sink_event(outlet, sink, what, error)
         )
@@ -256,7 +254,7 @@ class Pipeline:
             sink.fail(sink.error("opening", code, reason="" if code else str(error)))
 
     def _stand_again(self, outlet: Outlet) -> None:
-        self._stand(outlet, self._makes.sink(outlet, self.turn))
+        self._stand(outlet, self._makes.sink(outlet, self.turn, again=True))
         self._wake()
 
     def _given_up(self, outlet: Outlet) -> None:
@@ -363,6 +361,9 @@ class Pipeline:
         if outlet.sink is not sink or outlet.settled:
             return
         outlet.settled = True
+        for group in self.subscribers:
+            if group.outlet is outlet and not self.c.keep:
+                group.ended()
         node = outlet.node.c
         if node.sink == sink.c:
             node.sink = core.ffi.NULL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ from relay.config.models import Config
 from relay.engine import Engine
 from relay.errors import ConfigError, ConfigErrors, EndpointError, RelayError
 from relay.fleet import Fleet, NotExchanged
+from relay.names import Found, Names
 from relay.news import News
 from relay.record import SessionRecord
 from relay.route import RunningRoute
@@ -71,7 +73,9 @@ class Server:
         self._on_progress = on_progress
         self._interval = interval
         self._news: News[Callable[[], None]] = News()
+        self._names = Names(self._news.tell)
         self._reload_asked = False
+        self._ready = False
         self._interrupted = ""
         self._deadline: float | None = None
         self.signalled = 0
@@ -84,11 +88,17 @@ class Server:
         engines = [Engine(f"engine-{i}") for i in range(count)]
         self._fleet = Fleet(self._config, engines, self._done, self._on_record, once=self._once)
         try:
-            if not self._fleet.open(lambda: bool(self._interrupted)):
+            found = self._look_up()
+            if found is None or not self._fleet.open(found, lambda: bool(self._interrupted)):
                 return self._not_opened()
             self._on_ready(list(self._fleet))
+            if self._signals and not self._once:  # the process is this server's
+                _keep_small()
             for engine in engines:
                 engine.start()
+            self._ready = True
+            if self._reload_asked:  # it came before there was anything to exchange
+                self._news.tell(self._reload)
             return self._serve_on()
         finally:
             self._fleet.close()
@@ -106,6 +116,19 @@ class Server:
             self._deadline = time.monotonic() + ENDING_TIME
             self._serve(until_deadline=True)
             raise
+
+    def _look_up(self) -> Found | None:
+        """What the names of all listeners mean; None when relay was told to end before that was known."""
+        answers: list[Found] = []
+        self._names.look_up(self._config.routes.values(), answers.append)
+        waiting = self._names.waiting
+        if waiting:
+            log.info("looking up %s", ", ".join(waiting))
+        while not answers and not self._interrupted:
+            news = self._news.wait()
+            if news is not None:
+                news()
+        return answers[0] if answers else None
 
     def _not_opened(self) -> int:
         if not self._interrupted:
@@ -177,30 +200,43 @@ class Server:
     # -- reload
 
     def _reload(self) -> None:
+        if not self._ready:
+            return
         self._reload_asked = False  # before the file is read: a signal from here on asks again
         if self.signalled:
             log.info("SIGHUP: relay is draining, nothing is reloaded")
-            return
-        before = dict(self._fleet.at_work)
-        if self._again is not None:
-            self._exchange(self._again)
-        kept = tuple(name for name, route in self._fleet.at_work.items() if before.get(name) is route)
-        self._fleet.reopen(kept)
-        if self._again is None:
+        elif self._again is None:
+            self._fleet.reopen(tuple(self._fleet.at_work))
             log.info("SIGHUP: files are opened anew; there is no configuration file to read again")
+        else:
+            self._reload_from(self._again)
 
-    def _exchange(self, again: Callable[[], Loaded]) -> None:
+    def _reload_from(self, again: Callable[[], Loaded]) -> None:
         try:
             loaded = again()
         except (ConfigError, ConfigErrors) as error:
+            self._fleet.reopen(tuple(self._fleet.at_work))
             self._refuse(error.errors if isinstance(error, ConfigErrors) else [error])
             return
+        self._names.look_up(self._fleet.fresh_routes(loaded.config), partial(self._exchange, loaded))
+        waiting = self._names.waiting
+        if waiting:  # everything goes on meanwhile; another signal reads the file again
+            log.info("the reload waits for the addresses of %s", ", ".join(waiting))
+            self._fleet.reopen(tuple(self._fleet.at_work))
+
+    def _exchange(self, loaded: Loaded, found: Found) -> None:
+        if self.signalled:
+            return
+        before = dict(self._fleet.at_work)
         try:
-            change = self._fleet.exchange(loaded.config)
+            change = self._fleet.exchange(loaded.config, found)
         except NotExchanged as error:
             said = f"{loaded.where(_place(loaded.config, error))}: {error}"
             self._refuse([said])
             return
+        finally:
+            kept = tuple(name for name, route in self._fleet.at_work.items() if before.get(name) is route)
+            self._fleet.reopen(kept)
         if loaded.config.engines != self._config.engines:
             log.warning(
                 "engines: %s takes a restart", loaded.config.engines, extra={"event": "restart_needed"}
@@ -212,6 +248,14 @@ class Server:
         for problem in problems:
             log.error("not reloaded: %s", problem, extra={"event": "reload_refused"})
         log.warning("the configuration stays as it was", extra={"event": "reload_refused"})
+
+
+def _keep_small() -> None:
+    """The collector leaves alone what is there by now, which stays to the end. So it soon has looked at what streams
+    leave behind, and can do that often: otherwise some ten thousand of them wait for it in memory."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(700, 10, 4)
 
 
 def _place(config: Config, error: NotExchanged) -> Place:

@@ -27,6 +27,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "duplex",
         "patrol",
         "admission",
+        "names",
+        "reception",
         "redial",
         "sending",
         "lane",

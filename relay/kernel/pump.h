@@ -83,6 +83,7 @@ struct relay_ferry {
     int knock;               /* eventfd, engine to thread */
     int answer;              /* eventfd, thread to engine: a load is back, and the engine had asked */
     int asked;
+    int refused;             /* engine: both were away when there were bytes */
     int ending;              /* engine: nothing more will come */
     int look;                /* engine: relay_ferry_run is to return, there is something to see to */
     int error;               /* thread: errno that stopped it */
@@ -175,7 +176,9 @@ struct relay_node {
     int ended;                 /* nothing more will come in */
     int done;                  /* its end was passed on */
     int hold;                  /* a failed sink will be replaced: keep what is meant for it */
-    int64_t apart_ns;          /* a turn's end waits no longer for it once its sink took nothing for so long; 0: waits */
+    int64_t apart_ns;          /* of a gate: a turn's end waits for its branch no longer once its sinks took nothing for
+                                  so long; 0: waits */
+    struct relay_node *apart;  /* the outermost such gate whose branch it is in; NULL: none */
     /* gate */
     int64_t rate;              /* bytes a second, 0: none */
     int64_t burst;             /* most tokens */
