@@ -194,6 +194,11 @@ class RunningRoute:
         if self._aborted:
             self._abort_pipeline(pipeline)
 
+    @property
+    def pipelines(self) -> tuple[Pipeline, ...]:
+        """Those at work now."""
+        return tuple(self._pipelines)
+
     def _closed(self, pipeline: Pipeline) -> None:
         self._pipelines.discard(pipeline)
         self._look_whether_done()

@@ -368,3 +368,11 @@ void relay_refuse(int fd);
 int64_t relay_lend(int pipe_w, const char *memory, int64_t size);
 int64_t relay_tee(int pipe_r, int pipe_w, int64_t size);
 int64_t relay_splice(int from, int64_t offset, int to, int64_t size, int more);
+
+/* Memory that is lent (memory.c). What is mapped at `from` moves to `to`, read-only unless `writable`; `from` stays
+ * mapped, and empty where it is private: 0 or -errno. Both are whole pages, `to` private anonymous ones. */
+int relay_cut(char *from, char *to, int64_t size, int writable);
+/* Lends up to 1024 pieces in order, each an offset from base and a length: bytes lent, or -errno. */
+int64_t relay_lend_pieces(int pipe_w, const char *base, const int64_t *pieces, int count);
+/* Whole pages of the file `fd` (-1: fresh private ones) take the place of the mapping at `at`: 0 or -errno. */
+int relay_map_over(char *at, int64_t size, int fd, int64_t offset, int writable);
