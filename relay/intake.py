@@ -54,7 +54,9 @@ class Intake:
         # a broadcast's sink is whoever joins
         alone = settings is not None and settings.address.scheme in STRAIGHT and settings.verb != "listen"
         choice = ways.from_source(source.scheme, copies=source.copies, alone=alone)
-        if choice.method == "vmsplice" and source.c.left > 0:
+        if choice.method == "vmsplice" and source.c.memory:
+            pass  # it is memory already
+        elif choice.method == "vmsplice" and source.c.left > 0:
             self._mapped = MappedFile(source.c.fd, int(source.c.offset) + int(source.c.left))
             source.c.memory = self._mapped.pointer()
         elif choice.method == "vmsplice":
@@ -66,7 +68,7 @@ class Intake:
         """A socket whose only taker is a file is read into memory that the file is written from, if there is some."""
         sink = chain.outlets[0].sink
         if len(chain.nodes) == 1 and self.source.c.is_socket and sink is not None:
-            choice = ways.straight()
+            choice = ways.straight(self.source.scheme)
             if choice is not None and sink.go_straight(choice.reason):
                 self.choice = choice
                 self.source.c.method = core.COPY
