@@ -27,7 +27,8 @@ class Outlet:
     `branch` holds stages behind a spill's log. `hidden` outlets are a stage's own (a checksum). `per_turn`: every
     stream gets a sink of its own. `backoff` is there for one that is connected again whenever it is away: `away` says
     how often that was in this turn, `absent` that it is so now.
-    `gates` are the heads of the branches it is in, outermost first: a policy there covers this outlet too.
+    `way` are the nodes before `node`, from the source on. `gates` are the heads of the branches it is in, outermost
+    first: a policy there covers this outlet too.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Outlet:
     stage: Stage | None = None
     gates: tuple[Node, ...] = ()
     branch: tuple[StageSettings, ...] = ()
+    way: tuple[Node, ...] = ()
     digest: Checksum | None = None
     per_turn: bool = True
     sink: Sink | None = None
@@ -97,9 +99,14 @@ class Outlet:
 
     @property
     def rejoins(self) -> bool:
-        """Whether it is connected again when it broke; a spill does that behind its log."""
-        settings = self.settings
-        return settings is not None and settings.verb == "connect" and self.slow.policy != "spill"
+        """Whether it stands up again when it broke. A spill breaks with its log alone: it connects again behind it."""
+        return self.settings is not None and self.settings.verb == "connect"
+
+    def stands(self, sink: Sink) -> None:
+        """`sink` is here from now on; it has moved and lost nothing so far."""
+        self.sink = sink
+        self.moved_before = self.lost_earlier = 0
+        self.absent = False
 
     def begin_turn(self) -> None:
         """The next stream: its reconnects count from here."""
@@ -151,6 +158,24 @@ class Outlet:
         )
         return f"backlog of {show_size(size)} full for {self.slow.after or 0.0:.1f} s"
 
+    def apart(self) -> int:
+        """Bytes in a branch that a turn's end did not wait for, which this sink is still to get."""
+        gate, node = self.node.c.apart, self.node.c
+        if gate == core.ffi.NULL:
+            return 0
+        held = int(node.held)
+        for each in self.way:
+            if (
+                each.c.apart == gate and each.c != node
+            ):  # what it owes is a sink's beside, unless that is this one
+                beside = int(each.c.owed) if each.c.next and each is not self.gate else 0
+                held += int(each.c.held) - beside
+        sink = self.sink
+        spills = self.slow.policy == "spill" or self.slow.buffer  # then the sink's own backlog counts it
+        if sink is not None and sink.c.kind == core.FERRY and not spills:
+            held += max(0, int(sink.c.moved) - sink.moved)
+        return held
+
     def record(self, *, sendfile: bool) -> SinkRecord:
         """Its part of the session; `sendfile` says that its bytes came straight from a file."""
         sink = self.sink
@@ -161,7 +186,7 @@ class Outlet:
         method = sink.method if sink.c.kind == core.FERRY or self.listens else by_hand
         failed = sink.state == "failed" and not self.absent
         lost = self.lost_before + (0 if self.absent else sink.lost - self.lost_earlier)
-        waiting = int(self.node.c.held) if self.node.c.apart_ns else 0
+        waiting = self.apart()
         missed = lost or (self.backoff is not None and self.down and (self.dropped or waiting))
         return SinkRecord(
             sink=self.name,

@@ -100,7 +100,6 @@ class Pipeline:
         self._closed = False
 
     # -- what a route does
-
     def open(self, broadcasts: dict[int, Broadcast] | None = None) -> None:
         """Opens the sinks that outlive a turn. `broadcasts` are the listening sinks, by their settings' id."""
         for outlet in self.chain.outlets:
@@ -134,6 +133,8 @@ class Pipeline:
         for outlet in self.chain.outlets:
             if outlet.per_turn and not outlet.listens:
                 self._stand(outlet, self._makes.sink(outlet, self.turn))
+        if self.intake is None:
+            return  # every sink failed at once: the turn is over
         self.intake.go_straight(self.chain, self.ways)
         source.c.reads = self.c
         self.c.source = source.c
@@ -231,12 +232,9 @@ class Pipeline:
         return self._closed
 
     # -- standing sinks up
-
     def _stand(self, outlet: Outlet, sink: Sink) -> None:
         """`sink` stands at `outlet` from now on."""
-        outlet.sink = sink
-        outlet.moved_before = 0
-        outlet.absent = False
+        outlet.stands(sink)
         sink.c.token = self.engine.register(
             lambda what, error, _mask: self._sink_event(outlet, sink, what, error)
         )
@@ -256,7 +254,7 @@ class Pipeline:
             sink.fail(sink.error("opening", code, reason="" if code else str(error)))
 
     def _stand_again(self, outlet: Outlet) -> None:
-        self._stand(outlet, self._makes.sink(outlet, self.turn))
+        self._stand(outlet, self._makes.sink(outlet, self.turn, again=True))
         self._wake()
 
     def _given_up(self, outlet: Outlet) -> None:
@@ -276,7 +274,6 @@ class Pipeline:
         self.engine.ready(self.c)
 
     # -- what the pump reports
-
     def _event(self, what: int, error: int, _mask: int) -> None:
         if what in (core.SOURCE_ENDED, core.SOURCE_FAILED):
             self._source_is_over(error if what == core.SOURCE_FAILED else 0)
@@ -353,7 +350,6 @@ class Pipeline:
             self.engine.ready(self.c)
 
     # -- ending
-
     def _settled(self, outlet: Outlet, sink: Sink) -> None:
         """A sink finished or failed."""
         broke = outlet.sink is sink and sink.state == "failed" and not self._aborting and not self._closed
@@ -363,6 +359,9 @@ class Pipeline:
         if outlet.sink is not sink or outlet.settled:
             return
         outlet.settled = True
+        for group in self.subscribers:
+            if group.outlet is outlet and not self.c.keep:
+                group.ended()
         node = outlet.node.c
         if node.sink == sink.c:
             node.sink = core.ffi.NULL

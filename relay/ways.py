@@ -96,6 +96,8 @@ class Ways:
             return Choice("splice", "into the page cache, which the kernel fills once")
         if scheme == "null":
             return Choice("splice", "pages are let go unseen")
+        if scheme == "shared":
+            return Choice("copy", "into memory that the consumer maps")
         if scheme == "digest":
             return Choice("copy", "a checksum must see the bytes")
         return Choice("splice", "pages move to the end by reference")

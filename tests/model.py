@@ -144,7 +144,8 @@ class Node:
     full: bool = False
     ended: bool = False
     done: bool = False
-    apart: int = 0  # its sink holds a turn's end no longer than this, taking nothing
+    apart: int = 0  # a gate whose branch holds a turn's end no longer than this, taking nothing
+    gate: Node | None = None  # the outermost such gate before it
     hold: bool = False  # a failed sink will be replaced: what is meant for it is kept
     owed: int = 0
     passed: int = 0
@@ -232,17 +233,18 @@ class Model:
 
     def _in_turn(self, node: Node) -> bool:
         """Whether a turn's end waits for what the node keeps."""
-        leaf = node if node.apart else node.into
+        gate = node.gate or node
         if not node.keeps:
             return False
-        if not leaf or not leaf.apart or not self.tell_idle:
+        if not gate.apart or not self.tell_idle:
             return True
-        if leaf is not node and (node.held or node.prefix or node.untold):
+        if gate is node and (node.held or node.prefix or node.untold):
             return True
-        if not leaf.sink or leaf.sink.failed:
+        alive = [n.sink for n in self.nodes if n.gate is gate and n.sink and not n.sink.failed]
+        if not alive:
             return False
         self.idle = self.idle or self.now
-        until = (leaf.sink.last or self.idle) + leaf.apart
+        until = (max(sink.last for sink in alive) or self.idle) + gate.apart
         if self.now >= until:
             return False
         self._wake_at(until)

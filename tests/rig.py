@@ -195,7 +195,9 @@ class Rig:
     def _leaf(self, gate: Step, spec: Spec) -> Step:
         leaf = self._step(spec, f"leaf of {gate.model.name}", spec.leaf_slots)
         leaf.c.out_copies = leaf.model.out_copies = spec.out_copies
-        leaf.c.apart_ns = leaf.model.apart = spec.apart
+        if spec.apart:
+            gate.c.apart_ns = gate.model.apart = spec.apart
+            leaf.c.apart, leaf.model.gate = gate.c, gate.model
         self._give_stash(leaf, spec)
         gate.c.into, gate.model.into = leaf.c, leaf.model
         return leaf

@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Final
 
 from relay.bench.cell import MIB, Denied, Figures, Method, Outcome, Place
-from relay.bench.ends import LOOP, PATIENCE, Feeder, LoopedFile, LoopedMemory, Receivers, feeder
-from relay.endpoints import tcp, unix
-from relay.endpoints.address import Address
+from relay.bench.ends import LOOP, Feeder, LoopedFile, LoopedMemory, Receivers, feeder
 from relay.endpoints.base import Source
 from relay.endpoints.socket import SocketSource
 from relay.endpoints.stdio import InheritedSource
 from relay.engine import Engine
-from relay.errors import EndpointError, KernelError, RelayError
+from relay.errors import EndpointError, RelayError
 from relay.kernel.arena import Arena
 from relay.kernel.pipe import LARGEST_CAPACITY, enlarge
 from relay.kernel.probe import machine
@@ -210,35 +208,25 @@ class Bench:
         return feeds
 
     def _connected(self, cell: _Cell, directory: Path) -> socket.socket:
-        """A connection to a listener of relay's, which begins the pipeline."""
+        """A connection whose other end begins the pipeline."""
         engine, scheme, path = self._engine, cell.place.source, str(directory / "listener")
-        begun = threading.Event()
-
-        def accepted(sock: socket.socket, peer: str) -> None:
-            source = SocketSource(engine, scheme, sock, peer)
-            source.scheme = scheme
-            cell.begin(source)
-            begun.set()
-
-        if scheme == "tcp":
-            to = Address("tcp", host="127.0.0.1", port=0)
-            (listener,) = engine.call(lambda: tcp.listen(engine, to, accepted))
-            sock = socket.socket()
-            address: tuple[str, int] | str = ("127.0.0.1", Address.parse(listener.address).port)
-        else:
-            (listener,) = engine.call(lambda: unix.listen(engine, Address("unix", path=path), accepted))
-            sock = socket.socket(socket.AF_UNIX)
-            address = path
-        try:
-            sock.connect(address)
-            if not begun.wait(PATIENCE):
-                raise KernelError(f"connecting to {listener.address}: nobody accepted", hint="try again")
-        except BaseException:
-            sock.close()
-            raise
-        finally:
-            engine.call(listener.close)
-            Path(path).unlink(missing_ok=True)
+        family, address = (socket.AF_INET, ("127.0.0.1", 0)) if scheme == "tcp" else (socket.AF_UNIX, path)
+        with socket.socket(family) as listening:
+            listening.bind(address)
+            listening.listen(1)
+            sock = socket.socket(family)
+            try:
+                sock.connect(listening.getsockname())
+                accepted, _ = listening.accept()
+            except BaseException:
+                sock.close()
+                raise
+            finally:
+                Path(path).unlink(missing_ok=True)
+        accepted.setblocking(False)
+        source = SocketSource(engine, scheme, accepted, "bench")
+        source.scheme = scheme
+        engine.call(lambda: cell.begin(source))
         return sock
 
 

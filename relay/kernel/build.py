@@ -25,6 +25,7 @@ SOURCES = (
     "loop.c",
     "ferry.c",
     "feed.c",
+    "memory.c",
 )
 HEADERS = ("pump.h", "feed.h", "calls.h", "pass.h")
 
