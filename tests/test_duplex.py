@@ -629,7 +629,9 @@ def test_drain_lets_sessions_go_on() -> None:
         with Duplex({"listen": "tcp://127.0.0.1:0"}, {"connect": address}) as duplex:
             with connected(duplex.address) as client, accept(listening) as server:
                 duplex.drain()
-                eventually(lambda: all(one.bound is None for one in duplex.route.reception), "it accepts nobody")
+                eventually(
+                    lambda: all(one.bound is None for one in duplex.route.reception), "it accepts nobody"
+                )
                 with pytest.raises(ConnectionRefusedError):
                     connected(duplex.address)
                 client.sendall(b"still")
