@@ -100,7 +100,6 @@ class Pipeline:
         self._closed = False
 
     # -- what a route does
-
     def open(self, broadcasts: dict[int, Broadcast] | None = None) -> None:
         """Opens the sinks that outlive a turn. `broadcasts` are the listening sinks, by their settings' id."""
         for outlet in self.chain.outlets:
@@ -134,6 +133,8 @@ class Pipeline:
         for outlet in self.chain.outlets:
             if outlet.per_turn and not outlet.listens:
                 self._stand(outlet, self._makes.sink(outlet, self.turn))
+        if self.intake is None:
+            return  # every sink failed at once: the turn is over
         self.intake.go_straight(self.chain, self.ways)
         source.c.reads = self.c
         self.c.source = source.c
@@ -231,7 +232,6 @@ class Pipeline:
         return self._closed
 
     # -- standing sinks up
-
     def _stand(self, outlet: Outlet, sink: Sink) -> None:
         """`sink` stands at `outlet` from now on."""
         outlet.stands(sink)
@@ -274,7 +274,6 @@ class Pipeline:
         self.engine.ready(self.c)
 
     # -- what the pump reports
-
     def _event(self, what: int, error: int, _mask: int) -> None:
         if what in (core.SOURCE_ENDED, core.SOURCE_FAILED):
             self._source_is_over(error if what == core.SOURCE_FAILED else 0)
@@ -351,7 +350,6 @@ class Pipeline:
             self.engine.ready(self.c)
 
     # -- ending
-
     def _settled(self, outlet: Outlet, sink: Sink) -> None:
         """A sink finished or failed."""
         broke = outlet.sink is sink and sink.state == "failed" and not self._aborting and not self._closed

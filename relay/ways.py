@@ -52,9 +52,12 @@ class Ways:
             return Choice("copy", reason)
         if copies:
             return Choice("copy", copies)
-        if scheme in ("file", "memory") and self.forced == "vmsplice":
+        if scheme == "memory" or (scheme == "file" and self.forced == "vmsplice"):
             refused = self.machine.refused("vmsplice")
-            return Choice("copy", refused) if refused else Choice("vmsplice", "asked for")
+            reason = (
+                "asked for" if self.forced == "vmsplice" else "pages that nobody writes to again are lent"
+            )
+            return Choice("copy", refused) if refused else Choice("vmsplice", reason)
         if scheme == "file" and alone and self.forced in ("auto", "zero-copy", "sendfile"):
             refused = self.machine.refused("sendfile")
             if not refused:

@@ -72,7 +72,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("sharing",),
     ("engine", "backoff"),
     ("kernel",),
-    ("settings", "units", "seldom"),
+    ("settings", "units", "seldom", "charts"),
     ("errors", "__init__"),
 )
 FLOOR_OF = {unit: len(FLOORS) - number for number, units in enumerate(FLOORS) for unit in units}

@@ -1,7 +1,8 @@
 """A soak: `relay serve` with routes of every kind among real feeders and receivers that stall, reset, die and are late.
 
 Reloads, and a kill -9 of relay with a restart, come in between; in the end every promise is looked after, and relay
-has given back what it took. RELAY_SOAK says for how many seconds (5, some 15 s in all); RELAY_SEED chooses another course of events.
+has given back what it took. RELAY_SOAK says for how many seconds (5, some 15 s in all); RELAY_SEED chooses another
+course of events.
 """
 
 from __future__ import annotations

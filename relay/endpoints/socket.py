@@ -179,6 +179,8 @@ class SocketSink(Sink):
 
     def peer_ended(self) -> None:
         """Notes the peer's half-close; while finishing it may settle that everything arrived."""
+        if self.c.fd < 0:  # it failed in the same round
+            return
         if self.state == "finishing":
             if self._timer is not None:
                 self._timer.cancel()

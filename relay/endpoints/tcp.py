@@ -32,15 +32,17 @@ CHECK_NAME = "check the name, or write the address in figures"
 def lookup(host: str, port: int, *, passive: bool = False) -> list[Place]:
     """The places a name stands for, in the resolver's order. Blocks; raises socket.gaierror."""
     flags = socket.AI_PASSIVE if passive else socket.AI_ADDRCONFIG
+    # text would load the codec of international names, which a sandbox may not even let us read by now
+    name = (host.encode("ascii") if host.isascii() else host) or None
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=flags)
     except socket.gaierror:
         if passive:
             raise
         # AI_ADDRCONFIG hides loopback addresses on a machine without a network
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     places: list[Place] = []
-    for family, _kind, _protocol, _name, place in found:
+    for family, _kind, _protocol, _canonical, place in found:
         if (family, place) not in places:
             places.append((family, place))
     return places

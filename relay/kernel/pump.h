@@ -97,6 +97,7 @@ struct relay_ferry {
     int64_t moved;           /* bytes that reached fd */
     int64_t ahead;           /* blocks are reserved so many bytes ahead of what is written; 0: they are not */
     int64_t reserved;        /* thread: the offset in the file up to which they are */
+    int64_t calls;           /* thread: system calls that relay_ferry_run made for payload */
 };
 
 /* One descriptor at the edge of a pipeline: where bytes enter or leave. */
