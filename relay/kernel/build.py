@@ -24,8 +24,8 @@ SOURCES = (
     "dial.c",
     "loop.c",
     "ferry.c",
-    "memory.c",
     "feed.c",
+    "memory.c",
 )
 HEADERS = ("pump.h", "feed.h", "calls.h", "pass.h")
 
