@@ -132,7 +132,7 @@ class Reception:
 
     def rebind(self) -> None:
         """A unix listener whose file was removed or replaced is bound anew, so that people find it again."""
-        for number, (end, _accepted) in enumerate(self._ends):
+        for number, (_end, _accepted) in enumerate(self._ends):
             old = self._listeners.get(number, [])
             lost = [each.bound for each in old if each.bound is not None and not each.bound.reachable]
             if not lost:

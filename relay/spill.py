@@ -117,6 +117,10 @@ class SpillSink(Sink):
         """Whether a sink that is connected again by itself is not there, or the disk of its log does not work."""
         return self._disk_fails or (self._rejoins and not self.delivery.connected)
 
+    def unread(self) -> int:
+        """What its sink says."""
+        return self.delivery.unread()
+
     def follows(self) -> None:
         """Another that broke left bytes in the log: they are delivered, and counted, from here on."""
         self._counts = self.delivery.position
