@@ -39,6 +39,7 @@ from relay.sink_wait import SinkWait
 from relay.sinks import SinkMaker, Spilling
 from relay.stages.base import StageSettings
 from relay.stages.stage import Turn
+from relay.stragglers import Stragglers
 from relay.subscribers import Subscribers
 from relay.ways import Ways
 
@@ -84,6 +85,7 @@ class Pipeline:
         self._makes = SinkMaker(engine, route, ways, patience, spill, persistent, in_place)
         self.chain = Chain(engine, stages, sink, ways, persistent=persistent)
         self._absences = Absences(engine, route, self._stand_again, self._given_up, self._wake)
+        self._stragglers = Stragglers(engine, route, self._wake)
         self._wait = SinkWait(engine, route, self.chain.outlets, wait, self._go_on)
         self.c.token = engine.register(self._event)
         self.c.head = self.chain.head.c
@@ -95,9 +97,7 @@ class Pipeline:
         self.subscribers: list[Subscribers] = []
         self._reason = ""
         self._ended_by = "source"
-        self._aborting = False
-        self._ending = False
-        self._closed = False
+        self._aborting = self._ending = self._closed = False
 
     # -- what a route does
     def open(self, broadcasts: dict[int, Broadcast] | None = None) -> None:
@@ -295,6 +295,8 @@ class Pipeline:
         if self.c.keep:
             self.c.tell_idle = 1
             self.engine.ready(self.c)
+        else:
+            self._stragglers.source_ended(self.chain.outlets)
 
     def _idle(self) -> None:
         """Between turns: nothing is under way, so what belongs to the stream alone can end."""
@@ -433,6 +435,7 @@ class Pipeline:
             return
         self._closed = True
         self._absences.close()
+        self._stragglers.close()
         self.engine.forget(self.c)
         self.engine.forget_token(self.c.token)
         for group in self.subscribers:

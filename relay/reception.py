@@ -13,6 +13,7 @@ from relay.endpoints.listening import Accepted, Bound, Crowd, Key, Listener
 from relay.endpoints.liveness import tune
 from relay.endpoints.settings import SourceSettings
 from relay.engine import Engine
+from relay.errors import RelayError
 from relay.names import End, Found, meaning
 
 log = logging.getLogger("relay.serve")
@@ -133,6 +134,24 @@ class Reception:
             elif end.address.scheme == "unix":
                 means = meaning(end, self.found)
                 unix.dress(end.address, mode=end.mode, owner=means.user, group=means.group)
+
+    def rebind(self) -> None:
+        """A unix listener whose file was removed or replaced is bound anew, so that people find it again."""
+        for number, (_end, _accepted) in enumerate(self._ends):
+            old = self._listeners.get(number, [])
+            lost = [each.bound for each in old if each.bound is not None and not each.bound.reachable]
+            if not lost:
+                continue
+            try:
+                self._open(number, nobody)
+            except RelayError as error:
+                log.error("%s: %s", self._route, error, extra={"event": "error", "route": self._route})
+                continue
+            for listener in old:
+                self.bound.remove(listener.address)
+                listener.finish()
+            for listener in self._listeners[number]:
+                listener.resume()
 
     # -- ending
 

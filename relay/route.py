@@ -318,7 +318,8 @@ class RunningRoute:
         self.drain()
 
     def reopen(self) -> None:
-        """Files that were moved away are opened anew, by every stream that writes one."""
+        """Files that were moved away are opened anew, by every stream that writes one; so are sockets' files."""
+        self.reception.rebind()
         for pipeline in self._pipelines:
             pipeline.engine.post(pipeline.chain.reopen)
 

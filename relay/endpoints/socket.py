@@ -232,6 +232,10 @@ class SocketSink(Sink):
         """What the peer's kernel has not acknowledged (tcp); what a unix peer has taken is its own."""
         return self._outstanding() if self.counts_fin and self.c.fd >= 0 else 0
 
+    def unread(self) -> int:
+        """What SIOCOUTQ says, until it once was nothing."""
+        return unacknowledged(self.c.fd) if self.c.fd >= 0 and not self._delivered_at else 0
+
     def cut(self, reason: str) -> None:
         """Waits up to GRACE seconds for the peer's kernel to have what was sent, then resets the connection."""
         if self.state != "open":
