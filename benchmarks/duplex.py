@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import machine
-from .cell import GIB, cpus
+from .cell import GIB, MIB, cpus
 from .contender import RELAY, SOCAT, Tool, environment
 from .load import SOURCE, BenchmarkError, Process, compiled
 from .table import aligned
@@ -279,7 +279,7 @@ class Trials:
         to = int(_line(receiver, "", "ready")[0])
         running = self._proxy(proxy, listen, to, stack, complaints)
         before = running.cpu()
-        feeder = self._ends([str(self._load), "feed", str(job.size), str(listen)], stack)
+        feeder = self._ends([str(self._load), "feed", str(job.size), str(MIB), str(listen)], stack)
         got, first, last = map(int, _line(receiver, "received"))
         feeder.wait(DEADLINE)
         if got != job.size:

@@ -381,6 +381,7 @@ static int settled(struct relay_engine *e, struct relay_duplex *d)
             return over(e, d);
         if ((a_done || b_done) && !deaf->shut) {
             deaf->shut = 1;
+            d->last_ns = e->now_ns; /* it wants an answer, too */
             if (shutdown(deaf->fd, SHUT_WR) < 0)
                 broke(e, d, deaf, -errno);
         }
