@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from relay.errors import KernelError, RelayBug
 from relay.kernel import core
+from relay.kernel.ring import Pool
 
 log = logging.getLogger("relay.engine")
 
@@ -93,6 +94,7 @@ class Engine:
             scratch_size=SCRATCH,
             budget=BUDGET,
         )
+        self.rings = Pool()
         self._events = core.ffi.new("struct relay_event[]", EVENTS)
         self._tokens = itertools.count(1)
         self._targets: dict[int, Target] = {}
@@ -152,6 +154,7 @@ class Engine:
             os.close(self._wake)
             self._wake = -1
             self._epoll.close()
+            self.rings.close()
             os.close(self._null)
 
     # -- on the engine's thread

@@ -11,6 +11,7 @@ from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
 from relay.kernel import core
 from relay.node import Node, start_gap
+from relay.place import Place
 from relay.record import SinkRecord
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Checksum
@@ -28,6 +29,7 @@ class Outlet:
     stream gets a sink of its own. `backoff` is there for one that is connected again whenever it is away: `away` says
     how often that was in this turn, `absent` that it is so now.
     `gates` are the heads of the branches it is in, outermost first: a policy there covers this outlet too.
+    `place` is there while the pipeline's bytes come out of a ring and not down the chain.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Outlet:
     why_away: str = ""
     backoff: Backoff | None = None
     settled: bool = False
+    place: Place | None = None
 
     @property
     def hidden(self) -> bool:
@@ -61,14 +64,34 @@ class Outlet:
     @property
     def dropped(self) -> int:
         """Bytes that this sink did not get, by policy or because it was gone, in this turn."""
-        nodes = {id(self.gate): self.gate, id(self.node): self.node}.values()
-        return sum(int(node.c.dropped) for node in nodes) - self.dropped_before
+        place = self.place.dropped if self.place is not None else 0
+        return sum(int(node.c.dropped) for node in self._nodes) + place - self.dropped_before
 
     @property
     def blocked(self) -> int:
         """Nanoseconds for which this sink's way was full, in this turn."""
-        nodes = {id(self.gate): self.gate, id(self.node): self.node}.values()
-        return sum(int(node.c.blocked_ns) for node in nodes) - self.blocked_before
+        place = self.place.blocked if self.place is not None else 0
+        return sum(int(node.c.blocked_ns) for node in self._nodes) + place - self.blocked_before
+
+    @property
+    def _nodes(self) -> tuple[Node, ...]:
+        return (self.node,) if self.node is self.gate else (self.gate, self.node)
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that wait for its sink alone."""
+        return self.place.waiting if self.place is not None else int(self.node.c.held)
+
+    @property
+    def drained(self) -> bool:
+        """Whether its sink was given all that it will get."""
+        return self.place.drained if self.place is not None else bool(self.node.c.done)
+
+    def put(self, sink: core.Struct) -> None:
+        """That end gets the bytes from now on; with NULL they are dropped."""
+        self.node.c.sink = sink
+        if self.place is not None:
+            self.place.put(sink)
 
     @property
     def listens(self) -> bool:
@@ -117,6 +140,9 @@ class Outlet:
 
     def drop(self) -> None:
         """What comes is discarded for this sink alone, from the next border between pieces on."""
+        if self.place is not None:
+            self.place.drop()
+            return
         self.gate.c.dropping = 1
         start_gap(self.gate.c)
 
@@ -146,9 +172,8 @@ class Outlet:
 
     def slow_words(self) -> str:
         """Why it is disconnected."""
-        size = self.node.pipe.capacity + (
-            self.slow.max or 0 if self.slow.policy == "spill" else self.slow.buffer
-        )
+        size = self.node.pipe.capacity if self.place is None else self.place.full
+        size += self.slow.max or 0 if self.slow.policy == "spill" else self.slow.buffer
         return f"backlog of {show_size(size)} full for {self.slow.after or 0.0:.1f} s"
 
     def record(self, *, sendfile: bool) -> SinkRecord:
@@ -157,11 +182,11 @@ class Outlet:
         assert self.settings is not None
         if sink is None:
             return SinkRecord(self.name, str(self.settings.address), 0, 0.0, "", "failed")
-        by_hand = "copy" if self.node.c.out_copies else "splice"
+        by_hand = "copy" if self.node.c.out_copies or self.place is not None else "splice"
         method = sink.method if sink.c.kind == core.FERRY or self.listens else by_hand
         failed = sink.state == "failed" and not self.absent
         lost = self.lost_before + (0 if self.absent else sink.lost - self.lost_earlier)
-        waiting = int(self.node.c.held) if self.node.c.apart_ns else 0
+        waiting = self.waiting if self.node.c.apart_ns else 0
         missed = lost or (self.backoff is not None and self.down and (self.dropped or waiting))
         return SinkRecord(
             sink=self.name,

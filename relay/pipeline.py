@@ -22,6 +22,7 @@ from functools import partial
 from relay.absences import Absences
 from relay.account import account
 from relay.chain import Chain
+from relay.crossing import Crossing, chained
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.digest import sidecar_line
@@ -90,6 +91,7 @@ class Pipeline:
         self.c.nodes = len(self.chain.nodes)
         for node in self.chain.nodes:
             node.hear(partial(self._node_event, node))
+        self.crossing = Crossing(engine, self.c, self.chain, ways, chained(stages, sink), self._judge)
         self.intake: Intake | None = None
         self.turn: Turn | None = None
         self.subscribers: list[Subscribers] = []
@@ -134,6 +136,7 @@ class Pipeline:
         for outlet in self.chain.outlets:
             if outlet.per_turn and not outlet.listens:
                 self._stand(outlet, self._makes.sink(outlet, self.turn))
+        self.crossing.begin(self.intake)
         source.c.reads = self.c
         self.c.source = source.c
         self.c.source_ended = 0
@@ -222,7 +225,8 @@ class Pipeline:
     def busy(self) -> bool:
         """Whether a source is connected or bytes wait to be delivered."""
         waiting = any(o.sink is not None and o.sink.backlog for o in self.chain.outlets)
-        return self.source is not None or waiting or any(node.c.held for node in self.chain.nodes)
+        held = any(node.c.held for node in self.chain.nodes) or any(o.waiting for o in self.chain.outlets)
+        return self.source is not None or waiting or held
 
     @property
     def closed(self) -> bool:
@@ -247,7 +251,7 @@ class Pipeline:
             choice = self.ways.to_sink(outlet.settings.address.scheme, copies=sink.copies)
             if choice.method == "copy":
                 outlet.node.copies(choice.reason)
-        outlet.node.c.sink = sink.c
+        outlet.put(sink.c)
         try:
             sink.open()
         except (OSError, KernelError) as error:  # no descriptor left: this sink's failure, nobody else's
@@ -259,7 +263,7 @@ class Pipeline:
         self._wake()
 
     def _given_up(self, outlet: Outlet) -> None:
-        outlet.node.c.sink = core.ffi.NULL
+        outlet.put(core.ffi.NULL)
         self._wake()
         self.look_whether_over()
 
@@ -270,7 +274,7 @@ class Pipeline:
     def _opened(self, outlet: Outlet) -> None:
         log.debug("%s: sink %s is open", self.route, outlet.name)
         if outlet.backoff is not None and outlet.sink is not None:
-            outlet.node.c.sink = outlet.sink.c  # a turn may have ended without it meanwhile
+            outlet.put(outlet.sink.c)  # a turn may have ended without it meanwhile
         self._wait.look()
         self.engine.ready(self.c)
 
@@ -348,8 +352,11 @@ class Pipeline:
         elif what in (core.SLOW, core.CAUGHT_UP):
             for outlet in self.chain.outlets:
                 if outlet.gate is node and not outlet.hidden:
-                    judge(self.route, outlet, self.chain.outlets, slow=what == core.SLOW)
-            self.engine.ready(self.c)
+                    self._judge(outlet, what == core.SLOW)
+
+    def _judge(self, outlet: Outlet, slow: bool) -> None:
+        judge(self.route, outlet, self.chain.outlets, slow=slow)
+        self.engine.ready(self.c)
 
     # -- ending
 
@@ -362,9 +369,8 @@ class Pipeline:
         if outlet.sink is not sink or outlet.settled:
             return
         outlet.settled = True
-        node = outlet.node.c
-        if node.sink == sink.c:
-            node.sink = core.ffi.NULL
+        if outlet.node.c.sink == sink.c:
+            outlet.put(core.ffi.NULL)
         said = self._aborting or self._quiet or self._error  # by somebody else already
         if sink.state == "failed" and not said:
             log.warning("%s: %s", self.route, sink.reason)
@@ -383,7 +389,7 @@ class Pipeline:
         self.look_whether_over()
 
     def _drained(self, outlet: Outlet) -> bool:
-        return bool(outlet.node.c.done) or (self._over and not outlet.node.c.held)
+        return outlet.drained or (self._over and not outlet.waiting)
 
     def look_whether_over(self) -> None:
         """Ends the turn, or the pipeline, if nobody has anything left to do. For Subscribers, too."""
@@ -416,6 +422,7 @@ class Pipeline:
         )
         for outlet in self.chain.outlets:
             outlet.end_turn()
+        self.crossing.end_turn()
         intake, self.intake = self.intake, None
         self.c.source = core.ffi.NULL
         if intake is not None:
@@ -435,6 +442,7 @@ class Pipeline:
         self._absences.close()
         self.engine.forget(self.c)
         self.engine.forget_token(self.c.token)
+        self.crossing.close()
         for group in self.subscribers:
             group.close()
         for outlet in self.chain.outlets:

@@ -7,6 +7,7 @@ may force a way. Pure: nothing is opened here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,6 +88,16 @@ class Ways:
         if scheme == "digest":
             return Choice("copy", "a checksum must see the bytes")
         return Choice("splice", "pages move to the end by reference")
+
+    def across(self, source: str, sinks: Sequence[str]) -> Choice:
+        """How a stream that may go down a chain or through a ring begins, by the schemes of its ends."""
+        if reason := self._copies("splice") or self._copies("tee") * (len(sinks) > 1):
+            return Choice("copy", f"{reason}; one read, and a send a sink")
+        if self.forced != "auto":
+            return Choice("splice", f"asked for by method: {self.forced}")
+        if len(sinks) > 1 and all(scheme == "tcp" for scheme in (source, *sinks)):
+            return Choice("copy", "to several tcp sinks larger sends cost less than references")
+        return Choice("splice", "pages move by reference")
 
     def to_ring(self) -> Choice:
         """How bytes come to a broadcast."""

@@ -51,6 +51,7 @@ DONE: Final = int(lib.RELAY_DONE)
 BROKEN: Final = int(lib.RELAY_BROKEN)
 SOURCE_DRY: Final = int(lib.RELAY_SOURCE_DRY)
 SINK_BUSY: Final = int(lib.RELAY_SINK_BUSY)
+STILL: Final = int(lib.RELAY_STILL)
 
 METHOD_NAMES: Final = {SPLICE: "splice", COPY: "copy", SENDFILE: "sendfile", VMSPLICE: "vmsplice"}
 

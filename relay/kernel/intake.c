@@ -37,7 +37,7 @@ static void source_over(struct pass *s, int what, int64_t error)
     tell(s, p->token, what, error);
 }
 
-static int source_took(struct pass *s, int64_t moved)
+int source_took(struct pass *s, int64_t moved)
 {
     struct relay_end *source = s->p->source;
     source->moved += moved;
@@ -56,18 +56,11 @@ static void source_empty(struct pass *s, struct relay_end *source)
     source->readable = 0;
 }
 
-/* A head with nothing to tee and a sink that is written by hand needs no pipe between: the source is read
- * into the stash. Otherwise a copying source is read only into an empty pipe, where it surely fits. */
-static int fill_by_hand(struct pass *s, struct relay_node *head)
+/* Bytes read from the source into memory; 0 when there are none now, or no more will come. */
+int64_t read_source(struct pass *s, char *to, int64_t most)
 {
     struct relay_end *source = s->p->source;
-    int direct = head->out_copies && head->stash && !head->next && head->stash_out == head->stash_len;
-    char *to = direct ? head->stash : s->e->scratch;
-    int64_t most = direct ? head->stash_size : s->e->scratch_size, moved;
-    if (head->held)
-        return 0;
-    if (!direct && most > head->capacity)
-        most = head->capacity;
+    int64_t moved;
     if (source->left >= 0 && most > source->left)
         most = source->left;
     if (source->memory && source->fd < 0) {   /* a mapped file is read instead: it may have been cut short */
@@ -85,10 +78,27 @@ static int fill_by_hand(struct pass *s, struct relay_node *head)
     }
     if (moved <= 0) {
         source_over(s, moved ? RELAY_SOURCE_FAILED : RELAY_SOURCE_ENDED, moved);
-        return 1;
+        return 0;
     }
     if (source->offset >= 0)
         source->offset += moved;
+    return moved;
+}
+
+/* A head with nothing to tee and a sink that is written by hand needs no pipe between: the source is read
+ * into the stash. Otherwise a copying source is read only into an empty pipe, where it surely fits. */
+static int fill_by_hand(struct pass *s, struct relay_node *head)
+{
+    int direct = head->out_copies && head->stash && !head->next && head->stash_out == head->stash_len;
+    char *to = direct ? head->stash : s->e->scratch;
+    int64_t most = direct ? head->stash_size : s->e->scratch_size, moved;
+    if (head->held)
+        return 0;
+    if (!direct && most > head->capacity)
+        most = head->capacity;
+    moved = read_source(s, to, most);
+    if (moved <= 0)
+        return s->p->source_ended;
     if (direct) {
         head->stash_len = moved;
         head->stash_out = 0;
@@ -114,15 +124,12 @@ static int fill_by_hand(struct pass *s, struct relay_node *head)
     return source_took(s, moved);
 }
 
-int fill_from_source(struct pass *s)
+/* Whether the source may be asked for bytes now; -1 when it was found at its end. */
+int source_gives(struct pass *s)
 {
     struct relay_pipeline *p = s->p;
-    struct relay_node *head = p->head;
     struct relay_end *source = p->source;
-    int64_t most = RELAY_PIECE, moved;
-    loff_t offset;
-
-    if (!source || p->source_ended || p->paused || head->ended || refuses(head))
+    if (!source || p->source_ended || p->paused || p->still || p->head->ended || refuses(p->head))
         return 0;
     if (source->left == 0 && source->waits) {
         if (source->readable) {
@@ -133,12 +140,22 @@ int fill_from_source(struct pass *s)
     }
     if (source->left == 0) {
         source_over(s, RELAY_SOURCE_ENDED, 0);
-        return 1;
+        return -1;
     }
-    if (source->fd < 0 && !source->memory)
-        return 0;
-    if (!source->readable)
-        return 0;
+    return source->readable && (source->fd >= 0 || source->memory);
+}
+
+int fill_from_source(struct pass *s)
+{
+    struct relay_pipeline *p = s->p;
+    struct relay_node *head = p->head;
+    struct relay_end *source = p->source;
+    int64_t most = RELAY_PIECE, moved;
+    loff_t offset;
+    int gives = source_gives(s);
+
+    if (gives <= 0)
+        return gives < 0;
     if (source->left > 0 && most > source->left)
         most = source->left;
     if (source->method == RELAY_COPY)

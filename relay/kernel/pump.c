@@ -138,7 +138,7 @@ static int sweep(struct pass *s)
 {
     struct relay_pipeline *p = s->p;
     struct relay_node *n;
-    int moved, empty = 1, open = 0;
+    int moved, empty = 1, calm = 1, open = 0;
 
     p->wake_ns = 0;
     if (p->retry) {           /* an answer contradicted what was known: believe nothing remembered */
@@ -152,8 +152,14 @@ static int sweep(struct pass *s)
             if (n->ring)
                 ring_retry(n->ring);
         }
+        if (p->ring)
+            ring_retry(p->ring);
     }
     do {
+        if (p->ring) {
+            moved = scatter(s);
+            continue;
+        }
         moved = fill_from_source(s);
         for (n = p->head; n; n = n->after) {
             moved |= turn(s, n);
@@ -161,10 +167,14 @@ static int sweep(struct pass *s)
                 moved |= ring_give(s, n->ring);
         }
     } while (moved && s->read < s->e->budget && !ring_gave_enough(s));
-    for (n = p->head; n; n = n->after) {
+    if (p->ring)
+        open = scatter_settle(s, &empty, &calm);
+    for (n = p->ring ? NULL : p->head; n; n = n->after) {
         struct relay_end *sink = n->sink;
         if (in_turn(s, n))
             empty = 0;
+        if (holds(n) || n->dropping || n->ring)
+            calm = 0;
         if (n->ring)
             ring_hear(s, n->ring);
         if (!sink || sink->failed)
@@ -176,7 +186,7 @@ static int sweep(struct pass *s)
                 continue;
             }
             if (!ferry_is_empty(sink->ferry))   /* its answer wakes this pipeline */
-                empty = 0;
+                empty = calm = 0;
         } else if (sink->discard && sink->readable && sink->fd >= 0) {
             int64_t error = read_and_discard(s, sink);
             if (error) {
@@ -186,6 +196,10 @@ static int sweep(struct pass *s)
         }
         if (!n->done)
             open++;
+    }
+    if (calm && p->still == 1) {
+        p->still = 2;
+        tell(s, p->token, RELAY_STILL, 0);
     }
     if (empty && p->tell_idle && (p->source_ended || !p->source)) {
         p->tell_idle = 0;
