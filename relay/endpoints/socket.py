@@ -26,6 +26,7 @@ from typing import Any
 
 from relay.endpoints.base import Sink, Source, hint
 from relay.endpoints.liveness import Liveness
+from relay.endpoints.pacing import unpace
 from relay.engine import Engine, Timer, Watch
 from relay.seldom import Seldom
 from relay.units import show_size
@@ -125,6 +126,7 @@ class SocketSink(Sink):
             sock.close()
             return
         sock.setblocking(False)
+        unpace(sock)
         self.attach(sock.detach(), READ_WRITE)
         if self.dead_after:
             self._liveness = Liveness(
