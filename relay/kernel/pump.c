@@ -197,7 +197,7 @@ static int sweep(struct pass *s)
         if (!n->done)
             open++;
     }
-    if (calm && p->still == 1) {
+    if (calm && p->still == 1 && !p->head->ended) {
         p->still = 2;
         tell(s, p->token, RELAY_STILL, 0);
     }

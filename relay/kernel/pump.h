@@ -110,7 +110,7 @@ struct relay_reader {
     int64_t at;              /* position of the next byte it gets */
     int64_t dropped;         /* bytes it was not given by policy */
     int64_t align;           /* its gaps start and end at multiples of it */
-    int64_t after_ns;        /* how long it may be full before it is slow */
+    int64_t after_ns;        /* how long it may be full before it is slow; 0: never judged */
     int64_t since_ns;        /* full since, 0: is not */
     int64_t blocked_ns;      /* for how long in all */
     int slow;

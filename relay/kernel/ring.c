@@ -85,7 +85,7 @@ static void no_longer_full(struct pass *s, struct relay_reader *r)
 static void judge(struct pass *s, struct relay_ring *ring)
 {
     for (struct relay_reader *r = ring->readers; r; r = r->after) {
-        if (!holding(r) || ring->position - r->at <= ring->full)
+        if (!holding(r) || !r->after_ns || ring->position - r->at <= ring->full)
             continue;
         if (!r->since_ns)
             r->since_ns = s->e->now_ns;
