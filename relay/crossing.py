@@ -23,7 +23,14 @@ from relay.stages.base import StageSettings
 from relay.stages.tee import Settings as Tee
 from relay.ways import Choice, Ways
 
-PLAIN = ("tcp", "unix", "fifo", "null", "stdio", "fd")  # ends that may be written to out of memory, without a thread
+PLAIN = (
+    "tcp",
+    "unix",
+    "fifo",
+    "null",
+    "stdio",
+    "fd",
+)  # ends that may be written to out of memory, without a thread
 READ = ("tcp", "unix", "fifo", "file", "stdio", "fd")  # and read into it
 
 
@@ -101,9 +108,15 @@ class Crossing:
         """Whether this stream could go through a ring, as its ends turned out to be."""
         assert self._intake is not None
         source = self._intake.source
-        if self._needs_chain or source.scheme not in READ or source.c.waits or self._intake.choice.method in (
-            "sendfile",
-            "vmsplice",
+        if (
+            self._needs_chain
+            or source.scheme not in READ
+            or source.c.waits
+            or self._intake.choice.method
+            in (
+                "sendfile",
+                "vmsplice",
+            )
         ):
             return False
         if any(node.c.held for node in self._chain.nodes):

@@ -17,6 +17,7 @@ from relay.stages.base import StageSettings
 from relay.stages.checksum import Checksum
 from relay.stages.stage import Stage
 from relay.units import show_size
+from relay.ways import Ways
 
 log = logging.getLogger("relay.pipeline")
 
@@ -86,6 +87,17 @@ class Outlet:
     def drained(self) -> bool:
         """Whether its sink was given all that it will get."""
         return self.place.drained if self.place is not None else bool(self.node.c.done)
+
+    def stand(self, sink: Sink, ways: Ways) -> None:
+        """`sink` stands here from now on; it is not open yet."""
+        self.sink = sink
+        self.moved_before = 0
+        self.absent = False
+        if self.settings is not None and not self.listens and sink.c.kind != core.FERRY:
+            choice = ways.to_sink(self.settings.address.scheme, copies=sink.copies)
+            if choice.method == "copy":
+                self.node.copies(choice.reason)
+        self.put(sink.c)
 
     def put(self, sink: core.Struct) -> None:
         """That end gets the bytes from now on; with NULL they are dropped."""

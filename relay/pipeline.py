@@ -237,9 +237,6 @@ class Pipeline:
 
     def _stand(self, outlet: Outlet, sink: Sink) -> None:
         """`sink` stands at `outlet` from now on."""
-        outlet.sink = sink
-        outlet.moved_before = 0
-        outlet.absent = False
         sink.c.token = self.engine.register(
             lambda what, error, _mask: self._sink_event(outlet, sink, what, error)
         )
@@ -247,11 +244,7 @@ class Pipeline:
         sink.on_open = lambda _sink: self._opened(outlet)
         sink.on_finish = lambda _sink: self._settled(outlet, sink)
         sink.on_fail = lambda _sink: self._settled(outlet, sink)
-        if outlet.settings is not None and not outlet.listens and sink.c.kind != core.FERRY:
-            choice = self.ways.to_sink(outlet.settings.address.scheme, copies=sink.copies)
-            if choice.method == "copy":
-                outlet.node.copies(choice.reason)
-        outlet.put(sink.c)
+        outlet.stand(sink, self.ways)
         try:
             sink.open()
         except (OSError, KernelError) as error:  # no descriptor left: this sink's failure, nobody else's

@@ -102,7 +102,9 @@ class Progress:
     def print(self, line: str) -> None:
         """A line of the results. A reader who went away is no reason to stop sending."""
         try:
-            self._results.write(f"{line}\n")  # one write: other processes' lines share the terminal or the pipe
+            self._results.write(
+                f"{line}\n"
+            )  # one write: other processes' lines share the terminal or the pipe
             self._results.flush()
         except OSError:
             # what is buffered would fail once more at exit: it goes where nobody minds

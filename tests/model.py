@@ -70,9 +70,7 @@ class Reader:
     @property
     def holding(self) -> bool:
         """Whether room is kept for it."""
-        return bool(
-            self.sink and (not self.sink.failed or self.hold) and not self.done and not self.dropping
-        )
+        return bool(self.sink and (not self.sink.failed or self.hold) and not self.done and not self.dropping)
 
 
 @dataclasses.dataclass(eq=False)

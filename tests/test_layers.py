@@ -41,6 +41,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "subscribers",
         "chain",
         "outlet",
+        "place",
+        "crossing",
         "node",
         "source_clock",
         "sinks",
