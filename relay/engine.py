@@ -37,6 +37,12 @@ SCRATCH = 1 << 20  # bytes a copying hop may read at once; shared by all pipelin
 BUDGET = 4 << 20  # bytes one pipeline may read before the others have their turn
 EVENTS = 16384  # room for 4 events a node: pipelines of up to 4,000 nodes
 
+# What to do when epoll cannot watch one more descriptor.
+WATCH_HINTS = {
+    errno.ENOSPC: "this user watches as many descriptors as it may: raise fs.epoll.max_user_watches (sysctl)",
+    errno.ENOMEM: "the kernel has no memory left: free some, or raise the limit of the control group",
+}
+
 
 class Timer:
     """A call that is due at a monotonic time; `cancel` makes it nothing."""
@@ -62,7 +68,8 @@ class Watch:
         self._end = core.new("end", fd=fd, kind=core.WATCH)
         self._end.token = engine.register(lambda _what, _error, got: action(got))
         try:
-            core.check(core.lib.relay_watch(engine.c, self._end, mask), "epoll_ctl")
+            answer = int(core.lib.relay_watch(engine.c, self._end, mask))
+            core.check(answer, "epoll_ctl", hint=WATCH_HINTS.get(-answer, ""))
         except KernelError:
             engine.forget_token(self._end.token)
             raise

@@ -85,7 +85,11 @@ class SinkError(EndpointError):
 
 
 class KernelError(RelayError):
-    """The kernel refused something relay cannot do without; `hint` says what to raise or allow."""
+    """The kernel refused what relay cannot do without, with `errno` (0: none); `hint` says what to raise or allow."""
+
+    def __init__(self, message: str, *, hint: str = "", errno: int = 0) -> None:
+        super().__init__(message, hint=hint)
+        self.errno = errno
 
 
 class RelayBug(RelayError):

@@ -205,6 +205,7 @@ class RunningRoute:
         source = SocketSource(engine, str(self.route.source.address), sock, peer)
         source.scheme = self.route.source.address.scheme
         source.on_close = lambda: self.home.post(partial(self._admission.leave, peer))
+        source.on_fail = lambda error: self._refused(source, error)
         if self._once:
             self._stop_listening()
         if self._standing is not None:
@@ -251,6 +252,12 @@ class RunningRoute:
         source.on_open = lambda: self._start_here(engine, source)
         engine.post(source.open)
 
+    def _refused(self, source: Source, error: EndpointError) -> None:
+        """An accepted connection that cannot be watched; it was reset."""
+        log.warning("%s: %s refused: %s", self.name, source.peer, error)
+        self.home.post(lambda: self._started(source))
+        self.home.post(self._next_turn)
+
     def _started(self, source: Source) -> None:
         """On the home engine: it has its pipeline, or never will."""
         self._starting.pop(source, None)
@@ -283,9 +290,8 @@ class RunningRoute:
         if standing is None or standing.source is not None or not self._waiting:
             return
         source = self._waiting.popleft()
-        source.on_open = lambda: None
+        source.on_open = lambda: standing.begin(source, new_turn(self.name, source))
         source.open()
-        standing.begin(source, new_turn(self.name, source))
 
     def _over(self, record: SessionRecord) -> None:
         self._on_record(record)

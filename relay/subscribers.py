@@ -58,7 +58,7 @@ class Subscribers:
         if burst:
             self.ring.open()
         self._node.ring = self.ring.c
-        broadcast.accept(lambda sock, peer: engine.post(lambda: self.join(sock, peer)))
+        broadcast.accept(engine, self.join)
 
     @property
     def policy(self) -> str:

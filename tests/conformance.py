@@ -338,10 +338,12 @@ class SocketTaker(Taker):
         *,
         listener: socket.socket | None = None,
         sock: socket.socket | None = None,
+        given: socket.socket | None = None,
         joins: bool = False,
     ) -> None:
         super().__init__(sink)
         self.can_reset = True
+        self._given = given
         self.sock = sock
         self._listener = listener
         self._joins = joins
@@ -374,6 +376,11 @@ class SocketTaker(Taker):
     def half_close(self) -> None:
         """Shuts its own write side."""
         self.connection().shutdown(socket.SHUT_WR)
+
+    def end_given(self) -> None:
+        if self._given is not None and self._given.fileno() >= 0:
+            assert self._given.getblocking(), "the given descriptor was made nonblocking"
+            self._given.close()
 
     def reset(self) -> None:
         reset(self.connection())
@@ -485,9 +492,8 @@ def _to_fd_pipe(_path: Path) -> Iterator[Taker]:
 @contextlib.contextmanager
 def _to_fd_socket(_path: Path) -> Iterator[Taker]:
     near, far = socket.socketpair()
-    with near, closing_taker(SocketTaker({"fd": near.fileno()}, sock=far)) as taker:
+    with near, closing_taker(SocketTaker({"fd": near.fileno()}, sock=far, given=near)) as taker:
         yield taker
-        assert near.getblocking(), "the given descriptor was made nonblocking"
 
 
 @contextlib.contextmanager

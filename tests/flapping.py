@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import array
 import fcntl
+import select
 import socket
 import struct
 import termios
 from pathlib import Path
 
-from peers import accept, receive_all, receive_exactly
+from peers import accept, assert_same, receive_all, receive_exactly
 
 MATCH = 24  # bytes that stand at one place of a random payload only
+BUFFER = 64 << 10  # asked for by every side's receiver; its kernel may hold four times that
+SEND_QUEUE = 8 << 20  # bytes that may come twice
 
 
 class Receiver:
@@ -91,6 +94,53 @@ class Receiver:
             self._unix.unlink(missing_ok=True)
 
 
+class Side:
+    """One receiver, and what it got: a piece for each connection."""
+
+    def __init__(self, buffer: int = BUFFER) -> None:
+        self.receiver = Receiver(buffer=buffer)
+        self.pieces: list[bytearray] = []
+        self.unread: list[int] = []  # bytes that each connection had when it was reset
+        self.ended = False
+        self.receiver.up()
+        self.listens = True
+
+    def here(self) -> bool:
+        """Whether it has a connection, taking one that waits."""
+        receiver = self.receiver
+        waits = receiver.connection is None and self.listens
+        if waits and select.select([receiver._listener], [], [], 0)[0]:
+            receiver.accept().setblocking(False)
+            self.pieces.append(bytearray())
+        return receiver.connection is not None
+
+    def read(self, most: int) -> int:
+        """What is there, up to `most` bytes."""
+        if not self.here():
+            return 0
+        connection = self.receiver.connection
+        assert connection is not None
+        try:
+            got = connection.recv(most)
+        except BlockingIOError:
+            return 0
+        except ConnectionResetError:
+            got = b""
+        if not got:
+            self.ended = True
+            connection.close()
+            self.receiver.connection = None
+        elif self.pieces:
+            self.pieces[-1] += got
+        return len(got)
+
+    def reset(self) -> None:
+        """Its connection goes, with whatever it had not read."""
+        if self.receiver.connection is not None:
+            self.unread.append(len(self.pieces[-1]) + self.receiver.waiting())
+            self.receiver.reset()
+
+
 def common(one: bytes, other: bytes) -> int:
     """How many bytes both begin with."""
     low, high = 0, min(len(one), len(other))
@@ -127,3 +177,28 @@ def gaps(got: bytes, data: bytes) -> list[tuple[int, int]]:
         assert following > position, f"byte {at} of what came is nowhere behind {position}"
         found.append((position, following))
         position = following
+
+
+def assert_counted_gaps(got: bytes, stream: bytes, dropped: int, align: int) -> None:
+    """What is left out of `stream` are whole pieces, and all of it was counted."""
+    left_out = gaps(got, stream)
+    assert all(a % align == 0 and (b % align == 0 or b == len(stream)) for a, b in left_out)
+    assert sum(b - a for a, b in left_out) == dropped
+
+
+def assert_resumed(side: Side, stream: bytes) -> None:
+    """Each connection goes on where its predecessor's kernel had everything, at most one send queue before."""
+    reached, allowed = 0, 0  # what came, and what may have come to a kernel whose receiver went
+    for number, piece in enumerate(side.pieces):
+        if number == len(side.pieces) - 1 and len(piece) < MATCH:
+            begun = len(stream) - len(piece)
+        elif len(piece) < MATCH:  # it could stand anywhere
+            allowed = max(allowed, reached) + 4 * BUFFER
+            continue
+        else:
+            begun = stream.find(bytes(piece[:MATCH]), max(0, reached - SEND_QUEUE))
+        assert 0 <= begun <= max(allowed, reached), f"connection {number} began at {begun}, not {reached}"
+        assert_same(bytes(piece), stream[begun : begun + len(piece)])
+        reached = begun + len(piece)
+        allowed = reached + 4 * BUFFER
+    assert reached == len(stream)

@@ -145,7 +145,11 @@ class Process:
             answer = what()
             if answer:
                 return answer
-            assert self._read(patience), f"the log ended; it was {self.text}"
+            try:
+                more = self._read(patience)
+            except AssertionError as error:
+                raise AssertionError(f"{error}; the log was {self.text}") from None
+            assert more, f"the log ended; it was {self.text}"
 
     @property
     def text(self) -> str:

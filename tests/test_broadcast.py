@@ -14,14 +14,17 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conformance import connected
-from peers import PATIENCE, assert_same, eventually, payload, running
-from relays import Process, serving
+from peers import PATIENCE, assert_same, eventually, payload, receive_all, receive_exactly, running
+from relays import Process, Relay, serving
+
+from relay.endpoints.broadcast import Broadcast
 
 CROWD = int(os.environ.get("RELAY_SUBSCRIBERS", "200"))
 MIB = 1 << 20
@@ -318,6 +321,51 @@ def test_a_viewer_that_comes_too_late_is_refused_by_a_reset(tmp_path: Path) -> N
         stage.work(lambda: viewer.ended, len(data))
         stage.close()
         assert served.wait() == 0
+
+
+def test_who_connects_just_before_the_end_gets_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that the kernel still holds when the stream ends is not reset: its stream is empty, and whole."""
+    late: list[socket.socket] = []
+    finish = Broadcast.finish
+
+    def connect_first(broadcast: Broadcast) -> None:
+        late.append(connected(relay.bound[0]))
+        finish(broadcast)
+
+    monkeypatch.setattr(Broadcast, "finish", connect_first)
+    route = {"source": {"listen": "tcp://127.0.0.1:0"}, "sink": {"listen": "tcp://127.0.0.1:0"}}
+    with Relay(route) as relay, connected(relay.bound[0]) as early, connected(relay.bound[1]) as source:
+        source.sendall(b"all of it")
+        assert receive_exactly(early, 9) == b"all of it"
+        source.shutdown(socket.SHUT_WR)
+        assert receive_all(early) == b""
+        with late[0]:
+            assert receive_all(late[0]) == b""
+        early.close()
+        record = relay.wait()
+    assert record is not None
+    assert record.result == "delivered"
+
+
+def test_who_is_accepted_together_with_the_end_gets_the_end() -> None:
+    """The end of the stream and a subscriber seen in the same round: it joins before the broadcast is over."""
+    route = {"source": {"listen": "tcp://127.0.0.1:0"}, "sink": {"listen": "tcp://127.0.0.1:0"}}
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        go_on.wait(PATIENCE)
+
+    with Relay(route) as relay, connected(relay.bound[1]) as source:
+        source.sendall(b"nobody is there")
+        eventually(lambda: relay.moved() == 15, "it passed")
+        relay.post(hold)
+        assert held.wait(PATIENCE)
+        with connected(relay.bound[0]) as subscriber:
+            source.shutdown(socket.SHUT_WR)
+            go_on.set()
+            assert receive_all(subscriber) == b""
+        assert relay.wait() is not None
 
 
 def opened(pid: int) -> dict[str, int]:

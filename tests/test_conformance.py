@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 from conformance import SINKS, SOURCES, FileGiver, SocketTaker, check_clogged, check_delivery, route_of
-from peers import assert_same, eventually, payload, refused_address
+from peers import accept, assert_same, eventually, payload, receive_all, receive_exactly, refused_address
 from relays import Relay
 
 SIZES = [0, 1, 65535, 65536, 65537]
@@ -307,6 +308,7 @@ def test_a_sink_that_talks_back_or_half_closes(tmp_path: Path, sink: str, early:
             taker.take()
             giver.give(data[10:])
             giver.end()
+            eventually(lambda: taker.got, "relay has opened the sink")
             assert_same(taker.taken(), data)
             taker.close()
             record = relay.wait()
@@ -499,3 +501,27 @@ def test_a_subscriber_that_leaves_costs_nobody_anything(tmp_path: Path) -> None:
             record = relay.wait()
     assert record is not None
     assert record.result == "delivered"
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["whole", "reset"])
+def test_a_shared_socket_is_left_to_those_who_share_it(broken: bool) -> None:
+    """However a stream into an inherited socket ends, whoever else holds it goes on writing, and closes it cleanly."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far = accept(listener)
+    with near, far, SOURCES["tcp4"](Path()) as giver:
+        with Relay({"source": giver.source, "sink": {"fd": near.fileno()}, "wait_for_sinks": "10s"}) as relay:
+            giver.start(relay)
+            giver.give(b"relay ")
+            assert receive_exactly(far, 6) == b"relay "
+            if broken:
+                giver.reset()
+            else:
+                giver.end()
+            record = relay.wait()
+        assert record is not None
+        assert record.result == ("failed" if broken else "delivered")
+        near.sendall(b"goes on")
+        assert near.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == bytes(8), "a close would be a reset"
+        near.close()
+        assert receive_all(far) == b"goes on"

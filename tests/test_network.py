@@ -25,6 +25,7 @@ from peers import (
 from relays import Process, relay, serving
 
 SLACK = 2.0  # seconds of a busy machine's own
+SMALL = 128 << 10  # asked for by a receiver that must not have everything before the cable is pulled
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_a_partition_that_heals_in_time_loses_nothing(net: Network, tmp_path: Pa
     """Packets vanish for a third of dead_after, then come again: same connection, every byte."""
     data = payload(3, 4 << 20)
     with (
-        net.listener() as listener,
+        net.listener(receive_buffer=SMALL) as listener,
         relaying(net, tmp_path, listener, 6) as (served, source, sink),
     ):
         feeder = Feeder(source, data)
@@ -199,7 +200,7 @@ def test_a_partition_that_heals_late_loses_nothing_under_spill(net: Network, tmp
     """The connection is given up, a later one goes on with what was not acknowledged: all bytes, in order."""
     data = payload(4, 4 << 20)
     with (
-        net.listener() as listener,
+        net.listener(receive_buffer=SMALL) as listener,
         relaying(net, tmp_path, listener, 1, ", on_slow: spill") as (served, source, sink),
     ):
         feeder = Feeder(source, data)

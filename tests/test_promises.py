@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from conformance import connected
-from flapping import MATCH, Receiver, gaps
+from flapping import BUFFER, Side, assert_counted_gaps, assert_resumed
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -28,60 +28,11 @@ from peers import assert_same, eventually, payload
 from relays import Relay
 
 SCHEDULES = int(os.environ.get("RELAY_PROMISES", "12"))
-BUFFER = 64 << 10  # asked for by every receiver; its kernel may hold four times that
-SEND_QUEUE = 8 << 20
 ALIGN = 188
 
 steady = st.sampled_from(["block", "drop", "buffered"])
 flapping = st.sampled_from(["memory", "disk", "full"])
 sizes = st.integers(1, 3 << 20)
-
-
-class Side:
-    """One receiver, and what it got: a piece for each connection."""
-
-    def __init__(self) -> None:
-        self.receiver = Receiver(buffer=BUFFER)
-        self.pieces: list[bytearray] = []
-        self.unread: list[int] = []  # bytes that each connection had when it was reset
-        self.ended = False
-        self.receiver.up()
-        self.listens = True
-
-    def here(self) -> bool:
-        """Whether it has a connection, taking one that waits."""
-        receiver = self.receiver
-        waits = receiver.connection is None and self.listens
-        if waits and select.select([receiver._listener], [], [], 0)[0]:
-            receiver.accept().setblocking(False)
-            self.pieces.append(bytearray())
-        return receiver.connection is not None
-
-    def read(self, most: int) -> int:
-        """What is there, up to `most` bytes."""
-        if not self.here():
-            return 0
-        connection = self.receiver.connection
-        assert connection is not None
-        try:
-            got = connection.recv(most)
-        except BlockingIOError:
-            return 0
-        except ConnectionResetError:
-            got = b""
-        if not got:
-            self.ended = True
-            connection.close()
-            self.receiver.connection = None
-        elif self.pieces:
-            self.pieces[-1] += got
-        return len(got)
-
-    def reset(self) -> None:
-        """Its connection goes, with whatever it had not read."""
-        if self.receiver.connection is not None:
-            self.unread.append(len(self.pieces[-1]) + self.receiver.waiting())
-            self.receiver.reset()
 
 
 class Schedule(RuleBasedStateMachine):
@@ -201,15 +152,15 @@ class Schedule(RuleBasedStateMachine):
         assert record.bytes == self.sent
         assert_same(bytes(self.sides["block"].pieces[0]), stream)
         for name in ("drop", "buffered"):
-            self._subsequence(bytes(self.sides[name].pieces[0]), stream, sinks[name].dropped)
+            assert_counted_gaps(bytes(self.sides[name].pieces[0]), stream, sinks[name].dropped, ALIGN)
             assert sinks[name].bytes == len(self.sides[name].pieces[0])
         for name in ("memory", "disk"):
-            self._whole(self.sides[name], stream)
+            assert_resumed(self.sides[name], stream)
             assert (sinks[name].bytes, sinks[name].lost, sinks[name].dropped) == (self.sent, 0, 0)
         full = sinks["full"]
         assert full.bytes + full.dropped == self.sent
         if not self.sides["full"].unread:
-            self._subsequence(bytes(self.sides["full"].pieces[0]), stream, full.dropped)
+            assert_counted_gaps(bytes(self.sides["full"].pieces[0]), stream, full.dropped, ALIGN)
         for _, got in self.subscribers:
             assert stream.endswith(bytes(got)), "a subscriber that stayed has no exact suffix"
         for got in self.left:
@@ -224,28 +175,6 @@ class Schedule(RuleBasedStateMachine):
                 while piece := sock.recv(1 << 20):
                     got += piece
         return all(side.ended for side in self.sides.values())
-
-    @staticmethod
-    def _subsequence(got: bytes, stream: bytes, dropped: int) -> None:
-        """What is left out are whole pieces, and all of it was counted."""
-        left_out = gaps(got, stream)
-        assert all(a % ALIGN == 0 and (b % ALIGN == 0 or b == len(stream)) for a, b in left_out)
-        assert sum(b - a for a, b in left_out) == dropped
-
-    @staticmethod
-    def _whole(side: Side, stream: bytes) -> None:
-        """Each connection goes on where its predecessor's kernel had everything, at most one send queue before."""
-        reached, allowed = 0, 0  # what came, and what may have come to a kernel whose receiver went
-        for number, piece in enumerate(side.pieces):
-            if len(piece) < MATCH:
-                allowed = max(allowed, reached) + 4 * BUFFER
-                continue
-            begun = stream.find(bytes(piece[:MATCH]), max(0, reached - SEND_QUEUE))
-            assert 0 <= begun <= max(allowed, reached), f"connection {number} began at {begun}, not {reached}"
-            assert_same(bytes(piece), stream[begun : begun + len(piece)])
-            reached = begun + len(piece)
-            allowed = reached + 4 * BUFFER
-        assert reached == len(stream) or not stream
 
 
 def test_every_sink_gets_what_its_policy_promises() -> None:

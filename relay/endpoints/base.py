@@ -7,12 +7,13 @@ told through its hooks, plain fields that the pipeline (or a test) fills in; non
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
 from typing import Literal
 
-from relay.engine import Engine
+from relay.engine import WATCH_HINTS, Engine
 from relay.errors import EndpointError, SinkError, SourceError
 from relay.kernel import core
 
@@ -44,8 +45,6 @@ HINTS = {
 
 def hint(code: int) -> str:
     """One sentence on what to do about that errno, or nothing."""
-    import errno
-
     return HINTS.get(errno.errorcode.get(code, ""), "")
 
 
@@ -63,18 +62,30 @@ class End:
 
     def error(self, operation: str, code: int, *, reason: str = "", advice: str = "") -> EndpointError:
         """This end's error for `operation`, with the hint that fits the errno."""
+        if not advice and self.c.is_socket:  # a socket has no disk that could be full
+            advice = WATCH_HINTS.get(code, "")
         return self.failure(self.address, operation, code, advice or hint(code), reason=reason)
 
-    def attach(self, fd: int, mask: int) -> None:
-        """Takes `fd` over and registers it, edge-triggered, with `mask`.
+    def attach(self, fd: int, mask: int) -> bool:
+        """Takes `fd` over and registers it, edge-triggered, with `mask`; False when it failed, and was told so.
 
-        A file that epoll refuses (EPERM) never waits: it counts as always ready.
+        A file that epoll does not know (EPERM) never waits: it counts as always ready. Any other refusal means that
+        nobody would ever say when it is ready, which is this end's failure.
         """
         self.c.fd = fd
         self.opened_at = time.monotonic()
-        if self.engine.add_end(self.c, mask):
-            self.c.kind = core.INSTANT
+        code = self.engine.add_end(self.c, mask)
+        if not code:
+            return True
+        self.c.kind = core.INSTANT  # it is in no set: there is nothing to take out
+        if code == errno.EPERM:
             self.c.readable = self.c.writable = 1
+            return True
+        self.refused(self.error("watching", code, advice=WATCH_HINTS.get(code, "")))
+        return False
+
+    def refused(self, error: EndpointError) -> None:
+        """For subclasses: the descriptor cannot be watched. Closes it and says so."""
 
     def detach(self) -> int:
         """Unregisters the descriptor and hands it to the caller, who owns it from then on (-1: none)."""
@@ -114,6 +125,11 @@ class Source(End):
     def open(self) -> None:
         """Opens it; calls on_open, or on_fail with a SourceError, now or later."""
         self.on_open()
+
+    def refused(self, error: EndpointError) -> None:
+        """It fails before it began."""
+        self.close(reset=True)
+        self.on_fail(error)
 
     @property
     def method_now(self) -> str:
@@ -175,6 +191,10 @@ class Sink(End):
     def open(self) -> None:
         """Starts to open it. Bytes meant for it wait in its pipe until then."""
         raise NotImplementedError  # every kind has its own way; this class is never used by itself
+
+    def refused(self, error: EndpointError) -> None:
+        """It fails before it began."""
+        self.fail(error)
 
     def opened(self) -> None:
         """For subclasses: it is open."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from relay.endpoints.base import Sink
 from relay.endpoints.socket import Listener, SocketSink
@@ -43,7 +44,8 @@ class Broadcast(Sink):
     """Owns the listeners once they are given; its struct counts what came to the broadcast, and has no descriptor.
 
     Until `accept` names who takes them, connections wait. Listeners live on the route's home engine, which need
-    not be the engine of the pipeline that the connections join.
+    not be the engine of the pipeline that the connections join. Whoever connected before the stream's end gets that
+    end: connections that the kernel still held then are taken before the listeners are closed.
     """
 
     def __init__(self, engine: Engine, address: str) -> None:
@@ -52,28 +54,45 @@ class Broadcast(Sink):
         self._lock = threading.Lock()
         self._early: list[tuple[socket.socket, str]] = []
         self._join: Callable[[socket.socket, str], None] | None = None
+        self._there: Engine | None = None
 
     def joined(self, sock: socket.socket, peer: str) -> None:
         """For the listeners: a connection was accepted."""
         with self._lock:
-            if self._join is None:
+            join, there = self._join, self._there
+            if join is None or there is None:
                 self._early.append((sock, peer))
                 return
-        self._join(sock, peer)
+        there.post(partial(join, sock, peer))
 
-    def accept(self, join: Callable[[socket.socket, str], None]) -> None:
-        """From now on `join` gets every connection and its peer's name, and owns it. From any thread."""
+    def accept(self, engine: Engine, join: Callable[[socket.socket, str], None]) -> None:
+        """From now on `join` gets every connection and its peer's name, on `engine`, and owns it. From any thread."""
         with self._lock:
-            self._join = join
+            self._join, self._there = join, engine
             early, self._early = self._early, []
         for sock, peer in early:
-            join(sock, peer)
+            engine.post(partial(join, sock, peer))
 
     def open(self) -> None:
         """Is open at once; the listeners were opened with the route."""
         self.c.kind = core.INSTANT
         self.c.method = core.COPY
         self.opened()
+
+    def finish(self) -> None:
+        """Takes whoever has connected by now, on the listeners' engine; then it is finished."""
+        if self._there is None:
+            self.finished()
+        elif self.state == "open":
+            self.state = "finishing"
+            self.engine.post(self._take_the_last)
+
+    def _take_the_last(self) -> None:
+        for listener in self.listeners:
+            listener.take_all()
+        self.stop_listening()
+        assert self._there is not None
+        self._there.post(self.finished)  # behind the joins
 
     def stop_listening(self) -> None:
         """Nobody new joins; who is there stays."""

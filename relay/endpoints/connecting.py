@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from relay.engine import Engine, Timer, Watch
+from relay.errors import KernelError
 
 CONNECT_TIMEOUT = 10.0  # seconds for all places together
 
@@ -76,14 +77,16 @@ class Connecting:
                 sock.connect(place)
             except BlockingIOError as error:
                 if error.errno == errno.EINPROGRESS:
-                    self._watch = self._engine.watch(sock.fileno(), select.EPOLLOUT, self._settled)
-                    self._timer = self._engine.later(max(0.0, left) / len(self._places), self._timed_out)
-                    return
-                self._drop()
-                if left > 0:  # the backlog of a unix listener is full
+                    if self._wait_for(sock):
+                        self._timer = self._engine.later(max(0.0, left) / len(self._places), self._timed_out)
+                        return
+                elif left > 0:  # the backlog of a unix listener is full
+                    self._drop()
                     self._timer = self._engine.later(0.02, self._try_next)
                     return
-                self._last = errno.ETIMEDOUT
+                else:
+                    self._last = errno.ETIMEDOUT
+                self._drop()
             except OSError as error:
                 self._last = error.errno or errno.EIO
                 self._drop()
@@ -92,6 +95,15 @@ class Connecting:
                 return
             self._places.pop(0)
         self._done(None, self._last)
+
+    def _wait_for(self, sock: socket.socket) -> bool:
+        """Whether the loop will tell when the connect is over."""
+        try:
+            self._watch = self._engine.watch(sock.fileno(), select.EPOLLOUT, self._settled)
+        except KernelError as error:
+            self._last = error.errno or errno.EIO
+            return False
+        return True
 
     def _settled(self, _mask: int) -> None:
         assert self._sock is not None

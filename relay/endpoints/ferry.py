@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from relay.engine import Engine
+from relay.engine import WATCH_HINTS, Engine
 from relay.kernel import core
 from relay.kernel.pipe import Pipe
 
@@ -61,8 +61,12 @@ class Ferry:
         end.ferry = self.c
         self._answered = core.new("end", fd=self._answer, kind=core.ANSWER)
         self._answered.writes = end.writes
-        core.check(core.lib.relay_watch(engine.c, self._answered, select.EPOLLIN), "epoll_ctl")
-        self._watched = True
+        answer = int(core.lib.relay_watch(engine.c, self._answered, select.EPOLLIN))
+        self._watched = answer == 0
+        if answer:
+            end.ferry, end.kind = core.ffi.NULL, core.POLLED
+            self.close()
+        core.check(answer, "epoll_ctl", hint=WATCH_HINTS.get(-answer, ""))
         self._thread = threading.Thread(target=self._run, name=f"{engine.name}-ferry", daemon=True)
 
     def start(self) -> None:

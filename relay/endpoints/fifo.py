@@ -52,8 +52,8 @@ class FifoSource(Source):
             reason = error.strerror if error.errno == errno.EINVAL else ""
             self.on_fail(self.error("opening", error.errno or 0, reason=reason or ""))
             return
-        self.attach(fd, select.EPOLLIN)
-        self.on_open()
+        if self.attach(fd, select.EPOLLIN):
+            self.on_open()
 
 
 class FifoSink(Sink):
@@ -79,7 +79,8 @@ class FifoSink(Sink):
             reason = error.strerror if error.errno == errno.EINVAL else ""
             self.fail(self.error("opening", error.errno or 0, reason=reason or ""))
             return
-        self.attach(fd, select.EPOLLOUT)
+        if not self.attach(fd, select.EPOLLOUT):
+            return
         self.opened()
         if self._finish_asked:
             self.finished()

@@ -75,9 +75,8 @@ class SocketSource(Source):
     def open(self) -> None:
         """Registers the socket with the engine."""
         sock, self._sock = self._sock, None
-        if sock is not None:
-            self.attach(sock.detach(), select.EPOLLIN | select.EPOLLRDHUP)
-        self.on_open()
+        if sock is None or self.attach(sock.detach(), select.EPOLLIN | select.EPOLLRDHUP):
+            self.on_open()
 
     def close(self, *, reset: bool = False) -> None:
         """Closes the connection; with `reset` its peer sees ECONNRESET."""
@@ -95,7 +94,6 @@ class SocketSink(Sink):
     """A connected stream socket as a one-way sink; subclasses connect it. Owns the socket once connected."""
 
     counts_fin = True  # tcp: SIOCOUTQ tells after a reset too, and an unacknowledged FIN is one more in it
-    awaits_reading = True  # whether SIOCOUTQ must fall to 0 before the stream counts as delivered
 
     def __init__(
         self,
@@ -127,7 +125,8 @@ class SocketSink(Sink):
             return
         sock.setblocking(False)
         unpace(sock)
-        self.attach(sock.detach(), READ_WRITE)
+        if not self.attach(sock.detach(), READ_WRITE):
+            return
         if self.dead_after:
             self._liveness = Liveness(
                 self.engine, self.c, self.dead_after, lambda: unacknowledged(self.c.fd), self._dead
@@ -165,7 +164,7 @@ class SocketSink(Sink):
         if self.state != "finishing":
             return
         now = self.engine.now
-        if not self._delivered_at and (not self.awaits_reading or unacknowledged(self.c.fd) == 0):
+        if not self._delivered_at and unacknowledged(self.c.fd) == 0:
             if not self.counts_fin and (code := error_of(self.c.fd)):
                 self.broke(code)  # nothing is outstanding because the peer closed with bytes unread
                 return
@@ -310,13 +309,22 @@ class Listener:
         self._watch: Watch | None = engine.watch(sock.fileno(), select.EPOLLIN, self._readable)
 
     def _readable(self, _mask: int) -> None:
-        for _ in range(64):
+        self._take(64)
+
+    def take_all(self) -> None:
+        """Takes every connection that the kernel holds, before `close` resets those that are left."""
+        self._take(BACKLOG)
+
+    def _take(self, most: int) -> None:
+        for _ in range(most):
             if self._sock is None:
                 return
             try:
                 sock, peer = self._sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            except (BlockingIOError, InterruptedError):
                 return
+            except ConnectionAbortedError:
+                continue  # that one is gone; others may wait behind it
             except OSError as error:
                 self._cannot_accept(error)
                 return

@@ -5,8 +5,11 @@ Facts (man 2 open, 5 proc, 7 pipe):
   it would break them. Opening /proc/self/fd/N makes a description of our own for pipes, terminals and files;
   for sockets it is ENXIO, so those are used with MSG_DONTWAIT, call by call.
 - splice refuses terminals, and files opened with O_APPEND, with EINVAL.
+- shutdown(2) and SO_LINGER act on the socket, not on the descriptor: everybody who shares it is shut down, or
+  resets the connection when closing it later.
 
-What this means here: the descriptor we were given is never changed and never closed; what we open ourselves is.
+What this means here: the descriptor we were given is never changed and never closed; what we open ourselves is. The
+end of a stream is the close of relay's own descriptor and nothing else: who reads sees an end when the last one closes.
 """
 
 from __future__ import annotations
@@ -86,8 +89,8 @@ class InheritedSource(FileSource):
         elif stat.S_ISSOCK(mode):
             self.c.is_socket = 1
             self.copies = "an inherited socket is not made nonblocking"
-            self.attach(os.dup(self._given), select.EPOLLIN | select.EPOLLRDHUP)
-            self.on_open()
+            if self.attach(os.dup(self._given), select.EPOLLIN | select.EPOLLRDHUP):
+                self.on_open()
         else:
             self._open_pipe_or_device(stat.S_ISFIFO(mode))
 
@@ -103,25 +106,32 @@ class InheritedSource(FileSource):
             enlarge(own, LARGEST_CAPACITY)
         else:
             self.copies = "a terminal or device is not spliced"
-        self.attach(own, select.EPOLLIN)
-        self.on_open()
+        if self.attach(own, select.EPOLLIN):
+            self.on_open()
 
 
 class InheritedSocketSink(SocketSink):
-    """A connected socket that relay was started with: written with MSG_DONTWAIT, half-closed at the end."""
+    """A connected socket that relay was started with: written with MSG_DONTWAIT through a descriptor of relay's own."""
 
     def __init__(self, engine: Engine, fd: int) -> None:
         super().__init__(engine, name_of(fd))
         self._given = fd
         self.copies = "an inherited socket is not made nonblocking"
-        self.grace = 0.0  # only a duplicate is closed here, which tells the peer nothing
-        self.awaits_reading = False  # whoever started relay may read only when it has ended
 
     def open(self) -> None:
         """Registers a duplicate of the descriptor."""
         self.counts_fin = socket_of(self._given, lambda sock: sock.family) != socket.AF_UNIX
-        self.attach(os.dup(self._given), READ_WRITE)
-        self.opened()
+        if self.attach(os.dup(self._given), READ_WRITE):
+            self.opened()
+
+    def finish(self) -> None:
+        """Closes the duplicate: others may go on with the socket, and whoever started relay may read only later."""
+        if self.state == "open":
+            self.finished()
+
+    def close(self) -> None:
+        """Closes the duplicate alone, without a reset, however the stream ended."""
+        Sink.close(self)
 
 
 class PipeSink(Sink):
@@ -138,8 +148,8 @@ class PipeSink(Sink):
     def open(self) -> None:
         """Registers the descriptor."""
         own, self._own = self._own, -1
-        self.attach(own, select.EPOLLOUT)
-        self.opened()
+        if self.attach(own, select.EPOLLOUT):
+            self.opened()
 
 
 class BlockingSink(Sink):

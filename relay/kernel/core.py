@@ -52,6 +52,7 @@ BROKEN: Final = int(lib.RELAY_BROKEN)
 SOURCE_DRY: Final = int(lib.RELAY_SOURCE_DRY)
 SINK_BUSY: Final = int(lib.RELAY_SINK_BUSY)
 STILL: Final = int(lib.RELAY_STILL)
+GAUGED: Final = int(lib.RELAY_GAUGED)
 
 METHOD_NAMES: Final = {SPLICE: "splice", COPY: "copy", SENDFILE: "sendfile", VMSPLICE: "vmsplice"}
 
@@ -78,6 +79,8 @@ def check(answer: int, operation: str, *, hint: str = "") -> int:
     """The answer of a call that gives -errno, or KernelError naming the operation."""
     if answer < 0:
         raise KernelError(
-            f"{operation}: {os.strerror(-answer)} ({errno.errorcode.get(-answer, -answer)})", hint=hint
+            f"{operation}: {os.strerror(-answer)} ({errno.errorcode.get(-answer, -answer)})",
+            hint=hint,
+            errno=-answer,
         )
     return answer

@@ -45,7 +45,8 @@ enum {                       /* relay_event.what */
     RELAY_BROKEN = 13,       /* node: moving bytes between pipes failed with `error` */
     RELAY_SOURCE_DRY = 14,   /* pipeline: the source gave all that is there, and more may come */
     RELAY_SINK_BUSY = 15,    /* end: bytes went out after Python had set `rouse` */
-    RELAY_STILL = 16         /* pipeline: `still` was asked for, and nothing is under way */
+    RELAY_STILL = 16,        /* pipeline: `still` was asked for, and nothing is under way */
+    RELAY_GAUGED = 17        /* pipeline: `gauge_until` bytes have come */
 };
 
 enum { RELAY_WITH_ENGINE = 0, RELAY_WITH_THREAD = 1 };
@@ -206,7 +207,9 @@ struct relay_pipeline {
     int paused;                /* 1: the source is not read */
     int still;                 /* 1: nor is it now, and RELAY_STILL is told once nothing is under way; then 2 */
     struct relay_ring *ring;   /* scatter: the source is read into it and the sinks read it; the nodes stand empty */
-    int64_t fed;               /* bytes that entered the head */
+    int64_t fed;               /* bytes that entered the head, or the ring */
+    int64_t gauge_until;       /* while fed is below it, cpu_ns counts; 0: nothing is measured */
+    int64_t cpu_ns;            /* CPU time of the engine's thread in sweeps of this pipeline */
     /* the engine's */
     int queued, timed, retry;
     int64_t wake_ns;
