@@ -63,15 +63,16 @@ class Balance:
         """The way to measure next, and over how many bytes; `fed` have come so far."""
         own = self._costs[self.way]
         if self._streak:
-            return other(self.way), TRIAL
-        size = self._trial
+            return other(self.way), self.trial
+        size = self.trial
         share = min(self._share, RARE) if self.expected >= DEAR else self._share
         if len(own) >= ENOUGH and self.tried + size + SETTLES <= share * fed:
             return other(self.way), size
         return self.way, OWN
 
     @property
-    def _trial(self) -> int:
+    def trial(self) -> int:
+        """Bytes of a sample of the other way."""
         return TRIAL_DEAR if self.expected >= DEAR else TRIAL
 
     def spent(self, size: int) -> None:

@@ -2,18 +2,25 @@
 
 Theory of operation. Both ways are there for a pipeline whose stages are plain tees (`chained` says why another has
 only its chain). It changes between them when nothing is under way: then the chain's pipes are empty and so is the
-ring, and there is nothing to carry over but counters. A ring is there while it is used; its memory is one of few
-that an engine has, and where none is free the bytes go down the chain.
+ring, and there is nothing to carry over but counters. To get there the source is not read for a moment; where that
+takes longer than PATIENCE, because a sink is slow, the change is put off. A ring is there while it is used; its
+memory is one of few that an engine has, and where none is free the bytes go down the chain.
+
+With `method: auto` the stream begins the way that ways.py expects to be cheaper, and from then on is measured: the
+CPU time of a byte, by samples of each way (balance.py says when). What threads do that a pipeline hands bytes to
+would count as well; a pipeline that has any has only its chain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+from relay.balance import OWN, SETTLES, Balance, Way
 from relay.chain import Chain
 from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
-from relay.engine import Engine
+from relay.engine import Engine, Timer
 from relay.intake import METHODS, Intake
 from relay.kernel import core
 from relay.kernel.ring import SIZE, Ring
@@ -32,6 +39,9 @@ PLAIN = (
     "fd",
 )  # ends that may be written to out of memory, without a thread
 READ = ("tcp", "unix", "fifo", "file", "stdio", "fd")  # and read into it
+PATIENCE = 0.02  # seconds that the source waits for a change
+GIB = 1 << 30
+NAMES: dict[Way, str] = {"chain": "zero-copy", "ring": "copy"}
 
 
 def chained(stages: Sequence[StageSettings], sink: SinkSettings) -> str:
@@ -64,7 +74,10 @@ def sinks_of(stages: Sequence[StageSettings], sink: SinkSettings) -> Iterator[tu
 
 
 class Crossing:
-    """Owns a pipeline's ring while there is one. `judge(outlet, slow)` hears what becomes of an outlet there."""
+    """Owns a pipeline's ring while there is one. `judge(outlet, slow)` hears what becomes of an outlet there.
+
+    All calls on the engine's thread, between sweeps.
+    """
 
     def __init__(
         self,
@@ -85,20 +98,37 @@ class Crossing:
         self._tokens: list[int] = []
         self._intake: Intake | None = None
         self._down: Choice | None = None  # how the source is read when the bytes go down the chain
+        self._begins: Choice | None = None
         self._origin = 0
+        self._by: dict[Way, int] = {"chain": 0, "ring": 0}  # bytes of this turn
+        self._since = 0  # fed when they began to go the present way
+        self._balance: Balance | None = None
+        self._from = 0  # fed when what is measured began
+        self._settling = False
+        self._timer: Timer | None = None
+
+    @property
+    def way(self) -> Way:
+        """How bytes cross now."""
+        return "chain" if self._ring is None else "ring"
 
     def begin(self, intake: Intake) -> None:
         """A stream begins; its sinks stand."""
-        self._intake = intake
-        self._down = intake.choice
-        self._origin = int(self._pipeline.fed)
+        self._intake, self._down = intake, intake.choice
+        self._origin = self._since = int(self._pipeline.fed)
+        self._by = {"chain": 0, "ring": 0}
         if self._ring is not None:
             self._ring.new_stream()
-            self._copies(self._ways.across(intake.source.scheme, self._schemes))
-        elif self._may():
-            choice = self._ways.across(intake.source.scheme, self._schemes)
-            if choice.method == "copy":
-                self.scatter(choice)
+        if self._needs_chain or not self._may():
+            return
+        self._begins = self._ways.across(len(self._chain.outlets))
+        wanted: Way = "ring" if self._begins.method == "copy" else "chain"
+        if self._balance is not None:
+            wanted = self._balance.way
+        if wanted != self.way and not self._waiting():
+            self._change()
+        if self._ways.forced == "auto":
+            self._settle()
 
     @property
     def _schemes(self) -> list[str]:
@@ -107,27 +137,27 @@ class Crossing:
     def _may(self) -> bool:
         """Whether this stream could go through a ring, as its ends turned out to be."""
         assert self._intake is not None
-        source = self._intake.source
-        if (
-            self._needs_chain
-            or source.scheme not in READ
-            or source.c.waits
-            or self._intake.choice.method
-            in (
-                "sendfile",
-                "vmsplice",
-            )
-        ):
+        source, choice = self._intake.source, self._intake.choice
+        if source.scheme not in READ or source.c.waits or choice.method in ("sendfile", "vmsplice"):
             return False
-        if any(node.c.held for node in self._chain.nodes):
-            return False
-        return all(
-            outlet.sink is not None and outlet.sink.c.kind != core.FERRY for outlet in self._chain.outlets
-        )
+        sinks = [outlet.sink for outlet in self._chain.outlets]
+        return all(sink is not None and sink.c.kind != core.FERRY for sink in sinks)
 
-    def scatter(self, choice: Choice) -> bool:
-        """From here on bytes go through a ring; False if there is none. Nothing may be under way."""
-        ring = Ring.pooled(self._engine.rings, int(self._pipeline.fed), self._origin)
+    def _waiting(self) -> bool:
+        held = any(node.c.held for node in self._chain.nodes)
+        return held or any(outlet.waiting for outlet in self._chain.outlets)
+
+    # -- changing
+
+    def _change(self) -> bool:
+        """From here on bytes go the other way; False if there is no ring. Nothing is under way."""
+        fed = int(self._pipeline.fed)
+        self._by[self.way] += fed - self._since
+        self._since = fed
+        if self._ring is not None:
+            self._leave()
+            return True
+        ring = Ring.pooled(self._engine.rings, fed, self._origin)
         if ring is None:
             return False
         self._ring = ring
@@ -136,29 +166,10 @@ class Crossing:
             self._tokens.append(token)
             outlet.place = Place(ring, outlet.node, outlet.gate, token)
         self._pipeline.ring = ring.c
-        self._copies(choice)
         return True
-
-    def _copies(self, choice: Choice) -> None:
-        assert self._intake is not None
-        self._intake.choice = choice
-        self._intake.source.c.method = core.COPY
 
     def _hears(self, outlet: Outlet) -> Callable[[int, int, int], None]:
         return lambda what, _error, _mask: self._judge(outlet, what == core.SLOW)
-
-    def chain(self) -> None:
-        """From here on bytes go down the chain. Nothing may be under way."""
-        self._leave()
-        if self._intake is not None and self._down is not None:
-            self._intake.choice = self._down
-            self._intake.source.c.method = METHODS[self._down.method]
-
-    def end_turn(self) -> None:
-        """The stream is over, and its account made: memory that nobody needs now goes back."""
-        self._intake = None
-        if self._ring is not None and not any(outlet.waiting for outlet in self._chain.outlets):
-            self._leave()
 
     def _leave(self) -> None:
         if self._ring is None:
@@ -174,6 +185,109 @@ class Crossing:
         self._ring.close()
         self._ring = None
 
+    # -- measuring
+
+    def _measure(self, size: int) -> None:
+        self._from = int(self._pipeline.fed)
+        self._pipeline.cpu_ns = 0
+        self._pipeline.gauge_until = self._from + size
+
+    def _settle(self, size: int = SETTLES) -> None:
+        """Lets bytes pass that are not measured."""
+        self._settling = True
+        self._measure(size)
+
+    def hear(self, what: int) -> None:
+        """The pump reports: nothing is under way, or what was to be measured has come."""
+        if what == core.STILL:
+            self._still()
+        else:
+            self._gauged()
+
+    def _gauged(self) -> None:
+        if self._intake is None or self._begins is None:
+            return
+        if self._balance is None:
+            self._balance = Balance(self.way, self._ways.odds(self._schemes, self.way))
+        size = int(self._pipeline.fed) - self._from
+        if self.way != self._balance.way:
+            self._balance.spent(size)
+        if self._settling:
+            self._settling = False
+            self._measure(OWN if self.way == self._balance.way else self._balance.trial)
+            return
+        self._balance.measured(self.way, int(self._pipeline.cpu_ns) / max(1, size))
+        way, size = self._balance.next(int(self._pipeline.fed))
+        if way == self.way:
+            self._measure(size)
+        else:
+            self._pipeline.still = 1
+            self._timer = self._engine.later(PATIENCE, self._too_long)
+            self._engine.ready(self._pipeline)
+
+    def _still(self) -> None:
+        changed = self._change()
+        self._go_on()
+        if not changed and self._balance is not None:
+            self._balance.gave_up()
+        self._settle()
+
+    def _too_long(self) -> None:
+        if self._balance is not None and self.way == self._balance.way:
+            self._balance.gave_up()
+        self._go_on()
+        self._settle(16 * SETTLES)
+
+    def _go_on(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._pipeline.still = 0
+        self._engine.ready(self._pipeline)
+
+    # -- ending
+
+    def settle(self) -> dict[str, Any]:
+        """The stream is over: its source and its outlets know how their bytes crossed; the measurements, if any."""
+        self._go_on()
+        self._pipeline.gauge_until = 0
+        fed = int(self._pipeline.fed)
+        self._by[self.way] += fed - self._since
+        self._since = fed
+        by_ring = self._by["ring"] > self._by["chain"] or (fed == self._origin and self._ring is not None)
+        for outlet in self._chain.outlets:
+            outlet.by_ring = by_ring
+        if self._intake is None or self._down is None or self._begins is None:
+            return {}
+        choice = self._down
+        if by_ring:
+            choice = Choice("copy", self._begins.reason if self._begins.method == "copy" else "measured")
+        costs = self._balance.costs() if self._balance is not None else {}
+        if len(costs) == 2 and self._balance is not None:
+            told = ", ".join(f"{NAMES[way]} {cost * GIB / 1e9:.2f}" for way, cost in costs.items())
+            choice = Choice(choice.method, f"measured, in CPU-seconds per GiB: {told}")
+        self._intake.choice = choice
+        self._intake.source.c.method = METHODS[choice.method]
+        if self._balance is None or not costs:
+            return {}
+        return {
+            "way": NAMES[self._balance.way],
+            "began": NAMES["ring" if self._begins.method == "copy" else "chain"],
+            "changes": self._balance.changes,
+            "bytes": {NAMES[way]: count for way, count in self._by.items()},
+            "cpu_seconds_per_gib": {NAMES[way]: round(cost * GIB / 1e9, 4) for way, cost in costs.items()},
+            "samples": {NAMES[way]: count for way, count in self._balance.samples.items()},
+        }
+
+    def end_turn(self) -> None:
+        """Its account is made: memory that nobody needs now goes back."""
+        self._intake = self._begins = None
+        if self._ring is not None and not self._waiting():
+            self._leave()
+
     def close(self) -> None:
         """The pipeline is gone. Safe to call again."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._leave()

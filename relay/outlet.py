@@ -30,7 +30,8 @@ class Outlet:
     stream gets a sink of its own. `backoff` is there for one that is connected again whenever it is away: `away` says
     how often that was in this turn, `absent` that it is so now.
     `gates` are the heads of the branches it is in, outermost first: a policy there covers this outlet too.
-    `place` is there while the pipeline's bytes come out of a ring and not down the chain.
+    `place` is there while the pipeline's bytes come out of a ring and not down the chain; `by_ring` says of a turn
+    that is over which way most of them came.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Outlet:
     backoff: Backoff | None = None
     settled: bool = False
     place: Place | None = None
+    by_ring: bool = False
 
     @property
     def hidden(self) -> bool:
@@ -194,7 +196,7 @@ class Outlet:
         assert self.settings is not None
         if sink is None:
             return SinkRecord(self.name, str(self.settings.address), 0, 0.0, "", "failed")
-        by_hand = "copy" if self.node.c.out_copies or self.place is not None else "splice"
+        by_hand = "copy" if self.node.c.out_copies or self.by_ring else "splice"
         method = sink.method if sink.c.kind == core.FERRY or self.listens else by_hand
         failed = sink.state == "failed" and not self.absent
         lost = self.lost_before + (0 if self.absent else sink.lost - self.lost_earlier)

@@ -282,6 +282,8 @@ class Pipeline:
         elif what == core.SOURCE_DRY:
             if self.source is not None and self.source.refill():
                 self.engine.ready(self.c)
+        elif what in (core.STILL, core.GAUGED):
+            self.crossing.hear(what)
         elif what == core.IDLE:
             self._idle()
         elif what == core.DONE:
@@ -377,12 +379,10 @@ class Pipeline:
                     other.sink.abort("every sink failed")  # a checksum alone is no reason to go on reading
         if outlet.hidden:
             for other in self.chain.outlets:
-                if other.digest is outlet.stage and other.sink is not None and self._drained(other):
+                given = other.drained or (self._over and not other.waiting)
+                if other.digest is outlet.stage and other.sink is not None and given:
                     self._end_sink(other, other.sink)
         self.look_whether_over()
-
-    def _drained(self, outlet: Outlet) -> bool:
-        return outlet.drained or (self._over and not outlet.waiting)
 
     def look_whether_over(self) -> None:
         """Ends the turn, or the pipeline, if nobody has anything left to do. For Subscribers, too."""
@@ -412,6 +412,7 @@ class Pipeline:
             self._ended_by,
             self._reason,
             aborted=self._aborting,
+            measured=self.crossing.settle(),
         )
         for outlet in self.chain.outlets:
             outlet.end_turn()

@@ -74,7 +74,8 @@ class SinkRecord:
 
 @dataclass
 class SessionRecord:
-    """One stream from its first byte to the last sink's end. `ended_by` is source, sinks or relay."""
+    """One stream from its first byte to the last sink's end. `ended_by` is source, sinks or relay. `measured`: what
+    each way across cost, and which was chosen, where both were tried."""
 
     route: str
     id: str
@@ -90,6 +91,7 @@ class SessionRecord:
     sinks: list[SinkRecord] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     source_failed: bool = False
+    measured: dict[str, Any] = field(default_factory=dict)
 
     @property
     def failed_sinks(self) -> int:
@@ -116,7 +118,7 @@ class SessionRecord:
             "result": self.result,
             "sinks": [sink.as_dict() for sink in self.sinks],
         }
-        for key in ("reason", "why_method", "stages"):
+        for key in ("reason", "why_method", "stages", "measured"):
             if value := getattr(self, key):
                 found[key] = value
         return found

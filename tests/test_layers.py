@@ -64,7 +64,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "stages",
         "endpoints",
     ),
-    ("engine", "backoff"),
+    ("engine", "backoff", "balance"),
     ("kernel",),
     ("settings", "units", "seldom"),
     ("errors", "__init__"),
