@@ -54,14 +54,17 @@ class Balance:
     _costs: dict[Way, deque[float]] = field(
         default_factory=lambda: {"chain": deque(maxlen=5), "ring": deque(maxlen=5)}
     )
-    _share: float = SHARE
+    _share: float = field(default_factory=lambda: SHARE)
     _streak: int = 0
     _margin: float = MARGIN
+    _not_before: int = 0  # bytes that must have come before the next trial
     _then: float = 0.0  # what the way in force cost at the last trial
 
     def next(self, fed: int) -> tuple[Way, int]:
         """The way to measure next, and over how many bytes; `fed` have come so far."""
         own = self._costs[self.way]
+        if fed < self._not_before:
+            return self.way, OWN
         if self._streak:
             return other(self.way), self.trial
         size = self.trial
@@ -109,10 +112,10 @@ class Balance:
         self.expected = median(self._costs[before]) / own
         self._then = own
 
-    def gave_up(self) -> None:
-        """The other way could not be tried now: not before as much again has come."""
+    def gave_up(self, fed: int) -> None:
+        """The other way could not be tried when `fed` bytes had come: nor is it before a good part more has."""
         self._streak = 0
-        self._share = max(self._share / 2, RARE)
+        self._not_before = max(fed + TRIAL, fed * 5 // 4)
 
     def costs(self) -> Mapping[Way, float]:
         """What each way cost when it was last measured: CPU nanoseconds a byte."""

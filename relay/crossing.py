@@ -229,12 +229,12 @@ class Crossing:
         changed = self._change()
         self._go_on()
         if not changed and self._balance is not None:
-            self._balance.gave_up()
+            self._balance.gave_up(int(self._pipeline.fed))
         self._settle()
 
     def _too_long(self) -> None:
         if self._balance is not None and self.way == self._balance.way:
-            self._balance.gave_up()
+            self._balance.gave_up(int(self._pipeline.fed))
         self._go_on()
         self._settle(16 * SETTLES)
 
