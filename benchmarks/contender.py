@@ -26,12 +26,15 @@ RELAY = (sys.executable, "-m", "relay")
 def environment() -> dict[str, str]:
     """What contenders run in: the relay that is installed, or the one of this checkout where none is.
 
-    Contenders do not run in the checkout: its relay, not compiled there, would hide the installed one.
+    Contenders do not run in the checkout: its relay, not compiled there, would hide the installed one. Python may
+    write down what it compiles: an installed relay was compiled when it was installed, that of a checkout is by the
+    first run, which is not counted.
     """
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     installed = subprocess.run(
         [sys.executable, "-c", "import relay"], capture_output=True, check=False, cwd="/"
     )
-    return dict(os.environ) if installed.returncode == 0 else {**os.environ, "PYTHONPATH": str(ROOT)}
+    return own if installed.returncode == 0 else {**own, "PYTHONPATH": str(ROOT)}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 from typing import Literal
@@ -129,6 +130,9 @@ class Delivery:
             source.open()
         except OSError as error:
             pipeline.close()
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                self._unreadable(str(source.error("opening a segment of", error.errno or 0)))
+                return
             log.warning("%s: reading the log for %s: %s", self.route, self._sink.address, error)
             self._again(0.0)
             return
@@ -202,6 +206,9 @@ class Delivery:
             self._end(self.on_done)
             return
         self.twice += reached - self._cursor.position
+        if record.source_failed and not self._torn:
+            self._unreadable(record.reason)
+            return
         given_up = self._patience is not None and self.engine.now - self._in_vain_since >= self._patience
         can_be_tried_again = self._sink.address.scheme in ("tcp", "unix", "fifo")
         if self._broken == "fail" or given_up or not can_be_tried_again:
@@ -221,6 +228,11 @@ class Delivery:
         self.reconnects += bool(sink.bytes)
         standing = self._standing
         self._again(sink.seconds if standing is not None and standing.opened_at else 0.0)
+
+    def _unreadable(self, reason: str) -> None:
+        """The log cannot be read, and another connection would change nothing about that."""
+        error = SinkError(str(self._sink.address), "delivering to", 0, reason=reason)
+        self._end(lambda: self.on_fail(error))
 
     def _end(self, tell: Callable[[], None]) -> None:
         self._stopped = True

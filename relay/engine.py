@@ -102,6 +102,7 @@ class Engine:
             budget=BUDGET,
         )
         self.rings = Pool()
+        self.ferried = 0  # bytes of memory that ferries have (endpoints/ferry.py), which share a bound
         self._events = core.ffi.new("struct relay_event[]", EVENTS)
         self._tokens = itertools.count(1)
         self._targets: dict[int, Target] = {}

@@ -63,7 +63,7 @@ class UsageError(RelayError):
 
 
 class EndpointError(RelayError):
-    """A source or a sink failed: `operation` on `address` answered `errno` (0 when no call failed)."""
+    """A source or a sink failed: `operation` on `address` answered `errno` (0 when no call failed), for `reason`."""
 
     def __init__(
         self, address: str, operation: str, errno: int = 0, hint: str = "", *, reason: str = ""
@@ -71,9 +71,9 @@ class EndpointError(RelayError):
         self.address = address
         self.operation = operation
         self.errno = errno
-        why = reason or (os.strerror(errno) if errno else "failed")
         code = f" ({_errno.errorcode.get(errno, errno)})" if errno else ""
-        super().__init__(f"{operation} {address}: {why}{code}", hint=hint)
+        self.reason = (reason or (os.strerror(errno) if errno else "failed")) + code
+        super().__init__(f"{operation} {address}: {self.reason}", hint=hint)
 
 
 class SourceError(EndpointError):

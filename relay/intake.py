@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -61,6 +62,15 @@ class Intake:
         source.c.method = METHODS[choice.method]
         return choice
 
+    def go_straight(self, chain: Chain, ways: Ways) -> None:
+        """A socket whose only taker is a file is read into memory that the file is written from, if there is some."""
+        sink = chain.outlets[0].sink
+        if len(chain.nodes) == 1 and self.source.c.is_socket and sink is not None:
+            choice = ways.straight()
+            if choice is not None and sink.go_straight(choice.reason):
+                self.choice = choice
+                self.source.c.method = core.COPY
+
     def copies(self, name: str) -> None:
         """The kernel refused to splice from it with the errno of that name; the pump copies from now on."""
         self.choice = Choice("copy", f"splice from {self.source.address} answered {name}")
@@ -70,6 +80,8 @@ class Intake:
         self.over = True
         if self._clock is not None:
             self._clock.cancel()
+        if code == errno.EFAULT and self._mapped is not None:
+            code = errno.EIO  # a page of the mapped file could not be read
         if broken_off:
             self._failed(broken_off)
         elif not self.look_for_change() and code:

@@ -61,10 +61,10 @@ class TextLines(logging.Formatter):
         return f"{at} {text}"
 
 
-def set_up(form: Format = "auto", level: str = "info") -> None:
+def set_up(form: Format = "auto", level: str = "info", *, records: bool = False) -> None:
     """Sends relay's log to stderr; what a `form` of auto means is decided by whether that is a terminal.
 
-    Whoever logs never waits for whoever reads (relay.log_lines).
+    `records`: session records pass whatever the level. Whoever logs never waits for whoever reads (relay.log_lines).
     """
     terminal = sys.stderr is not None and sys.stderr.isatty()
     handler = handler_for(sys.stderr)
@@ -74,6 +74,7 @@ def set_up(form: Format = "auto", level: str = "info") -> None:
         handler.setFormatter(TextLines(colour=terminal and not os.environ.get("NO_COLOR")))
     log.handlers[:] = [handler]
     log.setLevel(level.upper())
+    logging.getLogger("relay.session").setLevel(logging.INFO if records else logging.NOTSET)
     log.propagate = False
 
 

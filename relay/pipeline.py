@@ -136,6 +136,7 @@ class Pipeline:
         for outlet in self.chain.outlets:
             if outlet.per_turn and not outlet.listens:
                 self._stand(outlet, self._makes.sink(outlet, self.turn))
+        self.intake.go_straight(self.chain, self.ways)
         self.crossing.begin(self.intake)
         source.c.reads = self.c
         self.c.source = source.c

@@ -174,7 +174,7 @@ class _Walk:
     def source(self, route: Route, chain: tuple[Hop, ...]) -> tuple[Hop, tuple[Hop, ...]]:
         """The source, how its bytes get into the first pipe, and the chain as it is if none is needed."""
         address = route.source.address
-        read, chain = self._read(address.scheme, chain)
+        read, chain = self._read(address.scheme, chain, route.sink)
         choice, sure = self._sure(address.scheme, read)
         need = needs.source(address, self._machine)
         shown = str(address)
@@ -182,10 +182,16 @@ class _Walk:
         hop = Hop("source", address.scheme, name, choice, need, shown, route.source.verb, sure=sure)
         return hop, chain
 
-    def _read(self, scheme: str, chain: tuple[Hop, ...]) -> tuple[Choice, tuple[Hop, ...]]:
+    def _read(
+        self, scheme: str, chain: tuple[Hop, ...], sink: SinkSettings | None = None
+    ) -> tuple[Choice, tuple[Hop, ...]]:
+        """How a stream gets into `chain`; `sink` is where it goes when it may get there past all pipes."""
         only = chain[0]
-        alone = len(chain) == 1 and only.entry is None and only.kind in STRAIGHT and only.verb != "listen"
-        choice = self._ways.from_source(scheme, alone=alone)
+        bare = len(chain) == 1 and only.entry is None and only.verb != "listen"
+        straight = self._ways.straight() if bare and sink is not None and sink.straight else None
+        if straight is not None and scheme in ("tcp", "unix"):
+            return straight, chain if only.choice.method == "copy" else (replace(only, choice=straight),)
+        choice = self._ways.from_source(scheme, alone=bare and only.kind in STRAIGHT)
         return choice, (replace(only, choice=choice),) if choice.method == "sendfile" else chain
 
     def chain(

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Any
 
-from relay.config.load import from_data
+from relay import logs
+from relay.config.data import from_data
 from relay.errors import ConfigError, ConfigErrors, UsageError
 from relay.record import SessionRecord
 from relay.route import RunningRoute
@@ -36,7 +37,12 @@ def run_once(source: str, to: Sequence[str], method: str) -> int:
             for address in route.bound:
                 print(f"listening on {address}", file=sys.stderr, flush=True)
 
-    server = Server(config, once=True, on_record=lambda record: tell(record, results), on_ready=ready)
+    def over(record: SessionRecord) -> None:
+        if sys.stderr is not None and not sys.stderr.isatty():  # people have the results, programs the record
+            logs.session(record)
+        tell(record, results)
+
+    server = Server(config, once=True, on_record=over, on_ready=ready)
     code = server.run()
     return 128 + server.signalled if server.signalled else code
 
@@ -44,4 +50,5 @@ def run_once(source: str, to: Sequence[str], method: str) -> int:
 def tell(record: SessionRecord, out: IO[str]) -> None:
     """A line a sink: bytes, seconds, rate, method, how it ended."""
     for sink in record.sinks:
-        print(sink.as_line(*record.crossing(sink)), file=out, flush=True)
+        out.write(f"{sink.as_line(*record.crossing(sink))}\n")
+        out.flush()

@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relay import logs
-from relay.config.load import Loaded
 from relay.config.models import Config
 from relay.engine import Engine
 from relay.errors import ConfigError, ConfigErrors, EndpointError
@@ -21,6 +20,9 @@ from relay.news import News
 from relay.record import SessionRecord
 from relay.route import RunningRoute
 from relay.settings import Place
+
+if TYPE_CHECKING:
+    from relay.config.load import Loaded  # and the YAML parser, which `relay run` does without
 
 log = logging.getLogger("relay.serve")
 

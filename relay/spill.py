@@ -205,6 +205,8 @@ class SpillSink(Sink):
             return
         if self.log.directory is None:
             self._gone = self._never_delivered()
+        elif self.backlog:
+            error = self._kept("delivering to", 0, error.reason)
         self.fail(error)
 
     def _all_delivered(self) -> None:
@@ -303,7 +305,9 @@ class Resumed:
             log.warning("%s: %d bytes wait in %s", reason, self.left, self._log.directory)
         self._ended()
 
-    def _ended(self, _error: object = None) -> None:
+    def _ended(self, error: EndpointError | None = None) -> None:
+        if error is not None:
+            log.error("%s; %d bytes wait in %s", error, self.left, self._log.directory)
         self._over = True
         self._log.close(keep=bool(self._delivery.left))
         self._home.post(lambda: self._on_over(self))

@@ -18,6 +18,7 @@ Method = Literal["splice", "tee", "sendfile", "vmsplice", "copy"]
 
 STRAIGHT = ("tcp", "unix", "fifo")  # sinks that a file reaches by sendfile when nothing else is on the way
 APPENDING = "a file opened to append refuses splice"
+STRAIGHT_TO_FILE = "into memory that the file is written from: splice would copy into the page cache, too"
 DIRECT = "O_DIRECT takes whole, aligned blocks: bytes are gathered in memory first"
 
 
@@ -68,6 +69,14 @@ class Ways:
         if scheme == "file":
             return Choice("splice", "page-cache pages go into the pipe by reference")
         return Choice("splice", "pages move into the pipe by reference")
+
+    def straight(self) -> Choice | None:
+        """How a socket's bytes reach a file when nothing else is on the way; None where they go through a pipe."""
+        if reason := self._copies("splice"):
+            return Choice("copy", reason)
+        if self.forced != "auto":
+            return None
+        return Choice("copy", STRAIGHT_TO_FILE)
 
     def tee(self) -> Choice:
         """How the stream is doubled."""

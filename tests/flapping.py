@@ -44,6 +44,11 @@ class Receiver:
             self._listener.bind(self._place)
         self._listener.listen(8)
 
+    @property
+    def listens(self) -> bool:
+        """Whether it is up."""
+        return self._listener is not None
+
     def accept(self) -> socket.socket:
         """Takes relay's connection."""
         assert self._listener is not None

@@ -15,7 +15,7 @@ from typing import Any
 
 from peers import PATIENCE, eventually, read_until, wait_for
 
-from relay.config.load import from_data
+from relay.config.data import from_data
 from relay.engine import Engine
 from relay.record import SessionRecord
 from relay.route import RunningRoute

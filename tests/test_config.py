@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from relay.config.load import LARGEST, default_text, from_data, load, load_default, loads
+from relay.config.data import from_data
+from relay.config.load import LARGEST, default_text, load, load_default, loads
 from relay.config.models import Config, Route
 from relay.endpoints.address import Address
 from relay.errors import ConfigErrors, RelayError

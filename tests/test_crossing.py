@@ -305,7 +305,7 @@ def test_requests_and_answers_pay_no_tax(fds: Descriptors, size: int) -> None:
 
 
 def test_a_rush_goes_out_in_batches_and_its_tail_in_time(fds: Descriptors) -> None:
-    """While more is coming no send is smaller than a batch; what is left when nothing comes waits for its time at most."""
+    """While more is coming no send is smaller than a batch; what is left when none comes waits its time at most."""
     rig = pair(fds, dataclass_replace(REAL, batch=200_000, quick=1, least=100_000, hold=10**9))
     chance = random.Random(1)
     sizes = []

@@ -34,7 +34,7 @@ from peers import (
 from relays import Process, serving
 
 from relay.backoff import Backoff
-from relay.config.load import from_data
+from relay.config.data import from_data
 from relay.endpoints import tcp
 from relay.endpoints.address import Address
 from relay.endpoints.connecting import Connecting, connected_to_itself

@@ -5,11 +5,13 @@ RELAY_TEST_LARGE=1 runs the memory test over 2 GiB instead of 512 MiB, and the t
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
 import socket
 import subprocess
+import sys
 import tty
 from pathlib import Path
 
@@ -49,6 +51,27 @@ def listening_on(process: Process) -> int:
 
 
 # --- kinds of addresses -----------------------------------------------------------------------------------
+
+
+def test_programs_get_the_record(tmp_path: Path) -> None:
+    """Where stderr is no terminal the session's record stands there as a line of JSON, results on stdout."""
+    (tmp_path / "in").write_bytes(payload(2, SIZE))
+    done = run_relay("run", "in", "--to", "one", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = [json.loads(line) for line in done.stderr.splitlines()]
+    assert (record["event"], record["level"], record["route"]) == ("session", "info", "run")
+    assert (record["bytes"], record["result"]) == (SIZE, "delivered")
+    assert record["sinks"][0]["sink"] == "one"
+
+
+def test_a_route_without_yaml_needs_no_yaml_parser(tmp_path: Path) -> None:
+    """`relay run` loads no YAML parser, no progress bars and no other command: each costs time at every start."""
+    (tmp_path / "in").write_bytes(payload(2, SIZE))
+    argv = [sys.executable, "-X", "importtime", "-m", "relay", "run", "in", "--to", "out"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, check=True, env=environment())
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.decode().splitlines() if "|" in line}
+    assert "relay.run" in loaded
+    assert not loaded & {"yaml", "rich", "asyncio", "relay.config.document", "relay.plan", "relay.send"}
 
 
 def test_a_file_to_two_files(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ class Shortage(RuleBasedStateMachine):
             "policy": "spill",
             "directory": str(logs / "drop"),
             "then": "drop",
-            "after": "20ms",
+            "after": "1ms",
             "align": ALIGN,
         }
         to = {name: {"connect": side.receiver.address} for name, side in self.sides.items()}

@@ -6,10 +6,13 @@ import gc
 import sys
 from typing import Annotated, NoReturn
 
-import typer
+# starting makes many objects that stay: looking for garbage among them is a tenth of the start-up
+gc.set_threshold(50_000, 20, 50)
 
-from relay import __version__
-from relay.cli import check, plan, run, schema, send, serve
+import typer  # noqa: E402 - see above
+
+from relay import __version__  # noqa: E402
+from relay.cli import check, plan, run, schema, send, serve  # noqa: E402
 
 app = typer.Typer(
     add_completion=False,
@@ -50,8 +53,6 @@ def main() -> NoReturn:
         UsageError,
     )
 
-    # starting makes many objects that stay: looking for garbage among them is a tenth of the start-up
-    gc.set_threshold(50_000, 20, 50)
     try:
         app(prog_name="relay", standalone_mode=True)
     except UsageError as error:
@@ -69,4 +70,6 @@ def main() -> NoReturn:
     except RelayError as error:
         print(f"relay: {error}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        gc.freeze()  # nor is there any use in looking for garbage once more when all of it goes
     sys.exit(0)

@@ -27,7 +27,7 @@ def run(
     from relay import logs
     from relay.run import run_once
 
-    logs.set_up("auto", "warning")  # what it listens on and what moved it says itself
+    logs.set_up("auto", "warning", records=True)  # what it listens on and what moved it says itself
     raise typer.Exit(run_once(source, to or ["-"], method.value))
 
 

@@ -7,15 +7,13 @@ those who run it.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from errno import errorcode
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
+from relay.config.data import said
 from relay.config.document import Document, Spot, Unreadable, parse
 from relay.config.models import Config
 from relay.config.pending import refusals
@@ -111,15 +109,6 @@ def _loaded(text: str, name: str, *, to_run: bool) -> Loaded:
     return Loaded(_built(document, name, to_run=to_run), name, document)
 
 
-def from_data(data: Mapping[str, Any], name: str = "relay") -> Config:
-    """The configuration in `data`, shaped as the YAML is; ConfigErrors, without lines, if it is wrong."""
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        found = [ConfigError(_said(problem.place, problem), file=name) for problem in problems_of(error)]
-        raise ConfigErrors(found) from error
-
-
 def default_text() -> str:
     """The text of the built-in default, comments and all."""
     return _DEFAULT.read_text(encoding="utf-8")
@@ -156,19 +145,7 @@ def _built(document: Document, name: str, *, to_run: bool) -> Config:
 
 
 def _error(spot: Spot, place: Place, problem: Problem, name: str) -> ConfigError:
-    return ConfigError(_said(place, problem), file=name, line=spot[0], column=spot[1])
-
-
-def _said(place: Place, problem: Problem) -> str:
-    """The message behind the path of what it is about, such as `routes.camera.stages[0].tee`."""
-    path = ""
-    for part in place:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        else:
-            word = part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else repr(part)
-            path += f".{word}" if path else word
-    return f"{path}: {problem.message}" if path else problem.message
+    return ConfigError(said(place, problem), file=name, line=spot[0], column=spot[1])
 
 
 def _decoded(raw: bytes, name: str) -> str:

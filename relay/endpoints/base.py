@@ -202,6 +202,10 @@ class Sink(End):
             self.state = "open"
             self.on_open(self)
 
+    def go_straight(self, why: str) -> bool:
+        """Whether it has memory that a source may be read into, past the pipe; from here on it is, for that reason."""
+        return False
+
     def finish(self) -> None:
         """The stream is complete and all of it was handed over: end it so that the receiver knows."""
         self.finished()

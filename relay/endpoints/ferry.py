@@ -1,14 +1,15 @@
-"""A ferry: one blocking end, one thread, two pipes that change hands whole.
+"""A ferry: one blocking end, one thread, two loads that change hands whole.
 
-Facts (see kernel/ferry.c): a pipe is locked while a splice on it blocks, and a write to a regular file may
-block for seconds. So the engine fills a pipe that is its own, hands it over, and does not touch it until it
-comes back empty. While both are away the sink is slow.
+Facts (see kernel/ferry.c and kernel/loads.c): a pipe is locked while a splice on it blocks, and a write to a regular
+file may block for seconds. So the engine fills a pipe that is its own, or a span of memory, hands it over, and does
+not touch it until it comes back empty. While both are away the sink is slow.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import select
 import threading
@@ -20,14 +21,15 @@ from relay.kernel import core
 from relay.kernel.pipe import Pipe
 
 BUFFER = 256 * 1024  # bytes copied at a time where the end cannot be spliced
+ROOM = 512 * 1024  # bytes of a load in memory: two copies of it stay in a CPU's cache, and more gains nothing
+MOST_MEMORY = 64 << 20  # bytes of memory that all ferries of one engine may have; further ones do with pipes
 
 
 class Ferry:
     """Owns both pipes and both eventfds until its thread has ended and `close` was called.
 
     `work` runs on the thread; it takes loads by `wait`/`give_back` or all of them by `carry`, and what it
-    returns (or raises) is given to `then` on the engine's thread, after which the ferry closes itself.
-    """
+    returns (or raises) is given to `then` on the engine's thread, after which the ferry closes itself."""
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class Ferry:
         for i, pipe in enumerate(self.pipes):
             self.c.pipe_r[i], self.c.pipe_w[i] = pipe.read_fd, pipe.write_fd
         self._buffer: core.Struct = None
+        self._memory: mmap.mmap | None = None
         self._end = end
         end.kind = core.FERRY
         end.ferry = self.c
@@ -68,6 +71,21 @@ class Ferry:
             self.close()
         core.check(answer, "epoll_ctl", hint=WATCH_HINTS.get(-answer, ""))
         self._thread = threading.Thread(target=self._run, name=f"{engine.name}-ferry", daemon=True)
+
+    def have_memory(self) -> bool:
+        """Gives it memory for two loads, which a source is read into straight; False if there is none left.
+
+        Pages that nothing was written to yet cost nothing: an idle stream has none. Only `carry` takes such loads.
+        """
+        if self._memory is not None or self._knock < 0:
+            return self._knock >= 0
+        if self._engine.ferried + 2 * ROOM > MOST_MEMORY:
+            return False
+        self._memory = mmap.mmap(-1, 2 * ROOM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._pointer = core.ffi.from_buffer("char[]", self._memory)
+        self._engine.ferried += 2 * ROOM
+        self.c.memory, self.c.room = self._pointer, ROOM
+        return True
 
     def start(self) -> None:
         """Starts the thread. Raises OSError (EAGAIN) when none is to be had; the ferry is closed then."""
@@ -115,14 +133,17 @@ class Ferry:
     def nudge(self) -> None:
         """Wakes the thread without giving it anything. From the engine's thread."""
         if self._knock >= 0:
-            os.eventfd_write(self._knock, 1)
+            core.lib.relay_ferry_nudge(self.c)
 
     def give_back(self) -> None:
         """The pipe that `wait` gave is empty again."""
         core.lib.relay_ferry_give_back(self.c)
 
-    def carry(self, fd: int, *, copy: bool) -> None:
-        """Carries every load to `fd` until the end. Raises OSError with what the write answered."""
+    def carry(self, fd: int, *, copy: bool) -> bool:
+        """Carries every load to `fd` until the end (True), or until somebody nudged (False): then it is called again.
+
+        Raises OSError with what the write answered. With `c.ahead`, blocks may be reserved up to `c.reserved`.
+        """
         self.c.fd = fd
         if copy:
             self.c.method = core.COPY
@@ -131,8 +152,8 @@ class Ferry:
                 self._buffer = core.buffer(BUFFER)
                 self.c.buffer, self.c.buffer_size = self._buffer, BUFFER
             answer = int(core.lib.relay_ferry_run(self.c))
-            if answer == 0:
-                return
+            if answer in (0, -errno.EINTR):
+                return answer == 0
             if not (self._buffer is None and self.c.method == core.COPY):
                 raise OSError(-answer, os.strerror(-answer))
 
@@ -155,6 +176,11 @@ class Ferry:
         self.release()
         for pipe in self.pipes:
             pipe.close()
+        if self._memory is not None:
+            self.c.memory = core.ffi.NULL
+            core.ffi.release(self._pointer)
+            self._memory.close()
+            self._engine.ferried -= 2 * ROOM
         os.close(self._knock)
         os.close(self._answer)
         self._knock = self._answer = -1

@@ -145,6 +145,7 @@ class FileSink(Sink):
         self._name = path
         self._file = WrittenFile(Path(first), how)
         self._reopen_asked = False
+        self._straight = False
         self._aborted = False
         self._sealed = False
         self._cut_reason = ""
@@ -155,7 +156,9 @@ class FileSink(Sink):
     @property
     def method(self) -> str:
         """How bytes reach the file."""
-        return core.METHOD_NAMES[self._ferry.c.method] if self._ferry is not None else "splice"
+        if self._ferry is None:
+            return "splice"
+        return "copy" if self._straight else core.METHOD_NAMES[self._ferry.c.method]
 
     @property
     def moved(self) -> int:
@@ -171,6 +174,13 @@ class FileSink(Sink):
         """Starts the thread, which opens the file."""
         self._ferry = Ferry(self.engine, self.c, self._how.capacity, self._write, self._written)
         self._ferry.start()
+
+    def go_straight(self, why: str) -> bool:
+        """Whether the source may be read into memory that the thread writes from, and is from now on."""
+        if self._ferry is not None and self._how.plain and self._ferry.have_memory():
+            self._straight = True
+            self.copies = self.copies or why
+        return self._straight
 
     def finish(self) -> None:
         """Hands over what is left; on_finish comes when the file is whole and has its name."""
@@ -212,7 +222,7 @@ class FileSink(Sink):
         try:
             self.engine.post(self.opened)
             if self._how.plain or not stat.S_ISREG(os.fstat(fd).st_mode):
-                self._ferry.carry(fd, copy=self._file.copies)
+                self._carry(self._ferry, fd)
             else:
                 self._pour(self._ferry)
             if not self._aborted and not self._sealed:
@@ -220,8 +230,20 @@ class FileSink(Sink):
         finally:
             self._file.close()
 
+    def _carry(self, ferry: Ferry, fd: int) -> None:
+        """All of it in the C core, but for a file that was moved away meanwhile."""
+        while True:
+            ferry.c.ahead, ferry.c.reserved = self._file.ahead, 0
+            try:
+                if ferry.carry(fd, copy=self._file.copies):
+                    return
+            finally:
+                self._file.trim(ferry.c.reserved)
+            self._reopen_asked = False
+            fd = self._file.reopen()
+
     def _pour(self, ferry: Ferry) -> None:
-        """Load by load, with a look at the clock between: for files that rotate, sync, or are opened anew."""
+        """Load by load, with a look at the clock between: for files that rotate, sync or are direct."""
         while True:
             taken = ferry.wait_until(None if self._sealed else self._file.next_look())
             if taken is not None and not taken[1]:

@@ -361,6 +361,13 @@ class SinkSettings(EndpointSettings):
             yield Problem(f"{said}; {hint}", ("directory",), at_key=True)
 
     @property
+    def straight(self) -> bool:
+        """Whether it is a file that a socket may be read into memory for: nothing to see to between two loads."""
+        looks = self.rotate is not None or isinstance(self.fsync, float) or self.direct
+        backlog = self.slow.buffer or self.slow.policy == "spill"
+        return self.address.scheme == "file" and not looks and not backlog
+
+    @property
     def verb(self) -> Literal["listen", "connect", "write"]:
         """What the sink does to get rid of its bytes."""
         return "listen" if self.listen else "connect" if self.connect else "write"

@@ -159,6 +159,7 @@ class BlockingSink(Sink):
         super().__init__(engine, name_of(fd))
         self._given = fd
         self._ferry: Ferry | None = None
+        self._straight = False
         self.copies = copies
         self.c.kind = core.FERRY
 
@@ -170,7 +171,9 @@ class BlockingSink(Sink):
     @property
     def method(self) -> str:
         """How bytes reach the descriptor."""
-        return core.METHOD_NAMES[self._ferry.c.method] if self._ferry is not None else "splice"
+        if self._ferry is None:
+            return "splice"
+        return "copy" if self._straight else core.METHOD_NAMES[self._ferry.c.method]
 
     def open(self) -> None:
         """Starts the thread."""
@@ -183,6 +186,13 @@ class BlockingSink(Sink):
         super().unwire()
         if self._ferry is not None:
             self._ferry.release()
+
+    def go_straight(self, why: str) -> bool:
+        """Whether the source may be read into memory that the thread writes from, and is from now on."""
+        if self._ferry is not None and self._ferry.have_memory():
+            self._straight = True
+            self.copies = self.copies or why
+        return self._straight
 
     def _write(self) -> None:
         assert self._ferry is not None

@@ -5,6 +5,7 @@ Facts (man 2 open, 2 rename, 2 link, 2 flock, 2 fsync):
 - splice to a file opened with O_APPEND is EINVAL.
 - O_DIRECT wants addresses, offsets and lengths aligned to the device's blocks: what comes out of sockets is not.
 - A name is on disk for sure when its directory was synced as well.
+- ext4 starts to write a file back when it is closed after it was cut to nothing, even if it was empty already.
 - flock(2) locks belong to the open file: two opens of one file exclude each other within one process, too.
 
 What this means here: a file is written as `.part` and renamed when whole; a path with placeholders never replaces
@@ -25,6 +26,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from relay.kernel import core
 from relay.kernel.pipe import Pipe
 
 log = logging.getLogger("relay.endpoints")
@@ -32,6 +34,7 @@ log = logging.getLogger("relay.endpoints")
 MOST_SUFFIXES = 10000
 PIECE = 256 * 1024
 DIRECT_PIECE = 1 << 20
+RESERVED = 4 << 20  # bytes; larger steps gain little, and this much too much is on disk while a file grows
 DIRECT_WAIT = 1.0  # seconds that gathered bytes wait for more before they go through the page cache
 
 
@@ -56,14 +59,7 @@ class Writing:
     @property
     def plain(self) -> bool:
         """Whether nothing needs a look between two loads."""
-        return not (
-            self.append
-            or self.in_place
-            or self.rotate_size
-            or self.rotate_every
-            or self.fsync_every
-            or self.direct
-        )
+        return not (self.rotate_size or self.rotate_every or self.fsync_every or self.direct)
 
 
 class WrittenFile:
@@ -82,6 +78,7 @@ class WrittenFile:
         self._gathered = 0
         self._flushed = 0  # of the gathered bytes, how many are in the file already
         self.copies = False
+        self.ahead = 0  # how far blocks are to be reserved ahead of what is written
         self.doing = "opening"
 
     @property
@@ -99,10 +96,13 @@ class WrittenFile:
         self._fd = self._opened()
         if self._how.in_place and not self._how.append and stat.S_ISREG(os.fstat(self._fd).st_mode):
             self._have_alone(self._fd)
-            os.ftruncate(self._fd, 0)
+            _empty(self._fd)
         self._began = self._synced = time.monotonic()
         self.copies = self._how.copy or self._how.append
         self._go_direct()
+        # of a file that others may append to, nothing is cut off
+        if self._part is not None and core.lib.relay_reserving_pays(self._fd):
+            self.ahead = RESERVED
         self.doing = "writing"
         return self._fd
 
@@ -140,7 +140,7 @@ class WrittenFile:
         fd = os.open(part, flags | os.O_CREAT, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(fd, 0)
+            _empty(fd)
         except BlockingIOError:
             os.close(fd)
             raise OSError(errno.EBUSY, f"another stream is writing {part}") from None
@@ -228,8 +228,10 @@ class WrittenFile:
         flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
         fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
 
-    def reopen(self) -> None:
+    def reopen(self) -> int:
         """Opens the path anew without cutting it, if the file there is another one by now: it was moved away.
+
+        Returns the descriptor to write to.
 
         Where that fails the file at hand is written on, which is said.
         """
@@ -237,7 +239,7 @@ class WrittenFile:
             there = self._final.stat() if self._final.exists() else None
             here = os.fstat(self._fd)
             if there is not None and (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
-                return
+                return self._fd
             fresh = self._opened()
             if not self._how.append:
                 self._have_alone(fresh)
@@ -246,12 +248,13 @@ class WrittenFile:
             log.warning(
                 "opening %s anew: %s; the file that was moved away is written on", self._final, error.strerror
             )
-            return
+            return self._fd
         self._end_block()
         self._sync(asked=bool(self._how.fsync_at_close or self._how.fsync_every))
         os.close(self._fd)
         self._fd = fresh
         self._go_direct()
+        return fresh
 
     def take(self, pipe: Pipe, load: int) -> None:
         """Writes up to `load` bytes out of `pipe`, not beyond where the file must rotate; `written` says how many.
@@ -334,6 +337,16 @@ class WrittenFile:
         """Whether the file has the size at which it rotates."""
         return bool(self._how.rotate_size) and self.written >= self._how.rotate_size
 
+    def trim(self, reserved: int) -> None:
+        """Gives back the blocks behind the end of the file, up to `reserved`, that were never written."""
+        size = os.fstat(self._fd).st_size
+        if reserved <= size:
+            return
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError as error:
+            log.debug("%s: blocks behind its end stay reserved (%s)", self.shown, error.strerror)
+
     def _sync(self, *, asked: bool) -> None:
         self._dirty = False
         if asked and stat.S_ISREG(os.fstat(self._fd).st_mode):
@@ -365,3 +378,9 @@ class WrittenFile:
             finally:
                 os.close(self._fd)
                 self._fd = -1
+
+
+def _empty(fd: int) -> None:
+    """Cuts the file to nothing, unless it is empty: ext4 writes back at close whatever was cut (auto_da_alloc)."""
+    if os.fstat(fd).st_size:
+        os.ftruncate(fd, 0)

@@ -7,6 +7,13 @@
 #include "calls.h"
 
 #include <poll.h>
+#include <sys/vfs.h>
+
+/* A folio of the page cache is at most as large as the write that makes it. Beyond 512 KiB it must come from memory
+ * that was whole blocks of 2 MiB before, which a virtual machine may have given back to its host (free page
+ * reporting): first touching those again costs ten times the copy. */
+#define RELAY_PUT (128 << 10)
+#define EXT4_MAGIC 0xEF53
 
 static int64_t take_knock(struct relay_ferry *f)
 {
@@ -23,11 +30,13 @@ static void answer(struct relay_ferry *f)
     while (write(f->answer, &one, sizeof one) < 0 && errno == EINTR) {}
 }
 
-int64_t relay_ferry_wait(struct relay_ferry *f)
+static int64_t next_load(struct relay_ferry *f, int looks)
 {
     for (;;) {
         /* `ending` is read first: the last load was handed over before it was set */
         int ending = __atomic_load_n(&f->ending, __ATOMIC_ACQUIRE);
+        if (looks && __atomic_exchange_n(&f->look, 0, __ATOMIC_ACQ_REL))
+            return -EINTR;
         if (__atomic_load_n(&f->turn[f->away], __ATOMIC_ACQUIRE) == RELAY_WITH_THREAD)
             return f->load[f->away];
         if (ending)
@@ -38,13 +47,23 @@ int64_t relay_ferry_wait(struct relay_ferry *f)
     }
 }
 
+int64_t relay_ferry_wait(struct relay_ferry *f) { return next_load(f, 0); }
+
 void relay_ferry_give_back(struct relay_ferry *f)
 {
     int k = f->away;
     f->load[k] = 0;
     f->away ^= 1;
-    __atomic_store_n(&f->turn[k], RELAY_WITH_ENGINE, __ATOMIC_RELEASE);
-    answer(f);
+    __atomic_store_n(&f->turn[k], RELAY_WITH_ENGINE, __ATOMIC_SEQ_CST);
+    if (__atomic_exchange_n(&f->asked, 0, __ATOMIC_SEQ_CST))
+        answer(f);
+}
+
+void relay_ferry_nudge(struct relay_ferry *f)
+{
+    uint64_t one = 1;
+    __atomic_store_n(&f->look, 1, __ATOMIC_RELEASE);
+    while (write(f->knock, &one, sizeof one) < 0 && errno == EINTR) {}
 }
 
 void relay_ferry_end(struct relay_ferry *f)
@@ -67,11 +86,11 @@ static void wait_for_room(struct relay_ferry *f)
     while (poll(&one, 1, -1) < 0 && errno == EINTR) {}
 }
 
-static int64_t write_whole(struct relay_ferry *f, int64_t size)
+static int64_t write_whole(struct relay_ferry *f, const char *from, int64_t size)
 {
     int64_t done = 0;
     while (done < size) {
-        int64_t n = call_write(f->fd, 0, f->buffer + done, size - done);
+        int64_t n = call_write(f->fd, 0, from + done, size - done < RELAY_PUT ? size - done : RELAY_PUT);
         if (n == -EAGAIN) {
             wait_for_room(f);
             continue;
@@ -84,17 +103,44 @@ static int64_t write_whole(struct relay_ferry *f, int64_t size)
     return done;
 }
 
+int relay_reserving_pays(int fd)
+{
+    struct statfs about;
+    return fstatfs(fd, &about) == 0 && about.f_type == EXT4_MAGIC;
+}
+
+/* Blocks for what is to be written, and some more, at once: ext4 else accounts for each block of 4 KiB as it comes,
+ * a third of what writing to the page cache costs. The file's size stays as it is; whoever closes it gives back
+ * what it did not need. A file of a few MiB is left alone, and where it cannot be done it is not. */
+static void reserve(struct relay_ferry *f, int64_t size)
+{
+    int64_t at;
+    if (!f->ahead || f->moved < f->ahead)
+        return;
+    at = lseek(f->fd, 0, SEEK_CUR);
+    if (at >= 0 && at + size <= f->reserved)
+        return;
+    if (at < 0 || fallocate(f->fd, FALLOC_FL_KEEP_SIZE, at, size + f->ahead) < 0)
+        f->ahead = 0;
+    else
+        f->reserved = at + size + f->ahead;
+}
+
 int relay_ferry_run(struct relay_ferry *f)
 {
     for (;;) {
-        int64_t load = relay_ferry_wait(f), n = 0;
+        int64_t load = next_load(f, 1), n = 0;
         if (load <= 0)
             return (int)load;
+        reserve(f, load);
         while (f->load[f->away]) {
             int from = f->pipe_r[f->away];
             load = f->load[f->away];
-            if (f->method == RELAY_SPLICE) {
-                do n = result(splice(from, NULL, f->fd, NULL, (size_t)load, SPLICE_F_MOVE));
+            if (f->span[f->away]) {
+                n = write_whole(f, f->span[f->away], load);
+            } else if (f->method == RELAY_SPLICE) {
+                do n = result(splice(from, NULL, f->fd, NULL, (size_t)(load < RELAY_PUT ? load : RELAY_PUT),
+                                     SPLICE_F_MOVE));
                 while (n == -EINTR);
                 if (not_this_way(n)) {
                     f->method = RELAY_COPY;
@@ -107,7 +153,7 @@ int relay_ferry_run(struct relay_ferry *f)
                     return -ENOBUFS;
                 n = call_read(from, 0, f->buffer, load < f->buffer_size ? load : f->buffer_size);
                 if (n > 0)
-                    n = write_whole(f, n);
+                    n = write_whole(f, f->buffer, n);
             }
             if (n == -EAGAIN) {
                 wait_for_room(f);

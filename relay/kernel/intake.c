@@ -159,7 +159,7 @@ int fill_from_source(struct pass *s)
     if (source->left > 0 && most > source->left)
         most = source->left;
     if (source->method == RELAY_COPY)
-        return fill_by_hand(s, head);
+        return goes_straight(head) ? fill_ferry(s, head) : fill_by_hand(s, head);
     if (source->method == RELAY_SENDFILE) {
         struct relay_end *sink = head->sink;
         if (!sink || head->next) {      /* its sink failed, or is no longer the only one */

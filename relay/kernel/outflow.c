@@ -53,58 +53,11 @@ int discard(struct pass *s, struct relay_node *n, int64_t amount)
     return (int)(moved > 0);
 }
 
-static void ferry_hand_over(struct relay_ferry *f)
-{
-    uint64_t one = 1;
-    int k = f->at;
-    f->at ^= 1;
-    __atomic_store_n(&f->turn[k], RELAY_WITH_THREAD, __ATOMIC_RELEASE);
-    while (write(f->knock, &one, sizeof one) < 0 && errno == EINTR) {}
-}
-
-/* A full pipe is handed over at once; one that is not, when the sweep is over and the thread is idle. */
-void ferry_flush(struct relay_ferry *f)
-{
-    if (ferry_has(f, f->at) && f->load[f->at] && ferry_has(f, f->at ^ 1))
-        ferry_hand_over(f);
-}
-
-static int64_t give(struct relay_node *n, int to, int is_socket, int64_t amount)
+int64_t give(struct relay_node *n, int to, int is_socket, int64_t amount)
 {
     if (n->stash_len > n->stash_out)
         return call_write(to, is_socket, n->stash + n->stash_out, amount);
     return call_splice(n->pipe_r, NULL, to, amount, 0);
-}
-
-/* Moves at most `amount` bytes to wherever this node's bytes go: bytes moved, 0 when it cannot take any now,
- * -1 after a change of method. */
-static int64_t give_to_ferry(struct pass *s, struct relay_node *n, int64_t amount)
-{
-    struct relay_ferry *f = n->sink->ferry;
-    int64_t moved = 0;
-    for (int tries = 0; tries < 2; tries++) {
-        int k = f->at;
-        if (__atomic_load_n(&f->error, __ATOMIC_ACQUIRE)) {
-            sink_failed(s, n, f->error);
-            return -1;
-        }
-        if (!ferry_has(f, k))       /* both away: the sink is slow */
-            return 0;
-        moved = give(n, f->pipe_w[k], 0, amount);
-        s->e->calls++;
-        if (moved > 0) {
-            f->load[k] += moved;
-            return moved;
-        }
-        if (moved != -EAGAIN)
-            return moved;
-        if (!f->load[k]) {
-            look_again(s);
-            return 0;
-        }
-        ferry_hand_over(f);
-    }
-    return 0;
 }
 
 static int64_t give_to_sink(struct pass *s, struct relay_node *n, int64_t amount)

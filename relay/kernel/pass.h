@@ -2,6 +2,7 @@
  *
  *     intake.c    into a node: prefixes, and the head from the source
  *     outflow.c   out of a node: tee, splice or copy to the next node, a sink, a ferry, or nowhere
+ *     loads.c     loads for a ferry's thread: which bytes are in them, and when they are handed over
  *     gate.c      how much may leave a node: rates, slow ways out, gaps
  *     ring.c      memory that many read
  *     scatter.c   the source straight into a ring that all sinks read
@@ -151,8 +152,15 @@ int fill_stash(struct pass *s, struct relay_node *n, int fresh);
 int tee_by_hand(struct pass *s, struct relay_node *n);
 int tee_on(struct pass *s, struct relay_node *n);
 int move_out(struct pass *s, struct relay_node *n, int64_t amount);
-void ferry_flush(struct relay_ferry *f);
 int64_t throw_away(struct pass *s, struct relay_node *n, int64_t amount);
+int64_t give(struct relay_node *n, int to, int is_socket, int64_t amount);
+
+/* loads.c */
+int64_t give_to_ferry(struct pass *s, struct relay_node *n, int64_t amount);
+int goes_straight(const struct relay_node *head);
+int fill_ferry(struct pass *s, struct relay_node *head);
+void ferry_flush(struct pass *s, struct relay_ferry *f);
+void pace_source(struct pass *s);
 
 /* ring.c */
 int64_t ring_take(struct pass *s, struct relay_node *n, int64_t amount);

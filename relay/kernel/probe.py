@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -69,7 +68,7 @@ def _read_int(path: str, otherwise: int) -> int:
 def machine() -> Machine:
     """Tries each call once in this process and reads the limits; later calls return the same answer."""
     content = b"relay" * 100
-    with Pipe(65536) as one, Pipe(65536) as two, tempfile.TemporaryFile() as file:
+    with Pipe(65536) as one, Pipe(65536) as two, open(os.memfd_create("relay-probe"), "wb") as file:
         arena = Arena(content)
         vmsplice = _try(lambda: arena.lend(one))
         if vmsplice:

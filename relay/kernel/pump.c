@@ -193,7 +193,7 @@ static int sweep(struct pass *s)
         if (!sink || sink->failed)
             continue;
         if (sink->kind == RELAY_FERRY) {
-            ferry_flush(sink->ferry);
+            ferry_flush(s, sink->ferry);
             if (__atomic_load_n(&sink->ferry->error, __ATOMIC_ACQUIRE)) {
                 sink_failed(s, n, sink->ferry->error);
                 continue;
@@ -214,6 +214,7 @@ static int sweep(struct pass *s)
         p->still = 2;
         tell(s, p->token, RELAY_STILL, 0);
     }
+    pace_source(s);
     if (empty && p->tell_idle && (p->source_ended || !p->source)) {
         p->tell_idle = 0;
         p->idle_ns = 0;

@@ -58,23 +58,34 @@ struct relay_event {
     uint32_t mask;
 };
 
-/* One blocking end, one thread, two pipes that change hands whole. A pipe is locked while a splice on it
- * blocks, so the engine never touches a pipe that the thread has. They alternate: 0, 1, 0, 1. */
+/* One blocking end, one thread, two loads that change hands whole. A load is what a pipe holds, or a span of
+ * memory. A pipe is locked while a splice on it blocks, so the engine never touches what the thread has. They
+ * alternate: 0, 1, 0, 1. */
 struct relay_ferry {
     int fd;                  /* the blocking end */
-    int method;              /* RELAY_SPLICE or RELAY_COPY, through buffer */
+    int method;              /* RELAY_SPLICE or RELAY_COPY, through buffer; a span is written as it lies */
     int pipe_r[2], pipe_w[2];
-    int64_t load[2];         /* bytes in each; written by whoever has the pipe */
+    char *span[2];           /* where a load lies in memory; NULL: it is in the pipe */
+    int64_t load[2];         /* bytes in each; written by whoever has it */
     int turn[2];             /* RELAY_WITH_...; the hand-over is the release store */
-    int at;                  /* the pipe the engine fills */
-    int away;                /* the pipe the thread waits for next */
+    int at;                  /* the load the engine fills */
+    int away;                /* the load the thread waits for next */
     int knock;               /* eventfd, engine to thread */
-    int answer;              /* eventfd, thread to engine */
+    int answer;              /* eventfd, thread to engine: a load is back, and the engine had asked */
+    int asked;
     int ending;              /* engine: nothing more will come */
+    int look;                /* engine: relay_ferry_run is to return, there is something to see to */
     int error;               /* thread: errno that stopped it */
+    char *memory;            /* room for two loads, read into straight from the source; NULL: by pipes alone */
+    int64_t room;            /* bytes of one of them */
+    int64_t most;            /* up to here the present one is filled: it ends at a multiple of room in the stream */
+    int64_t since_ns;        /* engine: when its first byte came */
+    int rush;                /* engine: the last load was a large one, so a small one waits for more */
     char *buffer;
     int64_t buffer_size;
     int64_t moved;           /* bytes that reached fd */
+    int64_t ahead;           /* blocks are reserved so many bytes ahead of what is written; 0: they are not */
+    int64_t reserved;        /* thread: the offset in the file up to which they are */
 };
 
 /* One descriptor at the edge of a pipeline: where bytes enter or leave. */
@@ -99,6 +110,7 @@ struct relay_end {
     int64_t base;
     int queues;              /* SIOCOUTQ counts unacknowledged bytes here (tcp) */
     int rouse;               /* 1: tell once, as RELAY_SINK_BUSY, when bytes go out here */
+    int mark;                /* a source's SO_RCVLOWAT while it is raised: fewer bytes wake nobody; 0: it is not */
     struct relay_ferry *ferry;
     struct relay_pipeline *reads, *writes;   /* whom its readiness wakes */
 };
@@ -254,12 +266,15 @@ void relay_ring_drop(struct relay_ring *ring, struct relay_reader *reader, char 
 void relay_ring_stream(struct relay_ring *ring);
 
 /* A ferry's thread: wait for the next loaded pipe (its bytes; 0: the end), give it back, or do both until
- * the end (0), -errno on failure, -ENOBUFS when it must copy and has no buffer. */
+ * the end (0), -errno on failure, -ENOBUFS when it must copy and has no buffer, -EINTR after relay_ferry_nudge. */
 int64_t relay_ferry_wait(struct relay_ferry *f);
 void relay_ferry_give_back(struct relay_ferry *f);
 int relay_ferry_run(struct relay_ferry *f);
-/* The engine's side: no more will come. */
+/* The engine's side: the thread is to look up before the next load; no more will come. */
+void relay_ferry_nudge(struct relay_ferry *f);
 void relay_ferry_end(struct relay_ferry *f);
+/* Whether reserving blocks ahead of writing makes files on this one's filesystem cheaper (ferry.c). */
+int relay_reserving_pays(int fd);
 
 /* Thin calls, never blocking on the pipe side: bytes moved, or -errno. */
 int64_t relay_lend(int pipe_w, const char *memory, int64_t size);

@@ -1,0 +1,162 @@
+/* Loads for a ferry's thread: which bytes are in them, and when they are handed over. See pass.h.
+ *
+ * Each load costs two wake-ups, which is as much as copying 100 KiB: few large ones are cheaper than many small
+ * ones. So in a rush (the last load was a large one) a small load waits for more, for HOLD_NS at most; a load of a
+ * stream in no hurry goes at once. In a rush a source that is a tcp socket wakes nobody before a whole load is there
+ * (SO_RCVLOWAT); the peer's end, a shut window and the timer still do (tcp_data_ready).
+ *
+ * A file is filled by copying whichever way its bytes come: splice copies out of the pages of the pipe, page by page.
+ * So a socket whose only taker is a file is read straight into memory that the thread writes from: no pipe, two
+ * large copies, of which the second finds the bytes in the cache. Loads end at multiples of their size in the
+ * stream, since aligned writes are cheaper. */
+#include "pass.h"
+
+#define HOLD_NS 1000000LL
+#define LARGE (256 << 10)
+
+static void hand_over(struct relay_ferry *f, int rush)
+{
+    uint64_t one = 1;
+    int k = f->at;
+    f->at ^= 1;
+    f->rush = rush;
+    __atomic_store_n(&f->turn[k], RELAY_WITH_THREAD, __ATOMIC_RELEASE);
+    while (write(f->knock, &one, sizeof one) < 0 && errno == EINTR) {}
+}
+
+/* Wants to hear when the thread gives a load back. What it gave back just before it would not tell of. */
+static void ask(struct pass *s, struct relay_ferry *f, int had)
+{
+    __atomic_store_n(&f->asked, 1, __ATOMIC_SEQ_CST);
+    if (had != ferry_has(f, 0) + ferry_has(f, 1))
+        s->again = 1;
+}
+
+/* The end of a sweep: a load that is not full is handed over when the thread is idle, and nothing is to be gained
+ * by waiting for more. */
+void ferry_flush(struct pass *s, struct relay_ferry *f)
+{
+    const struct relay_pipeline *p = s->p;
+    int had = ferry_has(f, 0) + ferry_has(f, 1), ours = ferry_has(f, f->at);
+    int64_t load = ours ? f->load[f->at] : 0;
+    if (load && had == 2) {
+        if (f->rush && p->source && !p->source_ended && s->e->now_ns < f->since_ns + HOLD_NS)
+            wake_at(s, f->since_ns + HOLD_NS);
+        else
+            hand_over(f, load >= LARGE);
+        return;
+    }
+    if (had < 2 && (!ours || load || p->tell_idle))
+        ask(s, f, had);
+}
+
+/* Moves at most `amount` bytes from a node into the load's pipe: bytes moved, 0 when it cannot take any now,
+ * -1 when the ferry failed. */
+int64_t give_to_ferry(struct pass *s, struct relay_node *n, int64_t amount)
+{
+    struct relay_ferry *f = n->sink->ferry;
+    int64_t moved = 0;
+    for (int tries = 0; tries < 3; tries++) {
+        int k = f->at;
+        if (__atomic_load_n(&f->error, __ATOMIC_ACQUIRE)) {
+            sink_failed(s, n, f->error);
+            return -1;
+        }
+        if (!ferry_has(f, k))       /* both away: the sink is slow */
+            return 0;
+        if (f->load[k] && f->span[k]) {
+            hand_over(f, 0);
+            continue;
+        }
+        f->span[k] = NULL;
+        moved = give(n, f->pipe_w[k], 0, amount);
+        s->e->calls++;
+        if (moved > 0) {
+            if (!f->load[k])
+                f->since_ns = s->e->now_ns;
+            f->load[k] += moved;
+            return moved;
+        }
+        if (moved != -EAGAIN)
+            return moved;
+        if (!f->load[k]) {
+            look_again(s);
+            return 0;
+        }
+        hand_over(f, f->load[k] >= LARGE);
+    }
+    return 0;
+}
+
+/* Whether what the source gives can pass by this node's pipe, into the memory of its sink's ferry. */
+int goes_straight(const struct relay_node *head)
+{
+    const struct relay_end *sink = head->sink;
+    return sink && !sink->failed && sink->kind == RELAY_FERRY && sink->ferry->memory && !head->next && !head->into
+        && !head->held && !head->rate && head->left < 0 && !head->skip && !head->dropping;
+}
+
+int fill_ferry(struct pass *s, struct relay_node *head)
+{
+    struct relay_end *sink = head->sink;
+    struct relay_ferry *f = sink->ferry;
+    int k = f->at;
+    int64_t moved;
+    if (!ferry_has(f, k)) {
+        blocked(s, head);
+        return 0;
+    }
+    if (f->load[k] && !f->span[k]) {
+        hand_over(f, 0);
+        return 1;
+    }
+    if (!f->load[k]) {
+        f->span[k] = f->memory + k * f->room;
+        f->most = f->room - sink->moved % f->room;
+        f->since_ns = s->e->now_ns;
+    }
+    moved = read_source(s, f->span[k] + f->load[k], f->most - f->load[k]);
+    if (moved <= 0)
+        return s->p->source_ended;
+    f->load[k] += moved;
+    head->passed += moved;
+    sink_took(s, sink, moved);
+    drained(s, head, 0);        /* it is not slow, and holds nothing */
+    source_took(s, moved);
+    if (f->load[k] == f->most)
+        hand_over(f, 1);
+    return 1;
+}
+
+static void set_mark(struct relay_end *source, int mark)
+{
+    int bytes = mark ? mark : 1;
+    if (setsockopt(source->fd, SOL_SOCKET, SO_RCVLOWAT, &bytes, sizeof bytes) == 0 || !mark)
+        source->mark = mark;
+}
+
+/* The end of a sweep: the mark goes up in a rush, and down when what comes in HOLD_NS does not reach it. What is
+ * there by then is read, since nothing has told of it. */
+void pace_source(struct pass *s)
+{
+    struct relay_pipeline *p = s->p;
+    struct relay_end *source = p->source;
+    struct relay_ferry *f;
+    if (!source || source->fd < 0 || !source->is_socket || source->readable || p->source_ended)
+        return;
+    f = source->method == RELAY_COPY && !p->paused && goes_straight(p->head) ? p->head->sink->ferry : NULL;
+    if (f && !ferry_has(f, f->at))      /* its answer comes first */
+        return;
+    if (f && f->rush && s->e->now_ns < source->last_ns + HOLD_NS) {
+        if (!source->mark)
+            set_mark(source, (int)f->room);
+        if (source->mark)
+            wake_at(s, source->last_ns + HOLD_NS);
+    } else if (source->mark) {
+        set_mark(source, 0);
+        source->readable = 1;
+        s->again = 1;
+        if (f)
+            f->rush = 0;
+    }
+}
