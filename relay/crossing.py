@@ -1,6 +1,6 @@
 """How a pipeline's bytes cross: down the chain of pipes, or through one ring of memory that its sinks read.
 
-Theory of operation. Both ways are there for a pipeline whose stages are plain tees (`chained` says why another has
+Theory of operation. Both ways are there for a pipeline whose stages are plain tees (ring_shape.py says why another has
 only its chain). It changes between them when nothing is under way: then the chain's pipes are empty and so is the
 ring, and there is nothing to carry over but counters. To get there the source is not read for a moment; where that
 takes longer than PATIENCE, because a sink is slow, the change is put off. A ring is there while it is used; its
@@ -13,64 +13,26 @@ would count as well; a pipeline that has any has only its chain.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from relay.balance import OWN, SETTLES, Balance, Way
 from relay.chain import Chain
-from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine, Timer
 from relay.intake import METHODS, Intake
 from relay.kernel import core
-from relay.kernel.ring import SIZE, Ring
+from relay.kernel.ring import Ring
 from relay.outlet import Outlet
 from relay.place import Place
+from relay.ring_shape import chained
 from relay.stages.base import StageSettings
-from relay.stages.tee import Settings as Tee
 from relay.ways import Choice, Ways
 
-PLAIN = (
-    "tcp",
-    "unix",
-    "fifo",
-    "null",
-    "stdio",
-    "fd",
-)  # ends that may be written to out of memory, without a thread
-READ = ("tcp", "unix", "fifo", "file", "stdio", "fd")  # and read into it
+READ = ("tcp", "unix", "fifo", "file", "stdio", "fd")  # ends that may be read into memory
 PATIENCE = 0.02  # seconds that the source waits for a change
 GIB = 1 << 30
 NAMES: dict[Way, str] = {"chain": "zero-copy", "ring": "copy"}
-
-
-def chained(stages: Sequence[StageSettings], sink: SinkSettings) -> str:
-    """Why these stages and sinks need a chain; empty if the sinks may read one ring instead."""
-    for stage in stages:
-        if not isinstance(stage, Tee):
-            return f"the stage '{stage.kind}' works on a chain"
-        if stage.stages:
-            return "a branch has stages, which work on a chain"
-    for each, slow in sinks_of(stages, sink):
-        if each.verb == "listen":
-            return "a broadcast has a ring of its own"
-        if each.sidecar:
-            return "a checksum sees the bytes beside the chain"
-        if slow.policy == "spill" or slow.buffer:
-            return "a log is fed by a chain"
-        if each.address.scheme not in PLAIN:
-            return "a file is written by a thread, which is handed pipes"
-        if slow.align > SIZE // 8:
-            return f"pieces of {slow.align} bytes are too large for a ring"
-    return ""
-
-
-def sinks_of(stages: Sequence[StageSettings], sink: SinkSettings) -> Iterator[tuple[SinkSettings, OnSlow]]:
-    """Every sink of a row of plain tees, with the policy in force there."""
-    for stage in stages:
-        if isinstance(stage, Tee):
-            yield stage.to, stage.slow
-    yield sink, sink.slow
 
 
 class Crossing:
@@ -85,14 +47,14 @@ class Crossing:
         pipeline: core.Struct,
         chain: Chain,
         ways: Ways,
-        needs_chain: str,
+        shape: tuple[Sequence[StageSettings], SinkSettings],
         judge: Callable[[Outlet, bool], None],
     ) -> None:
         self._engine = engine
         self._pipeline = pipeline
         self._chain = chain
         self._ways = ways
-        self._needs_chain = needs_chain
+        self._needs_chain = chained(*shape)
         self._judge = judge
         self._ring: Ring | None = None
         self._tokens: list[int] = []

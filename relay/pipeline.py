@@ -22,7 +22,7 @@ from functools import partial
 from relay.absences import Absences
 from relay.account import account
 from relay.chain import Chain
-from relay.crossing import Crossing, chained
+from relay.crossing import Crossing
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.digest import sidecar_line
@@ -91,7 +91,7 @@ class Pipeline:
         self.c.nodes = len(self.chain.nodes)
         for node in self.chain.nodes:
             node.hear(partial(self._node_event, node))
-        self.crossing = Crossing(engine, self.c, self.chain, ways, chained(stages, sink), self._judge)
+        self.crossing = Crossing(engine, self.c, self.chain, ways, (stages, sink), self._judge)
         self.intake: Intake | None = None
         self.turn: Turn | None = None
         self.subscribers: list[Subscribers] = []

@@ -23,6 +23,7 @@ from relay.endpoints.settings import SinkSettings
 from relay.kernel.pipe import DEFAULT_CAPACITY
 from relay.kernel.probe import Machine
 from relay.needs import Need
+from relay.ring_shape import chained
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Checksum
 from relay.units import show_size
@@ -75,6 +76,16 @@ class Hold:
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """How the whole of a stream crosses. `only` says why it needs a chain; without that there is a ring as well, the
+    stream begins by `choice`, and `measured` says whether it may change on its way."""
+
+    choice: Choice
+    measured: bool
+    only: str = ""
+
+
+@dataclass(frozen=True)
 class RoutePlan:
     """One route. `turns`: each stream has a pipeline of its own, streams take turns on one, or there is one
     stream only. `streams` may be under way at once and `waiting` wait for their turn; None: as many as come.
@@ -91,6 +102,7 @@ class RoutePlan:
     subscriber: Need | None
     streams: int | None
     waiting: int | None
+    crossing: Crossing
 
     @property
     def at_limit(self) -> Need:
@@ -155,7 +167,18 @@ def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
         subscriber=needs.subscriber() if listening else None,
         streams=most if turns == "each" else 1,
         waiting=0 if turns != "one" else None if most is None else most - 1,
+        crossing=_crossing(route, Ways(machine, route.method), source),
     )
+
+
+def _crossing(route: Route, ways: Ways, source: Hop) -> Crossing:
+    only = chained(route.stages, route.sink)
+    if source.choice.method in ("sendfile", "vmsplice"):
+        only = source.choice.reason
+    if only or source.kind == "null":
+        return Crossing(source.choice, False, only or "there is nothing to move")
+    choice = ways.across(1 + len(route.stages))
+    return Crossing(choice, route.method == "auto" and choice.method == "splice")
 
 
 Within = tuple[tuple[str, OnSlow], ...]  # the branches around a place that have a policy, innermost first

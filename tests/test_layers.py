@@ -53,6 +53,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "needs",
+        "ring_shape",
         "ways",
         "record",
         "news",
