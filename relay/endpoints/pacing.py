@@ -3,12 +3,12 @@
 Facts (net/ipv4/tcp_bbr.c, tcp_output.c; man 7 tcp):
 - BBR spreads what it sends by a timer for each burst, on every connection, also where both ends are on one machine
   and nothing between them could be overrun. There the timers are a good part of what sending costs: 1 GiB to four
-  receivers took 0.80 CPU-seconds without them and 1.06 with them (docs/benchmarks.md, "Scatter").
+  receivers by splice took 0.42 CPU-seconds without them and 0.93 with them (docs/benchmarks.md, "Scatter").
 - Whoever chose BBR for the machine chose it for its networks. Any process may have reno, connection by connection;
   it sends as the acknowledgements come.
 
-What this means here: a connection whose two addresses are the same host uses reno in place of BBR. Others, and those
-whose system-wide choice does not pace, are left as they are.
+What this means here: a connection between two addresses of this machine, as far as they show it, uses reno in place
+of BBR. Others, and those whose system-wide choice does not pace, are left as they are.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from __future__ import annotations
 import contextlib
 import socket
 
+LOOPBACK = ("127.", "::ffff:127.")  # `::1` is both addresses of its connections
+
 
 def unpace(sock: socket.socket) -> None:
     """Lets a connection send without pacing if its peer is on this machine. Anything but tcp is left alone."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     with contextlib.suppress(OSError):  # reset meanwhile, or refused by a sandbox: it is paced, then
-        if sock.getsockname()[0] != sock.getpeername()[0]:
+        own, peer = sock.getsockname()[0], sock.getpeername()[0]
+        if own != peer and not peer.startswith(LOOPBACK):
             return
         if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"bbr"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
