@@ -25,6 +25,7 @@ Way = Literal["chain", "ring"]
 
 MIB: Final = 1 << 20
 OWN: Final = 16 * MIB  # bytes of a sample of the way in force
+REST: Final = 7 * OWN  # between two of them, once there are enough: measuring costs, too
 TRIAL: Final = 8 * MIB  # bytes of a sample of the other one,
 TRIAL_DEAR: Final = MIB  # of one that costs at least
 DEAR: Final = 2.0  # times as much
@@ -72,6 +73,11 @@ class Balance:
         if len(own) >= ENOUGH and self.tried + size + SETTLES <= share * fed:
             return other(self.way), size
         return self.way, OWN
+
+    @property
+    def pause(self) -> int:
+        """Bytes that need not be measured before the next sample of the way in force."""
+        return SETTLES if len(self._costs[self.way]) < ENOUGH else REST
 
     @property
     def trial(self) -> int:

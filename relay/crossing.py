@@ -66,7 +66,6 @@ class Crossing:
         self._since = 0  # fed when they began to go the present way
         self._balance: Balance | None = None
         self._from = 0  # fed when what is measured began
-        self._settling = False
         self._timer: Timer | None = None
 
     @property
@@ -90,7 +89,7 @@ class Crossing:
         if wanted != self.way and not self._waiting():
             self._change()
         if self._ways.forced == "auto":
-            self._settle()
+            self._sample()
 
     @property
     def _schemes(self) -> list[str]:
@@ -149,15 +148,12 @@ class Crossing:
 
     # -- measuring
 
-    def _measure(self, size: int) -> None:
+    def _measure(self, size: int, skip: int = SETTLES) -> None:
+        """The next `size` bytes are measured, after `skip` that are not."""
         self._from = int(self._pipeline.fed)
-        self._pipeline.cpu_ns = 0
-        self._pipeline.gauge_until = self._from + size
-
-    def _settle(self, size: int = SETTLES) -> None:
-        """Lets bytes pass that are not measured."""
-        self._settling = True
-        self._measure(size)
+        self._pipeline.cpu_ns = self._pipeline.gauged = 0
+        self._pipeline.gauge_from = self._from + skip
+        self._pipeline.gauge_until = self._from + skip + size
 
     def hear(self, what: int) -> None:
         """The pump reports: nothing is under way, or what was to be measured has come."""
@@ -169,19 +165,15 @@ class Crossing:
     def _gauged(self) -> None:
         if self._intake is None or self._begins is None:
             return
+        fed = int(self._pipeline.fed)
         if self._balance is None:
             self._balance = Balance(self.way, self._ways.odds(self._schemes, self.way))
-        size = int(self._pipeline.fed) - self._from
         if self.way != self._balance.way:
-            self._balance.spent(size)
-        if self._settling:
-            self._settling = False
-            self._measure(OWN if self.way == self._balance.way else self._balance.trial)
-            return
-        self._balance.measured(self.way, int(self._pipeline.cpu_ns) / max(1, size))
-        way, size = self._balance.next(int(self._pipeline.fed))
+            self._balance.spent(fed - self._from)
+        self._balance.measured(self.way, int(self._pipeline.cpu_ns) / int(self._pipeline.gauged))
+        way, size = self._balance.next(fed)
         if way == self.way:
-            self._measure(size)
+            self._measure(size, self._balance.pause if way == self._balance.way else 0)
         else:
             self._pipeline.still = 1
             self._timer = self._engine.later(PATIENCE, self._too_long)
@@ -192,13 +184,17 @@ class Crossing:
         self._go_on()
         if not changed and self._balance is not None:
             self._balance.gave_up(int(self._pipeline.fed))
-        self._settle()
+        self._sample()
+
+    def _sample(self) -> None:
+        own = self._balance is None or self.way == self._balance.way
+        self._measure(OWN if own or self._balance is None else self._balance.trial)
 
     def _too_long(self) -> None:
         if self._balance is not None and self.way == self._balance.way:
             self._balance.gave_up(int(self._pipeline.fed))
         self._go_on()
-        self._settle(16 * SETTLES)
+        self._sample()
 
     def _go_on(self) -> None:
         if self._timer is not None:

@@ -26,7 +26,7 @@ from peers import (
     tcp_listener,
     unix_listener,
 )
-from relays import Relay
+from relays import Relay, serving
 from rig import Rig, Scatter, Spec
 
 from relay import balance, crossing
@@ -138,7 +138,7 @@ def test_the_way_changes_in_mid_stream(
     monkeypatch.setattr(crossing, "OWN", 100_000)
     monkeypatch.setattr(balance, "TRIAL", 100_000)
     monkeypatch.setattr(crossing, "PATIENCE", 10.0)
-    monkeypatch.setattr(crossing.Crossing._settle, "__defaults__", (100_000,))
+    monkeypatch.setattr(crossing.Crossing._measure, "__defaults__", (100_000,))
     monkeypatch.setattr(balance.Balance, "next", lambda self, _fed: (self_other(self), 100_000))
     ways: dict[Any, str] = {}
 
@@ -217,6 +217,27 @@ def test_a_sink_that_dies_leaves_the_others_alone(tmp_path: Path) -> None:
     (dead, alive) = record.sinks
     assert (dead.result, alive.result, alive.bytes) == ("failed", "delivered", len(data))
     assert dead.bytes + dead.dropped == len(data)
+
+
+def test_streams_that_take_turns_go_through_a_ring_each(tmp_path: Path) -> None:
+    """On a standing pipeline every turn's bytes are its own: sinks that stay get all streams, each record counts one."""
+    turns = [payload(10 + number, 3 * MIB + number) for number in range(4)]
+    with tcp_listener() as (one, first), tcp_listener() as (two, second):
+        config = (
+            'routes: {r: {source: {listen: "tcp://127.0.0.1:0", connections: one}, method: copy, '
+            f'stages: [{{tee: {{to: "{first}"}}}}], sink: "{second}"}}}}'
+        )
+        with serving(config, tmp_path) as served, accept(one) as near, accept(two) as far:
+            (address,) = served.addresses(1)
+            for number, data in enumerate(turns, 1):
+                with connected(address) as source:
+                    send_all(source, data)
+                    source.shutdown(socket.SHUT_WR)
+                    for end in (near, far):
+                        assert_same(receive_exactly(end, len(data)), data)
+                record = served.sessions(number)[-1]
+                assert (record["bytes"], record["method"]) == (len(data), "copy")
+                assert [sink["bytes"] for sink in record["sinks"]] == [len(data)] * 2
 
 
 # -- nothing is held back for long

@@ -230,14 +230,15 @@ static int sweep(struct pass *s)
 int relay_pump(struct relay_engine *e, struct relay_pipeline *p, struct relay_event *out, int *count, int max)
 {
     struct pass s = { .e = e, .p = p, .out = out, .count = *count, .max = max };
-    int64_t began = p->gauge_until ? cpu_ns() : 0;
+    int64_t fed = p->fed, began = p->gauge_until && fed >= p->gauge_from ? cpu_ns() : 0;
     int more = sweep(&s);
-    if (p->gauge_until) {
+    if (began) {
         p->cpu_ns += cpu_ns() - began;
-        if (p->fed >= p->gauge_until) {
-            p->gauge_until = 0;
-            tell(&s, p->token, RELAY_GAUGED, 0);
-        }
+        p->gauged += p->fed - fed;
+    }
+    if (p->gauge_until && p->fed >= p->gauge_until && p->gauged) {
+        p->gauge_until = 0;
+        tell(&s, p->token, RELAY_GAUGED, 0);
     }
     *count = s.count;
     return more;

@@ -220,8 +220,9 @@ struct relay_pipeline {
     int still;                 /* 1: nor is it now, and RELAY_STILL is told once nothing is under way; then 2 */
     struct relay_ring *ring;   /* scatter: the source is read into it and the sinks read it; the nodes stand empty */
     int64_t fed;               /* bytes that entered the head, or the ring */
-    int64_t gauge_until;       /* while fed is below it, cpu_ns counts; 0: nothing is measured */
-    int64_t cpu_ns;            /* CPU time of the engine's thread in sweeps of this pipeline */
+    int64_t gauge_until;       /* RELAY_GAUGED is told once fed is there; 0: nothing is measured */
+    int64_t gauge_from;        /* from there on sweeps of this pipeline are measured: */
+    int64_t gauged, cpu_ns;    /* the bytes they read, and what they took of the engine's thread's CPU time */
     /* the engine's */
     int queued, timed, retry;
     int64_t wake_ns;
