@@ -7,7 +7,8 @@ from typing import Any
 
 from relay import needs
 from relay.needs import Need
-from relay.plan import Crossing, Hop, Plan, RoutePlan, hops
+from relay.plan import Hop, Plan, RoutePlan, hops
+from relay.ring_shape import Across
 from relay.units import show_size
 from relay.ways import Choice
 
@@ -16,6 +17,7 @@ TURNS = {
     "one": "connections take turns on one pipeline",
     "once": "one stream, then it is done",
 }
+BOTH = "both ways between each connection and one of its own to the sink"
 
 
 def as_text(plan: Plan) -> str:
@@ -59,12 +61,14 @@ def fitting(plan: Plan, need: Need) -> tuple[int, str]:
 
 def _route_lines(route: RoutePlan) -> Iterator[str]:
     method = "" if route.method == "auto" else f", method: {route.method}"
-    yield f"{route.name}: {TURNS[route.turns]}{method}"
+    turns = BOTH if route.duplex else TURNS[route.turns]
+    yield f"{route.name}: {turns}{method}"
     rows = [(_label(route.source), route.source.choice), *_tree(route.chain, "")]
     width = min(60, max(len(label) for label, _ in rows))
     for label, choice in rows:
         yield f"{label:<{width}}  {choice.method:<8}  {choice.reason}"
-    yield f"  as a whole: {_crossing(route.crossing)}"
+    if route.crossing is not None:
+        yield f"  as a whole: {_crossing(route.crossing)}"
     yield "  slow ends:"
     for hold in route.holds:
         yield f"    {hold.who} {hold.words}"
@@ -79,13 +83,22 @@ def _route_lines(route: RoutePlan) -> Iterator[str]:
         yield f"    at its limit ({_count(route.streams or 1, 'stream')}{wait}): {_need(route.at_limit)}"
 
 
-def _crossing(crossing: Crossing) -> str:
+def _crossing(crossing: Across) -> str:
     if crossing.only:
         return f"down a chain only ({crossing.only})"
     if crossing.measured:
         return "down a chain; a ring of memory is tried on the way, and the cheaper of the two taken"
     way = "through a ring of memory" if crossing.choice.method == "copy" else "down a chain"
     return f"{way} ({crossing.choice.reason})"
+
+
+def _crossing_data(crossing: Across) -> dict[str, Any]:
+    return {
+        "method": crossing.choice.method,
+        "reason": crossing.only or crossing.choice.reason,
+        "chain_only": bool(crossing.only),
+        "measured": crossing.measured,
+    }
 
 
 def _tree(below: Sequence[Hop], indent: str) -> Iterator[tuple[str, Choice]]:
@@ -166,13 +179,9 @@ def _route_data(route: RoutePlan) -> dict[str, Any]:
     return {
         "name": route.name,
         "method": route.method,
-        "crossing": {
-            "method": route.crossing.choice.method,
-            "reason": route.crossing.only or route.crossing.choice.reason,
-            "chain_only": bool(route.crossing.only),
-            "measured": route.crossing.measured,
-        },
+        "crossing": None if route.crossing is None else _crossing_data(route.crossing),
         "turns": route.turns,
+        "duplex": route.duplex,
         "streams": route.streams,
         "waiting": route.waiting,
         "source": _hop_data(route.source),
@@ -226,7 +235,11 @@ def as_mermaid(plan: Plan) -> str:
         for hop in hops(route):
             opening, closing = ("([", "])") if hop.role in ("source", "sink") else ("[", "]")
             lines.append(f'    {names[id(hop)]}{opening}"{escaped(_label(hop))}"{closing}')
-        lines += [f"    {edge}" for edge in _edges(names, route.source, route.chain)]
+        if route.duplex:
+            source, sink = names[id(route.source)], names[id(route.chain[0])]
+            lines.append(f'    {source} <-->|"{route.source.choice.method}"| {sink}')
+        else:
+            lines += [f"    {edge}" for edge in _edges(names, route.source, route.chain)]
         lines.append("  end")
     return "\n".join(lines) + "\n"
 

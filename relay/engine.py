@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from relay.errors import KernelError, RelayBug
 from relay.kernel import core
+from relay.kernel.exchange import Exchange
 from relay.kernel.ring import Pool
 
 log = logging.getLogger("relay.engine")
@@ -112,6 +113,7 @@ class Engine:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._waker = Watch(self, self._wake, select.EPOLLIN, self._woken)
+        self._exchange: Exchange | None = None
 
     # -- from any thread
 
@@ -164,6 +166,8 @@ class Engine:
             self._epoll.close()
             self.rings.close()
             os.close(self._null)
+            if self._exchange is not None:
+                self._exchange.close()
 
     # -- on the engine's thread
 
@@ -207,6 +211,14 @@ class Engine:
         except RuntimeError as error:  # no thread is to be had
             refused = OSError(errno.EAGAIN, str(error))
             self.post(lambda: then(None, refused))
+
+    def exchange(self) -> Exchange:
+        """What this engine's duplex sessions share; made when the first asks for it."""
+        if self._exchange is None:
+            made = self._exchange = Exchange()
+            made.c.token = self.register(lambda _what, _error, _mask: made.add_pipe())
+            self.c.exchange = made.c
+        return self._exchange
 
     def add_end(self, end: core.Struct, mask: int) -> int:
         """Registers a pipeline's end, edge-triggered: 0 or the errno (EPERM: epoll refuses such a file)."""

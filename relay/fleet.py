@@ -22,6 +22,7 @@ from functools import partial
 from typing import NamedTuple
 
 from relay.config.models import Config, Route
+from relay.duplex_route import route_of
 from relay.engine import Engine
 from relay.errors import RelayError, SourceError
 from relay.record import SessionRecord
@@ -146,7 +147,7 @@ class Fleet:
         return True
 
     def _make(self, name: str, route: Route) -> RunningRoute:
-        return RunningRoute(
+        return route_of(
             name,
             route,
             next(self._homes),
@@ -261,6 +262,8 @@ class Fleet:
         """Ends every engine, the routes' own and the readers of logs too. All routes must be over."""
         for running in self:
             running.close()
+            if running.over.is_set():  # what its sinks say of their logs they say on the engines
+                self._spills.wait_for_ends(running.name, PATIENCE)
         for engine in self._engines:
             engine.stop()
             engine.close()

@@ -3,8 +3,11 @@
 Facts (man 7 pipe, 2 write): a write to a pipe that nobody reads blocks as soon as the pipe is full, and so does one
 to a stopped terminal. O_NONBLOCK is no way out: stderr is shared with whoever started the program.
 
-What this means here: whoever logs never writes. Lines that do not fit into the queue are counted, and the count is
-logged as soon as there is room. At the end of the program the queue has a second to empty itself.
+A thread that is woken for each line costs more than the line.
+
+What this means here: whoever logs never writes. Lines that come close together are written together. Lines that do
+not fit into the queue are counted, and the count is logged as soon as there is room. At the end of the program the
+queue has a second to empty itself.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 MOST = 1 << 20  # bytes of lines that may wait
 PATIENCE = 1.0  # seconds to get rid of them at the end of the program
+TOGETHER = 16 << 10  # bytes of lines in one write, or one line that is longer
+CLOSE = 0.005  # seconds within which lines are close together
 
 
 class LineWriter:
@@ -36,6 +41,7 @@ class LineWriter:
         self._waiting = 0  # bytes in the queue
         self._lost = 0
         self._writing = False
+        self._idle = False  # nobody has to be woken
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="log-lines", daemon=True).start()
 
@@ -63,7 +69,9 @@ class LineWriter:
     def _add(self, raw: bytes) -> None:
         self._lines.append(raw)
         self._waiting += len(raw)
-        self._changed.notify_all()
+        if self._idle:
+            self._idle = False
+            self._changed.notify_all()
 
     def _confess(self) -> None:
         if self._lost:
@@ -71,18 +79,32 @@ class LineWriter:
             self._add(self._notice(count).encode() + b"\n")
 
     def _run(self) -> None:
+        last = 0.0
         while True:
             with self._changed:
                 self._writing = False
                 if not self._lines:
                     self._confess()
                 while not self._lines:
+                    self._idle = True
                     self._changed.notify_all()
                     self._changed.wait()
-                raw = self._lines.popleft()
-                self._waiting -= len(raw)
+                self._idle = False
                 self._writing = True
+            if time.monotonic() - last < CLOSE and self._waiting < TOGETHER:
+                time.sleep(CLOSE)
+            with self._changed:
+                raw = b"".join(self._taken())
+                self._waiting -= len(raw)
             self._write(raw)
+            last = time.monotonic()
+
+    def _taken(self) -> Iterator[bytes]:
+        """Lines that are written together, taken out of the queue."""
+        size = 0
+        while self._lines and size < TOGETHER:
+            size += len(self._lines[0])
+            yield self._lines.popleft()
 
     def _write(self, raw: bytes) -> None:
         view = memoryview(raw)
@@ -121,6 +143,13 @@ class Lines(logging.StreamHandler[IO[str]]):
             }
         )
         return self.format(said)
+
+    def put(self, line: str) -> bool:
+        """A line that is formatted already; False when it goes somewhere else now, and `emit` is to be used."""
+        if self.stream is not self._own:
+            return False
+        self._writer.put(line)
+        return True
 
     def emit(self, record: logging.LogRecord) -> None:
         """Formats the record here and now; its line follows when its turn comes."""

@@ -10,15 +10,17 @@ import json
 import logging
 import os
 import sys
+import time
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from relay.log_lines import handler_for
+from relay.log_lines import Lines, handler_for
 from relay.record import SessionRecord
 
 Format = Literal["auto", "text", "json"]
 
 log = logging.getLogger("relay")
+_sessions = logging.getLogger("relay.session")
 
 _PLAIN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 _COLOURS = {"WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
@@ -81,6 +83,29 @@ def set_up(form: Format = "auto", level: str = "info", *, records: bool = False)
 def session(record: SessionRecord) -> None:
     """The line of a finished session."""
     level = logging.INFO if record.result == "delivered" else logging.WARNING
-    logging.getLogger("relay.session").log(
-        level, "%s", record.as_text(), extra={"event": "session", **record.as_dict()}
+    if record.back is not None and _put(record, level):
+        return
+    _sessions.log(level, "%s", record.as_text(), extra={"event": "session", **record.as_dict()})
+
+
+def _put(record: SessionRecord, level: int) -> bool:
+    """There may be thousands of duplex sessions a second: their JSON lines go straight to where all lines go.
+
+    False where they do not: the logger takes them as any other.
+    """
+    if not _sessions.isEnabledFor(level):
+        return True
+    handlers = log.handlers
+    if len(handlers) != 1 or _sessions.handlers:
+        return False
+    handler = handlers[0]
+    if not isinstance(handler, Lines) or not isinstance(handler.formatter, JsonLines):
+        return False
+    at = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
+    return handler.put(
+        f'{{"time": "{at}", "level": "{logging.getLevelName(level).lower()}", "event": "session", '
+        f'"message": {_quoted(record.as_text())}, {record.as_json()}}}'
     )
+
+
+_quoted = json.JSONEncoder(ensure_ascii=False).encode

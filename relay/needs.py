@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from relay.endpoints.address import Address
 from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
+from relay.kernel.exchange import PIPES
 from relay.kernel.pipe import DEFAULT_CAPACITY, LARGEST_CAPACITY
 from relay.kernel.probe import Machine
 from relay.log import segment_size
@@ -96,6 +97,12 @@ def listener(address: Address) -> Need:
     """A listening socket; a name may stand for an address of each family."""
     named = bool(address.host) and not address.host.replace(".", "").isdigit() and ":" not in address.host
     return Need(2, at_most=True) if address.scheme == "tcp" and named else Need(1)
+
+
+def exchange(spliced: bool, machine: Machine) -> Need:
+    """Pipes that duplex sessions borrow while bulk passes through them (kernel.exchange.Exchange), on every engine."""
+    count = machine.cpus * PIPES if spliced else 0
+    return pipe(DEFAULT_CAPACITY, machine).times(count) + Need(at_most=spliced)
 
 
 def source(address: Address, machine: Machine) -> Need:

@@ -23,7 +23,7 @@ from relay.endpoints.settings import SinkSettings
 from relay.kernel.pipe import DEFAULT_CAPACITY
 from relay.kernel.probe import Machine
 from relay.needs import Need
-from relay.ring_shape import chained
+from relay.ring_shape import Across, across
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Checksum
 from relay.units import show_size
@@ -76,16 +76,6 @@ class Hold:
 
 
 @dataclass(frozen=True)
-class Crossing:
-    """How the whole of a stream crosses. `only` says why it needs a chain; without that there is a ring as well, the
-    stream begins by `choice`, and `measured` says whether it may change on its way."""
-
-    choice: Choice
-    measured: bool
-    only: str = ""
-
-
-@dataclass(frozen=True)
 class RoutePlan:
     """One route. `turns`: each stream has a pipeline of its own, streams take turns on one, or there is one
     stream only. `streams` may be under way at once and `waiting` wait for their turn; None: as many as come.
@@ -102,7 +92,8 @@ class RoutePlan:
     subscriber: Need | None
     streams: int | None
     waiting: int | None
-    crossing: Crossing
+    crossing: Across | None = None
+    duplex: bool = False
 
     @property
     def at_limit(self) -> Need:
@@ -137,6 +128,8 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 
 
 def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
+    if route.duplex:
+        return _plan_duplex(name, route, machine)
     walk = _Walk(Ways(machine, route.method), machine)
     chain = walk.chain(route.stages, route.sink, route.sink.slow, gated=False, within=())
     finite = route.source.verb == "read"
@@ -167,18 +160,30 @@ def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
         subscriber=needs.subscriber() if listening else None,
         streams=most if turns == "each" else 1,
         waiting=0 if turns != "one" else None if most is None else most - 1,
-        crossing=_crossing(route, Ways(machine, route.method), source),
+        crossing=across(route.stages, route.sink, Ways(machine, route.method), source.choice),
     )
 
 
-def _crossing(route: Route, ways: Ways, source: Hop) -> Crossing:
-    only = chained(route.stages, route.sink)
-    if source.choice.method in ("sendfile", "vmsplice"):
-        only = source.choice.reason
-    if only or source.kind == "null":
-        return Crossing(source.choice, False, only or "there is nothing to move")
-    choice = ways.across(1 + len(route.stages))
-    return Crossing(choice, route.method == "auto" and choice.method == "splice")
+def _plan_duplex(name: str, route: Route, machine: Machine) -> RoutePlan:
+    """Two sockets a connection, and the same way across in both directions."""
+    choice = Ways(machine, route.method).duplex()
+    source, sink = str(route.source.address), str(route.sink.address)
+    need = Need(1)
+    words = "holds the source, and the source holds it: back-pressure passes as over one connection"
+    return RoutePlan(
+        name=name,
+        method=route.method,
+        turns="each",
+        source=Hop("source", route.source.address.scheme, source, choice, need, source, "listen"),
+        chain=(Hop("sink", route.sink.address.scheme, sink, choice, need, sink, "connect"),),
+        holds=(Hold(sink, "sink", "", None, "", "", words),),
+        standing=needs.listener(route.source.address) + needs.exchange(choice.method == "splice", machine),
+        stream=need.times(2),
+        subscriber=None,
+        streams=route.source.limits.connections,
+        waiting=0,
+        duplex=True,
+    )
 
 
 Within = tuple[tuple[str, OnSlow], ...]  # the branches around a place that have a policy, innermost first

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from relay.units import show_size
@@ -92,6 +94,9 @@ class SessionRecord:
     stages: list[dict[str, Any]] = field(default_factory=list)
     source_failed: bool = False
     measured: dict[str, Any] = field(default_factory=dict)
+    back: int | None = None  # of a duplex session: bytes from the sink that the source's kernel took
+    back_lost: int = 0
+    back_method: str = ""
 
     @property
     def failed_sinks(self) -> int:
@@ -118,13 +123,37 @@ class SessionRecord:
             "result": self.result,
             "sinks": [sink.as_dict() for sink in self.sinks],
         }
+        if self.back is not None:
+            found["bytes_back"], found["lost_back"] = self.back, self.back_lost
+            found["method_back"] = self.back_method
         for key in ("reason", "why_method", "stages", "measured"):
             if value := getattr(self, key):
                 found[key] = value
         return found
 
+    def as_json(self) -> str:
+        """The inside of `as_dict` as JSON, for a duplex session without stages: a template costs a tenth of it."""
+        sink = self.sinks[0]
+        ends = _ends(self.route, self.source, sink.sink, sink.address)
+        why = f', "why_method": {_quoted(self.why_method)}' if self.why_method else ""
+        reason = f', "reason": {_quoted(self.reason)}' if self.reason else ""
+        return (
+            f'{ends[0]}, "id": "{self.id}", {ends[1]}, "peer": "{self.peer}", "bytes": {self.bytes}, '
+            f'"seconds": {self.seconds:.6f}, "method": "{self.method}", "ended_by": "{self.ended_by}", '
+            f'"result": "{self.result}", "sinks": [{{{ends[2]}, "bytes": {sink.bytes}, "lost": {sink.lost}, '
+            f'"dropped": 0, "reconnects": 0, "seconds": {sink.seconds:.6f}, "method": "{sink.method}", '
+            f'"result": "{sink.result}"}}], "bytes_back": {self.back}, "lost_back": {self.back_lost}, '
+            f'"method_back": "{self.back_method}"{reason}{why}'
+        )
+
     def as_text(self) -> str:
         """One line for people."""
+        if self.back is not None:
+            said = (
+                f"{self.route} #{self.id} from {self.peer}: {self.bytes} B there and {self.back} B back in "
+            )
+            said += f"{self.seconds:.2f} s, {self.result}, ended by {self.ended_by}"
+            return f"{said}; {self.reason}" if self.reason else said
         rate = show_size(self.bytes / self.seconds) if self.seconds > 0 else "0 B"
         parts = [
             f"{self.route} #{self.id} from {self.peer or self.source}: {show_size(self.bytes)} "
@@ -149,3 +178,16 @@ class SessionRecord:
             if "digest" in stage
         ]
         return "; ".join(parts)
+
+
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
+
+
+@lru_cache(256)
+def _ends(route: str, source: str, sink: str, address: str) -> tuple[str, str, str]:
+    """What is the same in the JSON of every session of a duplex route."""
+    return (
+        f'"route": {_quoted(route)}',
+        f'"source": {_quoted(source)}',
+        f'"sink": {_quoted(sink)}, "address": {_quoted(address)}',
+    )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
 from relay.kernel.ring import SIZE
 from relay.stages.base import StageSettings
 from relay.stages.tee import Settings as Tee
+from relay.ways import Choice, Ways
 
 PLAIN = (
     "tcp",
@@ -47,3 +49,24 @@ def sinks_of(stages: Sequence[StageSettings], sink: SinkSettings) -> Iterator[tu
         if isinstance(stage, Tee):
             yield stage.to, stage.slow
     yield sink, sink.slow
+
+
+@dataclass(frozen=True)
+class Across:
+    """How the whole of a stream crosses. `only` says why it needs a chain; without that there is a ring as well, the
+    stream begins by `choice`, and `measured` says whether it may change on its way."""
+
+    choice: Choice
+    measured: bool
+    only: str = ""
+
+
+def across(stages: Sequence[StageSettings], sink: SinkSettings, ways: Ways, source: Choice) -> Across:
+    """For a plan; `source` is how bytes would enter the chain."""
+    only = chained(stages, sink)
+    if source.method in ("sendfile", "vmsplice"):
+        only = source.reason
+    if only:
+        return Across(source, False, only)
+    choice = ways.across(1 + len(stages))
+    return Across(choice, ways.forced == "auto" and choice.method == "splice")

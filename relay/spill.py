@@ -63,6 +63,7 @@ class SpillSink(Sink):
         self._rest = b""
         self._ferry: Ferry | None = None
         self._stop = False
+        self._cut = ""
         self._appending = False
         self._delivering = True
         self._begin = kept.end
@@ -179,6 +180,8 @@ class SpillSink(Sink):
         elif self.state == "finishing":
             self.log.end_stream()
             self.delivery.engine.post(self.delivery.whole)
+        elif self.state == "cutting":
+            self.delivery.engine.post(partial(self.delivery.whole, torn=True))
         elif self._stop and self.log.directory is not None and (missing := self._not_appended()):
             log.warning("the log of %s was full: the last %d bytes are lost", self.address, missing)
         self._let_go()
@@ -200,6 +203,15 @@ class SpillSink(Sink):
             self.state = "finishing"
             self._ferry.end()
 
+    def cut(self, reason: str) -> None:
+        """The stream broke off: what is in the log goes its way all the same; then the receiver is told."""
+        if self.state != "open" or self._ferry is None:
+            self.abort(reason)
+            return
+        self.state = "cutting"
+        self._cut = reason
+        self._ferry.end()
+
     def _undeliverable(self, error: EndpointError) -> None:
         if self.state in ("failed", "finished"):
             return
@@ -212,7 +224,13 @@ class SpillSink(Sink):
     def _all_delivered(self) -> None:
         """On the delivering engine, where a disk may be waited for: the log goes."""
         self.log.close()
-        self.engine.post(self.finished)
+        self.engine.post(self._ended)
+
+    def _ended(self) -> None:
+        if self.state == "cutting":
+            super().abort(self._cut)
+        else:
+            self.finished()
 
     def abort(self, reason: str) -> None:
         """Ends it; what is in a log on disk stays there for the next start, what is in memory is lost."""

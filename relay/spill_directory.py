@@ -63,6 +63,9 @@ class SpillDirectory:
 
 
 def is_log(directory: Path) -> bool:
-    """Whether relay keeps a log in it, or what is left of one."""
-    with os.scandir(directory) as entries:
-        return any(entry.name == "cursor" or SEGMENT_NAME.fullmatch(entry.name) for entry in entries)
+    """Whether relay keeps a log in it, or what is left of one; one that is delivered meanwhile goes."""
+    try:
+        with os.scandir(directory) as entries:
+            return any(entry.name == "cursor" or SEGMENT_NAME.fullmatch(entry.name) for entry in entries)
+    except FileNotFoundError:
+        return False

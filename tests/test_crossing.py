@@ -220,7 +220,7 @@ def test_a_sink_that_dies_leaves_the_others_alone(tmp_path: Path) -> None:
 
 
 def test_streams_that_take_turns_go_through_a_ring_each(tmp_path: Path) -> None:
-    """On a standing pipeline every turn's bytes are its own: sinks that stay get all streams, each record counts one."""
+    """On a standing pipeline sinks that stay get every turn's stream, and each record counts its own."""
     turns = [payload(10 + number, 3 * MIB + number) for number in range(4)]
     with tcp_listener() as (one, first), tcp_listener() as (two, second):
         config = (

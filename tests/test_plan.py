@@ -451,7 +451,7 @@ def test_json_has_stable_keys() -> None:
     assert list(data) == ["engines", "needs", "limits", "calls", "routes"]
     (route,) = data["routes"]
     assert list(route) == [
-        "name", "method", "crossing", "turns", "streams", "waiting", "source", "chain", "holds", "needs",
+        "name", "method", "crossing", "turns", "duplex", "streams", "waiting", "source", "chain", "holds", "needs",
     ]  # fmt: skip
     assert list(route["source"]) == [
         "role", "kind", "name", "address", "verb", "method", "reason", "sure", "entry", "policy", "branch",
@@ -531,3 +531,18 @@ def test_what_has_no_limit_is_told_how_much_fits() -> None:
     used = plan.total.descriptors
     (line,) = drawing.room(plan)
     assert line == f"inbox: subscribers have no limit; {100 - used} more fit (descriptors)"
+
+
+def test_a_duplex_route_takes_two_descriptors_a_connection() -> None:
+    """A duplex route is drawn as an edge both ways; what a connection needs is two descriptors and no pipe."""
+    route = "{source: {listen: 'tcp://127.0.0.1:1', limits: {connections: 9}}, sink: 'tcp://127.0.0.1:2', duplex: true"
+    made = planned(f"routes: {{r: {route}}}}}")
+    (found,) = made.routes
+    assert (found.stream.descriptors, found.stream.pipes) == (2, 0)
+    assert found.at_limit.descriptors == 1 + 9 * 2
+    assert found.source.choice.method == found.chain[0].choice.method == "copy"
+    assert "<-->" in drawing.as_mermaid(made)
+    assert "both ways" in drawing.as_text(made)
+    spliced = planned(f"routes: {{r: {route}, method: zero-copy}}}}")
+    assert spliced.routes[0].source.choice.method == "splice"
+    assert spliced.routes[0].standing.at_most

@@ -83,7 +83,14 @@ def test_the_core_is_clean_under_the_sanitizers(sanitized: dict[str, str]) -> No
     """The tests of the pump, the loop and the ferry pass, and neither sanitizer has anything to say."""
     where = python(sanitized, "-c", "from relay.kernel import _pump; print(_pump.__file__)")
     assert where.stdout.startswith(sanitized["PYTHONPATH"]), where.stdout + where.stderr
-    files = ("test_pump.py", "test_schedules.py", "test_loop.py", "test_ferry.py", "test_chain.py")
+    files = (
+        "test_pump.py",
+        "test_schedules.py",
+        "test_loop.py",
+        "test_ferry.py",
+        "test_chain.py",
+        "test_duplex.py",
+    )
     quiet = ("-q", "-x", "-p", "no:cacheprovider", "--timeout", "200")
     ended = python(sanitized, "-m", "pytest", *quiet, *(str(HERE / name) for name in files))
     said = ended.stdout + ended.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,15 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance import connected
+from conformance import connected, reset
 from flapping import Receiver, gaps
-from peers import accept, assert_same, eventually, payload, program, receive_all, send_all, tcp_listener
+from peers import (
+    accept,
+    assert_same,
+    eventually,
+    payload,
+    program,
+    receive_all,
+    received,
+    send_all,
+    tcp_listener,
+)
 from relays import Relay, serving
 
 import relay.log
+import relay.spill_directory
 from relay.config.load import load_to_run, loads
+from relay.endpoints.socket import unacknowledged
 from relay.errors import ConfigErrors
 from relay.record import SinkRecord
+from relay.spill_directory import SpillDirectory
 
 MIB = 1 << 20
 
@@ -332,8 +346,8 @@ def test_a_plain_file_of_a_route_without_end_is_written_in_place(tmp_path: Path)
                 source.sendall(payload(turn, 100_000))
                 source.shutdown(socket.SHUT_WR)
                 receive_all(source)
-            size = (turn + 1) * 100_000
-            eventually(lambda size=size: (tmp_path / "all.bin").stat().st_size == size, "it is written")
+            size, file = (turn + 1) * 100_000, tmp_path / "all.bin"
+            eventually(lambda: file.exists() and file.stat().st_size == size, "it is written")  # noqa: B023 - asked now
         served.signal(signal.SIGTERM)
         assert served.wait() == 0
     assert_same((tmp_path / "all.bin").read_bytes(), payload(0, 100_000) + payload(1, 100_000))
@@ -428,6 +442,24 @@ def test_a_directory_in_use_stops_the_start(tmp_path: Path) -> None:
             assert "another relay uses it" in second.text
         first.signal(signal.SIGTERM)
         assert first.wait() == 0
+
+
+def test_a_log_that_goes_while_logs_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is delivered between the listing and the look into it is none any more; the others are found."""
+    for name in ("goes", "stays"):
+        kept = relay.log.Log(tmp_path / name)
+        kept.close(keep=True)
+    directory = SpillDirectory(str(tmp_path))
+    look = relay.spill_directory.is_log
+
+    def gone_by_then(path: Path) -> bool:
+        if path.name == "goes":
+            shutil.rmtree(path)
+        return look(path)
+
+    monkeypatch.setattr(relay.spill_directory, "is_log", gone_by_then)
+    assert directory.found() == ["stays"]
+    directory.close()
 
 
 def test_a_log_that_no_route_claims_is_kept_and_named(tmp_path: Path) -> None:
@@ -622,3 +654,47 @@ def test_what_a_log_can_do_is_accepted(tmp_path: Path) -> None:
         " sink: {connect: 'tcp://h:2', on_slow: {policy: spill, directory: d, max: 1GiB, then: drop, align: 188}}}}"
     )
     assert load_to_run(str(tmp_path / "c.yaml")).routes
+
+
+# --- streams that break off ---------------------------------------------------------------------------------
+
+
+def until_reset(sock: socket.socket) -> tuple[bytes, bool]:
+    """What comes, and whether it had an orderly end."""
+    got = bytearray()
+    try:
+        for piece in received(sock):
+            got += piece
+    except ConnectionResetError:
+        return bytes(got), False
+    return bytes(got), True
+
+
+@pytest.mark.parametrize("directory", ["", ", directory: spill"])
+def test_what_a_broken_stream_left_in_its_log_is_delivered(tmp_path: Path, directory: str) -> None:
+    """A source that resets leaves no orphan: what was logged comes out when the sink is there, cut off at its end."""
+    data = payload(11, 2 * MIB)
+    with Receiver() as receiver:
+        config = (
+            'routes: {r: {source: {listen: "tcp://127.0.0.1:0", connections: each}, '
+            f'sink: {{connect: "{receiver.address}", on_slow: {{policy: spill{directory}}}}}}}}}'
+        )
+        with serving(config, tmp_path) as served:
+            with socket.create_connection(("127.0.0.1", served.port())) as source:
+                source.sendall(data)
+                served.said("is away")
+                eventually(lambda: unacknowledged(source.fileno()) == 0, "relay's kernel has it")
+                reset(source)
+            served.said("reading from")
+            receiver.up()
+            connection = receiver.accept()
+            got, ended = until_reset(connection)
+            assert not ended
+            (record,) = served.sessions()
+            assert not list((tmp_path / "spill").glob("r.*"))
+            served.signal(signal.SIGTERM)
+            assert served.wait() == 0
+    (sink,) = record["sinks"]
+    assert_same(got, data[: len(got)])
+    assert (record["result"], sink["result"], sink["lost"]) == ("failed", "failed", 0)
+    assert len(got) == sink["bytes"] == record["bytes"]

@@ -22,10 +22,7 @@ class Pending(NamedTuple):
     when: Callable[[Any], bool] = bool
 
 
-PENDING = (
-    Pending(Config, "admin", "leave it out; relay logs what it does"),
-    Pending(Route, "duplex", "a route moves bytes one way: from its source to its sinks"),
-)
+PENDING = (Pending(Config, "admin", "leave it out; relay logs what it does"),)
 
 
 def refusals(config: Config) -> Iterator[Problem]:
@@ -33,7 +30,33 @@ def refusals(config: Config) -> Iterator[Problem]:
     yield from _within(config, ())
 
 
+def _duplex(route: Route) -> Iterator[Problem]:
+    """What a duplex route cannot have so far, and what would mean nothing there."""
+    later = "is not available on duplex routes in this version"
+    if route.stages:
+        yield Problem(f"'stages' {later}; its bytes pass as they are", ("stages",), at_key=True)
+    if route.replies:
+        yield Problem(f"'replies' {later}; its bytes pass as they are", ("replies",), at_key=True)
+    if not route.source.listen:
+        key = route.source.verb if route.source.connect else route.source.address.scheme
+        yield Problem(f"'{key}' {later}; its source listens", ("source", key), at_key=True)
+    if not route.sink.connect:
+        yield Problem(f"'fd' {later}; its sink connects", ("sink", "fd"), at_key=True)
+    none = "means nothing on a duplex route"
+    if route.source.connections == "one":
+        said = f"'connections: one' {none}: each connection has one to the sink of its own"
+        yield Problem(said, ("source", "connections"), at_key=True)
+    if route.sink.slow.policy != "block" or route.sink.slow.buffer:
+        said = f"'on_slow' {none}: a side that takes nothing holds the other back, as over one connection"
+        yield Problem(said, ("sink", "on_slow"), at_key=True)
+    if route.wait_for_sinks is not None:
+        said = f"'wait_for_sinks' {none}: nothing is read from a connection before its sink is there"
+        yield Problem(said, ("wait_for_sinks",), at_key=True)
+
+
 def _within(value: object, place: Place) -> Iterator[Problem]:
+    if isinstance(value, Route) and value.duplex:
+        yield from (problem.within(*place) for problem in _duplex(value))
     if isinstance(value, FrozenModel):
         for key in type(value).model_fields:
             if key not in value.model_fields_set:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import os
 import select
 import socket
 import struct
@@ -28,12 +29,14 @@ from relay.endpoints.base import Sink, Source, hint
 from relay.endpoints.liveness import Liveness
 from relay.endpoints.pacing import unpace
 from relay.engine import Engine, Timer, Watch
+from relay.kernel import core
 from relay.seldom import Seldom
 from relay.units import show_size
 
 log = logging.getLogger("relay.endpoints")
 
 BACKLOG = 4096
+CROWD = 64  # connections accepted at once
 GRACE = 2.0  # seconds a delivered sink waits for its peer to close first
 AGAIN = 0.2  # seconds between two attempts to accept when no descriptor is left
 COMPLAIN = 10.0  # seconds between two log lines about that
@@ -304,11 +307,45 @@ class Listener:
         self._sock: socket.socket | None = sock
         self._accepted = accepted
         sock.setblocking(False)
+        self._crowd: Callable[[list[tuple[int, str]]], None] | None = None
+        self._room: Any = None
         self._short_of = ""
         self._complained = Seldom(COMPLAIN)
         self._watch: Watch | None = engine.watch(sock.fileno(), select.EPOLLIN, self._readable)
 
+    def by_the_crowd(self, accepted: Callable[[list[tuple[int, str]]], None]) -> None:
+        """From now on connections come as lists of (descriptor, peer), each the receiver's to close, nonblocking.
+
+        They have the options of the listening `socket`.
+        """
+        self._crowd = accepted
+        self._room = core.ffi.new("struct relay_accepted[]", CROWD)
+
+    @property
+    def socket(self) -> socket.socket | None:
+        """The listening socket, borrowed; None once closed."""
+        return self._sock
+
+    def _accept_many(self, accepted: Callable[[list[tuple[int, str]]], None]) -> None:
+        if self._sock is None:
+            return
+        count = core.lib.relay_accept(self._sock.fileno(), self._room, CROWD)
+        if count < 0:
+            self._cannot_accept(OSError(-count, os.strerror(-count)))
+        elif count:
+            self._can_accept()
+            name = core.ffi.string
+            accepted([(got.fd, name(got.peer).decode()) for got in self._room[0:count]])
+
+    def _can_accept(self) -> None:
+        if self._short_of:
+            log.info("accepting on %s again", self.address, extra={"event": "accepting"})
+            self._short_of = ""
+
     def _readable(self, _mask: int) -> None:
+        if self._crowd is not None:
+            self._accept_many(self._crowd)
+            return
         self._take(64)
 
     def take_all(self) -> None:
@@ -328,9 +365,7 @@ class Listener:
             except OSError as error:
                 self._cannot_accept(error)
                 return
-            if self._short_of:
-                log.info("accepting on %s again", self.address, extra={"event": "accepting"})
-                self._short_of = ""
+            self._can_accept()
             self._accepted(sock, peer_name(sock, peer))
 
     def _cannot_accept(self, error: OSError) -> None:

@@ -13,7 +13,19 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-SOURCES = ("pump.c", "intake.c", "gate.c", "outflow.c", "loads.c", "ring.c", "scatter.c", "loop.c", "ferry.c")
+SOURCES = (
+    "pump.c",
+    "intake.c",
+    "gate.c",
+    "outflow.c",
+    "loads.c",
+    "ring.c",
+    "scatter.c",
+    "duplex.c",
+    "dial.c",
+    "loop.c",
+    "ferry.c",
+)
 HEADERS = ("pump.h", "calls.h", "pass.h")
 
 # hidden: what the files of the core share is nobody else's to call or to replace

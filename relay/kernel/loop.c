@@ -118,8 +118,13 @@ void relay_forget(struct relay_engine *e, struct relay_pipeline *p)
 static int64_t wait_ns(struct relay_engine *e, int64_t timeout_ns)
 {
     int64_t now = clock_ns(), wait = timeout_ns;
-    if (e->ready_first)
+    if (e->ready_first || (e->exchange && e->exchange->first))
         return 0;
+    if (e->exchange && e->exchange->timed) {
+        int64_t until = e->exchange->look_ns > now ? e->exchange->look_ns - now : 0;
+        if (wait < 0 || until < wait)
+            wait = until;
+    }
     for (struct relay_pipeline *p = e->timed; p; p = p->timed_next) {
         int64_t until = p->wake_ns > now ? p->wake_ns - now : 0;
         if (wait < 0 || until < wait)
@@ -169,6 +174,10 @@ int relay_poll(struct relay_engine *e, int64_t timeout_ns, struct relay_event *o
     e->now_ns = clock_ns();
     for (int i = 0; i < n; i++) {
         struct relay_end *end = got[i].data.ptr;
+        if (end->kind == RELAY_SIDE) {
+            duplex_note(e, got[i].data.ptr, got[i].events);
+            continue;
+        }
         if (end->kind != RELAY_WATCH) {
             note(e, end, got[i].events);
             continue;
@@ -199,6 +208,8 @@ int relay_poll(struct relay_engine *e, int64_t timeout_ns, struct relay_event *o
         set_timed(e, p);
         e->now_ns = clock_ns();
     }
+    if (e->exchange)
+        duplex_turn(e, out, &count, max);
     return count;
 }
 
