@@ -14,6 +14,7 @@ from typing import Any
 
 from relay.duplex import Sessions, counted
 from relay.endpoints.liveness import tune
+from relay.endpoints.pacing import unpace
 from relay.engine import Engine
 from relay.kernel import core
 from relay.record import SessionRecord
@@ -43,6 +44,7 @@ class DuplexRoute(RunningRoute):
         for listener in self._listeners:
             if listener.socket is not None and listener.socket.family != socket.AF_UNIX:
                 tune(listener.socket, source.dead_after)
+                unpace(listener.socket)
             listener.by_the_crowd(self._crowd)
             self._say_bound("listening", "source", listener.address)
 

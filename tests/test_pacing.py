@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 from descriptors import Descriptors
 from peers import accept, tcp_listener
 
-from relay.endpoints.pacing import unpace
+from relay.endpoints import pacing
+from relay.endpoints.pacing import needless, unpace
 
 
 def congestion(sock: socket.socket) -> str:
@@ -34,6 +36,35 @@ def test_a_connection_within_the_machine_is_not_paced(address: str) -> None:
         with accept(listener):
             unpace(sock)
             assert congestion(sock) == "reno"
+
+
+def test_whoever_connects_to_a_loopback_address_is_not_paced() -> None:
+    """What is accepted there has the listener's control, so the listener has reno in place of BBR."""
+    with tcp_listener() as (listener, _), socket.socket() as sock:
+        use(listener, "bbr")
+        unpace(listener)
+        sock.connect(listener.getsockname())
+        with accept(listener) as accepted:
+            assert congestion(accepted) == "reno"
+
+
+@pytest.mark.parametrize(
+    ("host", "choice", "answer"),
+    [
+        ("127.0.0.1", "bbr", True),
+        ("::1", "bbr", True),
+        ("10.0.0.1", "bbr", False),
+        ("127.0.0.1", "cubic", False),
+    ],
+)
+def test_pacing_is_needless_only_within_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, choice: str, answer: bool
+) -> None:
+    """Where BBR is the machine's choice a connection to loopback does without; where nothing is known, all is left."""
+    monkeypatch.setattr(pacing, "CHOICE", tmp_path / "choice")
+    assert not needless(host)
+    (tmp_path / "choice").write_text(f"{choice}\n")
+    assert needless(host) == answer
 
 
 @pytest.mark.parametrize("control", ["reno", "cubic"])

@@ -315,6 +315,7 @@ struct relay_dial {
     int family;
     int tcp;
     int idle, interval, count, longest_ms;
+    int unpaced;             /* it stays on this machine, whose connections are paced: reno does without */
 };
 
 struct relay_engine {
