@@ -56,7 +56,9 @@ class UnixSink(SocketSink):
     def _connected(self, sock: socket.socket | None, code: int) -> None:
         self._connecting = None
         if sock is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_CAPACITY)  # as much as the system lets it
+            sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_CAPACITY
+            )  # as much as the system lets it
             self.adopt(sock)
         else:
             self.not_connected(code)
