@@ -12,8 +12,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from . import machine, table
-from .cell import MIB, Cell, catalogue
+from . import machine, plots, table
+from .catalogue import catalogue
+from .cell import MIB, Cell
 from .load import BenchmarkError, compiled
 from .series import measured
 from .trial import Trial, room
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{cell.name:28}{cell.title}" for cell in cells))
         return 0
+    if options.plot is not None:
+        options.plot.mkdir(parents=True, exist_ok=True)
     try:
         return _report(options, cells)
     except BenchmarkError as error:
@@ -51,7 +54,7 @@ def _report(options: argparse.Namespace, cells: list[Cell]) -> int:
         about = machine.description(directory)
         for cell in cells:
             size = options.size or cell.size
-            room(directory, size)
+            room(directory, cell, size)
             trial = Trial(load, cell, directory)
             results = measured(cell, trial, options.runs, size, _say)
             failed = failed or any(result.failure for result in results)
@@ -59,12 +62,13 @@ def _report(options: argparse.Namespace, cells: list[Cell]) -> int:
             raws.append(table.raw(cell, size, options.runs, results))
     command = _command(options)
     header = f"Machine: {machine.line(about)}\n\nRepeat with `{command}`.\n"
-    text = "\n".join([header, *parts])
+    document = {"machine": about, "command": command, "cells": raws}
+    drawn = plots.draw(document, options.plot) if options.plot is not None else []
+    text = "\n".join([header, *plots.pictures(drawn, options.markdown, parts)])
     print(text)
     if options.markdown is not None:
         options.markdown.write_text(text)
     if options.json is not None:
-        document = {"machine": about, "command": command, "cells": raws}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 1 if failed else 0
 
@@ -117,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--directory", type=Path, help="where files and fifos are made (default: the temporary directory)")
     add("--json", type=Path, metavar="FILE", help="write every run there")
     add("--markdown", type=Path, metavar="FILE", help="write the tables there, too")
+    add("--plot", type=Path, metavar="DIR", help="draw the bars of each cell, and of all ratios, there (SVG)")
     add("--list", action="store_true", help="name the cells and stop")
     return parser
 

@@ -18,10 +18,11 @@ LARGE_PIPE = MIB
 
 @dataclass(frozen=True)
 class Cell:
-    """One table: from where (`file`, `tcp`, `pipe`), to where (`tcp`, `fifo`, `file`), how many times.
+    """One table: from where (`file`, `tcp`, `unix`, `pipe`), to where (`tcp`, `unix`, `fifo`, `file`), how many times.
 
-    `size` is bytes of the source stream. `receivers` drop bytes in the kernel (`discard`) or copy
-    them (`read`). `target` bounds relay's CPU as a fraction of the named peer's.
+    `size` is bytes of the source stream, which is fed in writes of `chunk`. `receivers` drop bytes in the kernel
+    (`discard`) or copy them (`read`). `target` bounds relay's CPU as a fraction of the named peer's; `goal` is the most
+    CPU and the least GiB/s that relay is to have, as fractions of the best peers'.
     """
 
     name: str
@@ -35,11 +36,22 @@ class Cell:
     pipe: int = LARGE_PIPE
     receivers: str = "discard"
     target: tuple[str, float] | None = None
+    chunk: int = MIB
+    goal: tuple[float, float] | None = None
 
 
 _BASE = (
-    Cell("file-tcp", "File (warm page cache) to tcp", "file", "tcp", 1, GIB, contender.FILE_TCP),
-    Cell("tcp-4tcp", "tcp to 4 tcp", "tcp", "tcp", 4, GIB, contender.TCP_4TCP),
+    Cell(
+        "file-tcp",
+        "File (warm page cache) to tcp",
+        "file",
+        "tcp",
+        1,
+        GIB,
+        contender.FILE_TCP,
+        goal=(0.9, 1.1),
+    ),
+    Cell("tcp-4tcp", "tcp to 4 tcp", "tcp", "tcp", 4, GIB, contender.TCP_4TCP, goal=(0.8, 1.25)),
     Cell(
         "pipe-4pipes",
         "Pipe to 4 pipes, chunks and pipes of 1 MiB",
@@ -49,19 +61,22 @@ _BASE = (
         8 * GIB,
         contender.PIPE_4PIPES,
         target=("tee", 0.2),
+        goal=(0.1, 8.0),
     ),
-    Cell("tcp-file", "tcp to file", "tcp", "file", 1, GIB, contender.TCP_FILE),
+    Cell("tcp-file", "tcp to file", "tcp", "file", 1, GIB, contender.TCP_FILE, goal=(0.8, 1.1)),
 )
 
 
-def catalogue() -> list[Cell]:
-    """Every cell, in the order of the report: each job pinned, its variants behind it."""
+def one_way() -> list[Cell]:
+    """The jobs of every day, in the order of the report: each pinned, its variants behind it."""
     cells = []
     for base in _BASE:
         cells.append(base)
         if base.source == "pipe":
             title = "Pipe to 4 pipes, chunks of 1 MiB, pipes of the default size"
-            cells.append(replace(base, name=f"{base.name}-default-size", title=title, pipe=0, target=None))
+            cells.append(
+                replace(base, name=f"{base.name}-default-size", title=title, pipe=0, target=None, goal=None)
+            )
             # How fast the readers are decides how often a writer must wake them: both kinds, both bound.
             title = f"{base.title}, readers that copy"
             cells.append(replace(base, name=f"{base.name}-read", title=title, receivers="read"))

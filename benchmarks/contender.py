@@ -39,13 +39,18 @@ def environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Place:
-    """The two ends of one run. A cell fills in what it has: a port to listen on, a file, the sinks."""
+    """The two ends of one run. A cell fills in what it has: a port or a path to listen on, a file, the sinks.
+
+    `paths` are names for as many sinks as there are: of unix sockets that listen, or of files to be written.
+    """
 
     listen: int = 0
     file: Path = Path("/dev/null")
     ports: tuple[int, ...] = ()
     fifos: tuple[Path, ...] = ()
     output: Path = Path("/dev/null")
+    listen_path: Path = Path("/dev/null")
+    paths: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ MBUFFER = Tool("mbuffer", "mbuffer", ("mbuffer", "--version"), r"version (\S+)")
 TEE = Tool("GNU tee", "coreutils", ("tee", "--version"), r"tee \(GNU coreutils\) (\S+)")
 NC = Tool("OpenBSD nc", "netcat-openbsd", ("nc", "-h"), r"OpenBSD netcat \(Debian patchlevel (\S+)\)")
 NCAT = Tool("ncat", "ncat", ("ncat", "--version"), r"Version (\S+)")
+PYTHON = Tool("Python", "python3", (sys.executable, "--version"), r"Python (\S+)")
 BASH = Tool("bash", "bash", ("bash", "--version"), r"version ([\d.]+)")
 
 
@@ -121,55 +127,67 @@ class Contender:
         return ", ".join(versions)
 
 
-def _one(*argv: str | Path, stdin: Path | None = None, stdout: Path | None = None) -> list[Part]:
+def one(*argv: str | Path, stdin: Path | None = None, stdout: Path | None = None) -> list[Part]:
+    """A single command."""
     return [Part(tuple(map(str, argv)), stdin, stdout)]
 
 
-def _pipe(*pipeline: list[Part]) -> list[Part]:
-    return [part for parts in pipeline for part in parts]
+def pipeline(*commands: list[Part]) -> list[Part]:
+    """Commands with a pipe between each two."""
+    return [part for parts in commands for part in parts]
 
 
-def _each(flag: str, values: list[str]) -> list[str]:
+def each(flag: str, values: list[str]) -> list[str]:
+    """The flag before each value."""
     return [word for value in values for word in (*flag.split(), value)]
 
 
-def _tcp(place: Place) -> list[str]:
+def tcp(place: Place) -> list[str]:
+    """The sinks as host:port."""
     return [f"127.0.0.1:{port}" for port in place.ports]
 
 
 def _socat_tee(place: Place) -> list[Part]:
-    sends = [f"socat -u -b 1048576 - TCP4:{address}" for address in _tcp(place)]
+    sends = [f"socat -u -b 1048576 - TCP4:{address}" for address in tcp(place)]
     branches = " ".join(f">({send})" for send in sends[:-1])
     source = f"socat -u -b 1048576 TCP4-LISTEN:{place.listen},bind=127.0.0.1 -"
-    return _one("bash", "-c", f"{source} | tee {branches} | {sends[-1]}")
+    return one("bash", "-c", f"{source} | tee {branches} | {sends[-1]}")
+
+
+def python(*words: str) -> list[Part]:
+    """The peers that are a few lines of Python: see peers.py."""
+    return one(sys.executable, "-I", ROOT / "benchmarks" / "peers.py", *words)
 
 
 # mbuffer picks a block size from the system; 1 MiB blocks are what suits it and relay's chunks alike.
 BLOCKS = ("-s", "1M", "-m", "16M")
 
 FILE_TCP = (
-    Contender("relay send", (), lambda p: _one(*RELAY, "send", p.file, "--to", f"tcp://{_tcp(p)[0]}")),
+    Contender("relay send", (), lambda p: one(*RELAY, "send", p.file, "--to", f"tcp://{tcp(p)[0]}")),
     Contender(
         "socat -b 1M",
         (SOCAT,),
-        lambda p: _one("socat", "-u", "-b", "1048576", f"OPEN:{p.file},rdonly", f"TCP4:{_tcp(p)[0]}"),
+        lambda p: one("socat", "-u", "-b", "1048576", f"OPEN:{p.file},rdonly", f"TCP4:{tcp(p)[0]}"),
     ),
-    Contender("mbuffer", (MBUFFER,), lambda p: _one("mbuffer", "-q", "-i", p.file, "-O", _tcp(p)[0])),
+    Contender("mbuffer", (MBUFFER,), lambda p: one("mbuffer", "-q", "-i", p.file, "-O", tcp(p)[0])),
     Contender(
         "mbuffer -s 1M",
         (MBUFFER,),
-        lambda p: _one("mbuffer", "-q", *BLOCKS, "-i", p.file, "-O", _tcp(p)[0]),
+        lambda p: one("mbuffer", "-q", *BLOCKS, "-i", p.file, "-O", tcp(p)[0]),
     ),
-    Contender("nc", (NC,), lambda p: _one("nc", "-N", "127.0.0.1", str(p.ports[0]), stdin=p.file)),
+    Contender("nc", (NC,), lambda p: one("nc", "-N", "127.0.0.1", str(p.ports[0]), stdin=p.file)),
     Contender(
-        "ncat", (NCAT,), lambda p: _one("ncat", "--send-only", "127.0.0.1", str(p.ports[0]), stdin=p.file)
+        "ncat", (NCAT,), lambda p: one("ncat", "--send-only", "127.0.0.1", str(p.ports[0]), stdin=p.file)
     ),
     Contender(
         "pv | socat -b 1M",
         (PV, SOCAT),
-        lambda p: _pipe(
-            _one("pv", "-q", p.file), _one("socat", "-u", "-b", "1048576", "-", f"TCP4:{_tcp(p)[0]}")
+        lambda p: pipeline(
+            one("pv", "-q", p.file), one("socat", "-u", "-b", "1048576", "-", f"TCP4:{tcp(p)[0]}")
         ),
+    ),
+    Contender(
+        "Python socket.sendfile", (PYTHON,), lambda p: python("sendfile", str(p.file), str(p.ports[0]))
     ),
 )
 
@@ -177,37 +195,38 @@ TCP_4TCP = (
     Contender(
         "relay run",
         (),
-        lambda p: _one(
-            *RELAY, "run", f"tcp://127.0.0.1:{p.listen}", *_each("--to", [f"tcp://{a}" for a in _tcp(p)])
+        lambda p: one(
+            *RELAY, "run", f"tcp://127.0.0.1:{p.listen}", *each("--to", [f"tcp://{a}" for a in tcp(p)])
         ),
     ),
     Contender(
-        "mbuffer", (MBUFFER,), lambda p: _one("mbuffer", "-q", "-I", str(p.listen), *_each("-O", _tcp(p)))
+        "mbuffer", (MBUFFER,), lambda p: one("mbuffer", "-q", "-I", str(p.listen), *each("-O", tcp(p)))
     ),
     Contender(
         "mbuffer -s 1M",
         (MBUFFER,),
-        lambda p: _one("mbuffer", "-q", *BLOCKS, "-I", str(p.listen), *_each("-O", _tcp(p))),
+        lambda p: one("mbuffer", "-q", *BLOCKS, "-I", str(p.listen), *each("-O", tcp(p))),
     ),
     Contender("socat | tee >(socat)...", (SOCAT, TEE, BASH), _socat_tee),
+    Contender("Python asyncio", (PYTHON,), lambda p: python("asyncio", str(p.listen), *map(str, p.ports))),
 )
 
 PIPE_4PIPES = (
     Contender(
         "relay run",
         (),
-        lambda p: _one(*RELAY, "run", "-", *_each("--to", [f"fifo://{path}" for path in p.fifos])),
+        lambda p: one(*RELAY, "run", "-", *each("--to", [f"fifo://{path}" for path in p.fifos])),
     ),
-    Contender("tee", (TEE,), lambda p: _one("tee", *p.fifos[:-1], stdout=p.fifos[-1])),
+    Contender("tee", (TEE,), lambda p: one("tee", *p.fifos[:-1], stdout=p.fifos[-1])),
     Contender(
         "pv | tee",
         (PV, TEE),
-        lambda p: _pipe(_one("pv", "-q"), _one("tee", *p.fifos[:-1], stdout=p.fifos[-1])),
+        lambda p: pipeline(one("pv", "-q"), one("tee", *p.fifos[:-1], stdout=p.fifos[-1])),
     ),
     Contender(
         "mbuffer -s 1M",
         (MBUFFER,),
-        lambda p: _one("mbuffer", "-q", *BLOCKS, *_each("-f -o", list(map(str, p.fifos)))),
+        lambda p: one("mbuffer", "-q", *BLOCKS, *each("-f -o", list(map(str, p.fifos)))),
     ),
 )
 
@@ -215,37 +234,38 @@ TCP_FILE = (
     Contender(
         "relay run",
         (),
-        lambda p: _one(*RELAY, "run", f"tcp://127.0.0.1:{p.listen}", "--to", f"file://{p.output}"),
+        lambda p: one(*RELAY, "run", f"tcp://127.0.0.1:{p.listen}", "--to", f"file://{p.output}"),
     ),
     Contender(
         "socat -b 1M",
         (SOCAT,),
-        lambda p: _one(
+        lambda p: one(
             "socat", "-u", "-b", "1048576", f"TCP4-LISTEN:{p.listen},bind=127.0.0.1", f"CREATE:{p.output}"
         ),
     ),
     Contender(
-        "mbuffer", (MBUFFER,), lambda p: _one("mbuffer", "-q", "-I", str(p.listen), "-f", "-o", p.output)
+        "mbuffer", (MBUFFER,), lambda p: one("mbuffer", "-q", "-I", str(p.listen), "-f", "-o", p.output)
     ),
     Contender(
         "mbuffer -s 1M",
         (MBUFFER,),
-        lambda p: _one("mbuffer", "-q", *BLOCKS, "-I", str(p.listen), "-f", "-o", p.output),
+        lambda p: one("mbuffer", "-q", *BLOCKS, "-I", str(p.listen), "-f", "-o", p.output),
     ),
-    Contender("nc", (NC,), lambda p: _one("nc", "-d", "-l", "127.0.0.1", str(p.listen), stdout=p.output)),
+    Contender("nc", (NC,), lambda p: one("nc", "-d", "-l", "127.0.0.1", str(p.listen), stdout=p.output)),
     Contender(
         "ncat",
         (NCAT,),
-        lambda p: _one("ncat", "-l", "--recv-only", "127.0.0.1", str(p.listen), stdout=p.output),
+        lambda p: one("ncat", "-l", "--recv-only", "127.0.0.1", str(p.listen), stdout=p.output),
     ),
     Contender(
         "socat -b 1M | pv",
         (SOCAT, PV),
-        lambda p: _pipe(
-            _one("socat", "-u", "-b", "1048576", f"TCP4-LISTEN:{p.listen},bind=127.0.0.1", "-"),
-            _one("pv", "-q", stdout=p.output),
+        lambda p: pipeline(
+            one("socat", "-u", "-b", "1048576", f"TCP4-LISTEN:{p.listen},bind=127.0.0.1", "-"),
+            one("pv", "-q", stdout=p.output),
         ),
     ),
+    Contender("Python asyncio", (PYTHON,), lambda p: python("asyncio", str(p.listen), f"file:{p.output}")),
 )
 
 

@@ -2,15 +2,16 @@
  * The load generator, the receivers and the accountant of the benchmarks: one small program, compiled by the
  * harness, the same for every contender.
  *
- *   load feed BYTES              writes BYTES to stdout in chunks of 1 MiB
- *   load feed BYTES PORT         the same to 127.0.0.1:PORT, once somebody listens there
+ *   load feed BYTES CHUNK              writes BYTES to stdout in chunks of CHUNK bytes, at most 1 MiB
+ *   load feed BYTES CHUNK PORT|PATH    the same to 127.0.0.1:PORT or a unix socket, once somebody listens there
  *   load receive HOW tcp COUNT   listens on COUNT ports of 127.0.0.1, one connection each
+ *   load receive HOW unix PATH...   listens on unix sockets, one connection each
  *   load receive HOW fifo CAPACITY PATH...   reads fifos; CAPACITY in bytes, 0 leaves the system's default
  *   load keep FD ARGV...         runs a command, waits for it and for all it leaves behind, and writes the KiB of
  *                                the largest process among them to FD
  *   load burn MILLISECONDS       uses that much CPU time; a known quantity to test the accounting with
  *
- * HOW is `discard` (the bytes are dropped inside the kernel), `read` (copied to user memory and dropped), or a
+ * HOW is `discard` (the bytes are dropped inside the kernel; unix sockets cannot and are read), `read` (copied to user memory and dropped), or a
  * list of descriptors such as `5,6,7,8` (each stream is written to its own, for whoever computes a digest).
  *
  * Chunks go out by plain write(): a feeder that lent its pages would favour contenders that pass pages on.
@@ -28,6 +29,7 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -70,18 +72,32 @@ static struct sockaddr_in loopback(int port)
     return address;
 }
 
-/* Nobody listens yet while the contender is starting: try again each millisecond, for 20 s. */
-static int connected(int port)
+static struct sockaddr_un at_path(const char *path)
 {
-    struct sockaddr_in address = loopback(port);
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof address.sun_path) {
+        errno = ENAMETOOLONG;
+        die(path);
+    }
+    strcpy(address.sun_path, path);
+    return address;
+}
+
+/* Nobody listens yet while the contender is starting: try again each millisecond, for 20 s. */
+static int connected(const char *to)
+{
+    int is_path = strchr(to, '/') != NULL;
+    struct sockaddr_in port = loopback(is_path ? 0 : atoi(to));
+    struct sockaddr_un path = at_path(is_path ? to : "");
     struct timespec pause = {.tv_nsec = 1000000};
     for (int attempt = 0; attempt < 20000; attempt++) {
-        int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        int fd = socket(is_path ? AF_UNIX : AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
         if (fd < 0)
             die("socket");
-        if (connect(fd, (struct sockaddr *)&address, sizeof address) == 0)
+        if ((is_path ? connect(fd, (struct sockaddr *)&path, sizeof path)
+                     : connect(fd, (struct sockaddr *)&port, sizeof port)) == 0)
             return fd;
-        if (errno != ECONNREFUSED)
+        if (errno != ECONNREFUSED && errno != ENOENT)
             die("connect");
         close(fd);
         nanosleep(&pause, NULL);
@@ -91,7 +107,7 @@ static int connected(int port)
     return -1;
 }
 
-static int feed(int64_t size, int port)
+static int feed(int64_t size, size_t piece, const char *to)
 {
     uint64_t state = 0x9e3779b97f4a7c15u; /* any odd constant: the stream is the same each time */
     for (size_t i = 0; i < CHUNK; i += sizeof state) {
@@ -100,17 +116,17 @@ static int feed(int64_t size, int port)
         state ^= state << 17;
         memcpy(chunk + i, &state, sizeof state);
     }
-    int fd = port > 0 ? connected(port) : STDOUT_FILENO;
+    int fd = to ? connected(to) : STDOUT_FILENO;
     int64_t start = now_ns(CLOCK_MONOTONIC), left = size;
     for (uint64_t number = 0; left > 0; number++) {
         /* Each page carries the number of its chunk, so that a digest notices chunks lost or out of order. */
-        for (size_t i = 0; i < CHUNK; i += PAGE)
+        for (size_t i = 0; i < piece; i += PAGE)
             memcpy(chunk + i, &number, sizeof number);
-        size_t length = left < CHUNK ? (size_t)left : CHUNK;
+        size_t length = left < (int64_t)piece ? (size_t)left : piece;
         put(fd, chunk, length);
         left -= (int64_t)length;
     }
-    if (port > 0) {
+    if (to) {
         if (shutdown(fd, SHUT_WR) != 0)
             die("shutdown");
         while (read(fd, chunk, CHUNK) > 0) /* until the contender closes: a close now could reset */
@@ -127,14 +143,15 @@ struct stream {
 };
 
 enum how { DISCARD, READ, PASS };
+enum kind { FIFO, TCP, UNIX };
 
 /* Takes what is there without waiting. Returns 0 at the end of the stream, 1 otherwise. */
-static int take(struct stream *s, enum how how, int is_socket, int null)
+static int take(struct stream *s, enum how how, enum kind kind, int null)
 {
     ssize_t n;
-    if (how != DISCARD)
-        n = is_socket ? recv(s->fd, chunk, CHUNK, MSG_DONTWAIT) : read(s->fd, chunk, CHUNK);
-    else if (is_socket)
+    if (how != DISCARD || kind == UNIX)
+        n = kind != FIFO ? recv(s->fd, chunk, CHUNK, MSG_DONTWAIT) : read(s->fd, chunk, CHUNK);
+    else if (kind == TCP)
         n = recv(s->fd, NULL, CHUNK, MSG_DONTWAIT | MSG_TRUNC); /* tcp(7): dropped without being copied */
     else
         n = splice(s->fd, NULL, null, NULL, CHUNK, SPLICE_F_NONBLOCK);
@@ -153,7 +170,25 @@ static int take(struct stream *s, enum how how, int is_socket, int null)
     return 1;
 }
 
-static int receive(const char *how_text, int is_socket, int count, char **rest)
+static int listening_at(enum kind kind, const char *path)
+{
+    struct sockaddr_in port = loopback(0);
+    struct sockaddr_un local = at_path(kind == UNIX ? path : "");
+    socklen_t length = sizeof port;
+    int fd = socket(kind == UNIX ? AF_UNIX : AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0 ||
+        (kind == UNIX ? bind(fd, (struct sockaddr *)&local, sizeof local) : bind(fd, (struct sockaddr *)&port, length)) ||
+        listen(fd, 1) != 0)
+        die("listen");
+    if (kind == TCP) {
+        if (getsockname(fd, (struct sockaddr *)&port, &length) != 0)
+            die("getsockname");
+        printf("%d ", ntohs(port.sin_port));
+    }
+    return fd;
+}
+
+static int receive(const char *how_text, enum kind kind, int count, char **rest)
 {
     static struct stream streams[MOST];
     static struct pollfd polls[MOST];
@@ -167,15 +202,9 @@ static int receive(const char *how_text, int is_socket, int count, char **rest)
         s->fd = -1;
         if (how == PASS)
             s->out = (int)strtol(next, &next, 10), next += *next == ',';
-        if (is_socket) {
-            struct sockaddr_in address = loopback(0);
-            socklen_t length = sizeof address;
-            s->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-            if (s->fd < 0 || bind(s->fd, (struct sockaddr *)&address, length) != 0 || listen(s->fd, 1) != 0 ||
-                getsockname(s->fd, (struct sockaddr *)&address, &length) != 0)
-                die("listen");
+        if (kind != FIFO) {
+            s->fd = listening_at(kind, kind == UNIX ? rest[i] : NULL);
             listening[i] = 1;
-            printf("%d ", ntohs(address.sin_port));
         } else {
             /* Nonblocking: the open does not wait for a writer, and poll reports no end before one came. */
             s->fd = open(rest[1 + i], O_RDONLY | O_NONBLOCK | O_CLOEXEC);
@@ -202,7 +231,7 @@ static int receive(const char *how_text, int is_socket, int count, char **rest)
                 close(s->fd);
                 s->fd = polls[i].fd = fd;
                 listening[i] = 0;
-            } else if (take(s, how, is_socket, null) == 0) {
+            } else if (take(s, how, kind, null) == 0) {
                 close(s->fd);
                 if (how == PASS)
                     close(s->out);
@@ -256,12 +285,14 @@ static int burn(int64_t milliseconds)
 
 int main(int argc, char **argv)
 {
-    if (argc >= 3 && strcmp(argv[1], "feed") == 0)
-        return feed(atoll(argv[2]), argc > 3 ? atoi(argv[3]) : 0);
+    if (argc >= 4 && strcmp(argv[1], "feed") == 0 && atoll(argv[3]) > 0 && atoll(argv[3]) <= CHUNK)
+        return feed(atoll(argv[2]), (size_t)atoll(argv[3]), argc > 4 ? argv[4] : NULL);
     if (argc == 5 && strcmp(argv[1], "receive") == 0 && strcmp(argv[3], "tcp") == 0 && atoi(argv[4]) <= MOST)
-        return receive(argv[2], 1, atoi(argv[4]), NULL);
+        return receive(argv[2], TCP, atoi(argv[4]), NULL);
+    if (argc >= 5 && strcmp(argv[1], "receive") == 0 && strcmp(argv[3], "unix") == 0 && argc - 4 <= MOST)
+        return receive(argv[2], UNIX, argc - 4, argv + 4);
     if (argc >= 6 && strcmp(argv[1], "receive") == 0 && strcmp(argv[3], "fifo") == 0 && argc - 5 <= MOST)
-        return receive(argv[2], 0, argc - 5, argv + 4);
+        return receive(argv[2], FIFO, argc - 5, argv + 4);
     if (argc >= 4 && strcmp(argv[1], "keep") == 0)
         return keep(atoi(argv[2]), argv + 3);
     if (argc == 3 && strcmp(argv[1], "burn") == 0)

@@ -44,6 +44,9 @@ def raw(cell: Cell, size: int, runs: int, results: list[Result]) -> dict[str, An
         "pinned": cpus(cell.pinned)[0] is not None,
         "pipe_bytes": cell.pipe,
         "receivers": cell.receivers,
+        "sinks": cell.sinks,
+        "chunk": cell.chunk,
+        "goal": None if cell.goal is None else {"cpu": cell.goal[0], "gib_s": cell.goal[1]},
         "size": size,
         "runs": runs,
         "contenders": [
@@ -114,6 +117,8 @@ def _sentences(cell: Cell, results: list[Result], relay: Result | None) -> list[
             f"CPU: relay costs {ratio:.2f} times the CPU of the cheapest peer, `{cheapest.contender.name}` "
             f"({verdict}{overlap})."
         )
+    if cell.goal is not None and relay is not None and peers:
+        said.append(_goal(cell.goal, relay, peers))
     if cell.target is not None and relay is not None:
         name, bound = cell.target
         peer = next((r for r in peers if r.contender.name == name), None)
@@ -138,10 +143,24 @@ def _sentences(cell: Cell, results: list[Result], relay: Result | None) -> list[
     return said
 
 
+def _goal(goal: tuple[float, float], relay: Result, peers: list[Result]) -> str:
+    """How relay stands to what it is to reach, beside the cheapest and the fastest of all peers."""
+    cpu = relay.cpu().median / min(peer.cpu().median for peer in peers)
+    speed = relay.rate().median / max(peer.rate().median for peer in peers)
+    words = {True: "met", False: "missed"}
+    least = min(peer.net_cpu() for peer in peers)
+    net = f" ({relay.net_cpu() / least:.2f} without start-up)" if least > 0 else ""
+    return (
+        f"Goal, at most {goal[0]:g} of the CPU: {words[cpu <= goal[0]]}, {cpu:.2f}{net}; "
+        f"at least {goal[1]:g} times the GiB/s: {words[speed >= goal[1]]}, {speed:.2f}."
+    )
+
+
 def _sample(cell: Cell) -> Place:
     """A place that only serves to print commands with."""
     names = tuple(Place().output.parent / f"sink-{n}" for n in range(cell.sinks))
-    return Place(9000, names[0].with_name("source"), tuple(range(9001, 9001 + cell.sinks)), names, names[0])
+    source = names[0].with_name("source")
+    return Place(9000, source, tuple(range(9001, 9001 + cell.sinks)), names, names[0], source, names)
 
 
 def _size(size: int) -> str:

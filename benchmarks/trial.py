@@ -68,7 +68,8 @@ class Trial:
             for old in self.directory.glob("source-*"):
                 old.unlink()
             with path.open("wb") as file, tempfile.TemporaryFile() as report:
-                feeder = Process([str(self.load), "feed", str(size)], cpus=None, stdout=file, stderr=report)
+                argv = [str(self.load), "feed", str(size), str(self.cell.chunk)]
+                feeder = Process(argv, cpus=None, stdout=file, stderr=report)
                 _succeeded(feeder, feeder.wait(DEADLINE), report)
                 os.fsync(file.fileno())  # or its write-back would fall into the first runs
         return path
@@ -76,7 +77,7 @@ class Trial:
     def digest(self, size: int) -> str:
         """The sha256 of `size` bytes as the feeder sends them."""
         with tempfile.TemporaryFile() as report, contextlib.ExitStack() as stack:
-            argv = [str(self.load), "feed", str(size)]
+            argv = [str(self.load), "feed", str(size), str(self.cell.chunk)]
             feeder = Process(argv, cpus=None, stdout=subprocess.PIPE, stderr=report)
             stack.callback(feeder.kill)
             value = _sha256(feeder.stdout)
@@ -107,20 +108,23 @@ class Trial:
             hashes: list[_Digest] = []
             if digests is not None and cell.sink != "file":
                 hashes = [stack.enter_context(_Digest()) for _ in range(cell.sinks)]
-            fifos = tuple(own / f"sink-{n}" for n in range(cell.sinks)) if cell.sink == "fifo" else ()
+            names = tuple(own / f"sink-{n}" for n in range(cell.sinks))
+            fifos = names if cell.sink == "fifo" else ()
             for path in fifos:
                 os.mkfifo(path)
             receivers, report = None, stack.enter_context(tempfile.TemporaryFile())
             ports: tuple[int, ...] = ()
             if cell.sink != "file":
-                receivers = self._receivers(stack, fifos, hashes, report)
+                receivers = self._receivers(stack, names, hashes, report)
                 ports = tuple(map(int, _answer(receivers, deadline)))
             place = Place(
                 listen=_free_port() if cell.source == "tcp" else 0,
                 file=self.source(size) if cell.source == "file" else Path("/dev/null"),
                 ports=ports,
                 fifos=fifos,
-                output=own / "sink",
+                output=names[0],
+                listen_path=own / "source",
+                paths=names,
             )
             feeder_end, parts_in = -1, -1
             if cell.source == "pipe":
@@ -131,7 +135,7 @@ class Trial:
             started = time.monotonic_ns()
             try:
                 processes = self._start(stack, parts, parts_in, complaints, sizes)
-                feeder = self._feeder(stack, size, place.listen, feeder_end)
+                feeder = self._feeder(stack, size, place, feeder_end)
             finally:
                 for fd in {parts_in, feeder_end} - {-1}:
                     os.close(fd)
@@ -148,7 +152,7 @@ class Trial:
                 others.append(feeder[0].wait(deadline - time.monotonic()))
                 begun = int(_succeeded(feeder[0], others[-1], feeder[1]).split()[2])
             if receivers is None:
-                counts, span = [place.output.stat().st_size], (begun, ended)
+                counts, span = [path.stat().st_size for path in names], (begun, ended)
             else:
                 others.append(receivers.wait(deadline - time.monotonic()))
                 _succeeded(receivers, others[-1], report)
@@ -159,7 +163,7 @@ class Trial:
                 if count != size:
                     raise BenchmarkError(f"sink {number} got {count} of {size} bytes from: {spelled(parts)}")
             if digests is not None:
-                digests += [one.value() for one in hashes] or [_file_digest(place.output)]
+                digests += [one.value() for one in hashes] or [_file_digest(path) for path in names]
             cpu = sum(usage.cpu for usage in usages)
             foreign = machine.busy_seconds() - busy - cpu - sum(usage.cpu for usage in others)
             return Measure(
@@ -172,11 +176,15 @@ class Trial:
             )
 
     def _receivers(
-        self, stack: contextlib.ExitStack, fifos: tuple[Path, ...], hashes: list[_Digest], report: IO[bytes]
+        self, stack: contextlib.ExitStack, names: tuple[Path, ...], hashes: list[_Digest], report: IO[bytes]
     ) -> Process:
         """One process for all receivers: the fewest wake-ups and switches, the same for everyone."""
         how = ",".join(str(one.write_end) for one in hashes) or self.cell.receivers
-        ends = ["fifo", str(self.cell.pipe), *map(str, fifos)] if fifos else ["tcp", str(self.cell.sinks)]
+        ends = {
+            "fifo": ["fifo", str(self.cell.pipe), *map(str, names)],
+            "unix": ["unix", *map(str, names)],
+            "tcp": ["tcp", str(self.cell.sinks)],
+        }[self.cell.sink]
         process = Process(
             [str(self.load), "receive", how, *ends],
             cpus=self._load_cpus,
@@ -229,12 +237,13 @@ class Trial:
         return processes
 
     def _feeder(
-        self, stack: contextlib.ExitStack, size: int, port: int, end: int
+        self, stack: contextlib.ExitStack, size: int, place: Place, end: int
     ) -> tuple[Process, IO[bytes]] | None:
-        if port == 0 and end < 0:
+        if self.cell.source == "file":
             return None
         report = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
-        argv = [str(self.load), "feed", str(size), *([str(port)] if port else [])]
+        to = {"tcp": [str(place.listen)], "unix": [str(place.listen_path)], "pipe": []}[self.cell.source]
+        argv = [str(self.load), "feed", str(size), str(self.cell.chunk), *to]
         stdout = subprocess.DEVNULL if end < 0 else end
         feeder = Process(argv, cpus=self._load_cpus, stdout=stdout, stderr=report)
         stack.callback(feeder.kill)
@@ -277,12 +286,14 @@ class _Digest:
         os.close(self._read_end)
 
 
-def room(directory: Path, size: int) -> None:
-    """BenchmarkError if `directory` cannot hold a source and a sink of `size` bytes."""
+def room(directory: Path, cell: Cell, size: int) -> None:
+    """BenchmarkError if `directory` cannot hold the files of a run: sources and sinks of `size` bytes each."""
     free = shutil.disk_usage(directory).free
-    if free < 2 * size + 64 * MIB:
+    files = (cell.source == "file") + (cell.sinks if cell.sink == "file" else 0)
+    need = files * size + 64 * MIB
+    if free < need:
         raise BenchmarkError(
-            f"{directory} has {free // MIB} of {2 * size // MIB + 64} MiB needed: choose another --directory"
+            f"{directory} has {free // MIB} of {need // MIB} MiB needed: choose another --directory"
         )
 
 

@@ -49,6 +49,7 @@ class Chain:
         self.stages: list[Stage] = []
         self.outlets: list[Outlet] = []
         self._gates: list[Node] = []  # heads of the branches that are being built
+        self._way: list[Node] = []  # from the outermost gate to where the chain is being built
         try:
             self._build(stages, sink, sink.slow, None)
         except BaseException:
@@ -80,6 +81,7 @@ class Chain:
         link: Callable[[Node], None] | None = None
         for stage in made:
             node = self._add()
+            self._way.append(node)
             first = first or node
             if link is not None:
                 link(node)
@@ -93,12 +95,17 @@ class Chain:
         if gate is None and slow.policy != "block" and sink.verb != "listen":
             leaf = self._add()
             self._into(tail, leaf)
-        self._outlet(leaf, gate or tail, sink, slow, digest)
+            self._outlet(leaf, tail, sink, slow, digest)
+            self._set_apart(tail, self.outlets[-1:], [leaf], [])
+        else:
+            self._outlet(leaf, gate or tail, sink, slow, digest)
+        del self._way[len(self._way) - len(made) :]
         return first or tail
 
     def _through(self, stage: Stage, node: Node) -> Callable[[Node], None]:
         """Wires what a stage does besides passing on; returns how its node is linked to the following one."""
         branch = stage.branch
+        begun = len(self.outlets), len(self.nodes), len(self.stages)
         hidden = isinstance(stage, Checksum)
         if branch is None and not hidden:
             return lambda following: self._into(node, following)
@@ -125,6 +132,9 @@ class Chain:
             self._outlet(leaf, node, branch.to, branch.on_slow, None, name=stage.name)
         else:
             self._outlet(node, node, branch.to, branch.on_slow, None, name=stage.name)
+        if branch is not None:
+            outlets, nodes, stages = begun
+            self._set_apart(node, self.outlets[outlets:], self.nodes[nodes:], self.stages[stages:])
 
         def teed(following: Node) -> None:
             node.c.next = following.c
@@ -156,14 +166,27 @@ class Chain:
             slow,
             gates=tuple(self._gates),
             branch=branch,
+            way=tuple(self._way),
             digest=digest,
             per_turn=per_turn,
         )
         if sink.verb != "listen":
             guard(gate, slow)
-        if node is not gate and not per_turn and slow.policy in ("drop", "disconnect"):
-            node.c.apart_ns = gate.c.after_ns  # a sink that may hold nobody does not hold a turn's end either
         self.outlets.append(outlet)
+
+    def _set_apart(
+        self, gate: Node, outlets: Sequence[Outlet], nodes: Sequence[Node], stages: Sequence[Stage]
+    ) -> None:
+        """A branch that may hold nobody does not hold a turn's end either: what it has may be on its way still when
+        the next stream begins. Where something in it belongs to one stream alone, that stream is waited for.
+        """
+        if not nodes or outlets[-1].gate is not gate or outlets[-1].policy not in ("drop", "disconnect"):
+            return
+        if any(outlet.per_turn for outlet in outlets) or any(stage.of_a_stream for stage in stages):
+            return
+        gate.c.apart_ns = gate.c.after_ns
+        for node in nodes:
+            node.c.apart = gate.c
 
     def reopen(self) -> None:
         """Files that were moved away are opened anew."""

@@ -7,18 +7,18 @@ its record is written.
 
 from __future__ import annotations
 
-import socket
 from collections import deque
 from functools import partial
 from typing import Any
 
 from relay.duplex import Sessions, counted
-from relay.endpoints.liveness import tune
-from relay.endpoints.pacing import unpace
+from relay.endpoints.listening import Crowd
 from relay.engine import Engine
 from relay.kernel import core
+from relay.names import Found
+from relay.reception import Take, nobody
 from relay.record import SessionRecord
-from relay.route import RunningRoute, listen
+from relay.route import RunningRoute
 
 _ids = counted()
 
@@ -34,19 +34,18 @@ class DuplexRoute(RunningRoute):
         self._overs: deque[tuple[SessionRecord, str]] = deque()  # from other engines
         self._told = False
 
-    def open(self) -> None:
-        """Binds the listeners. Raises SourceError; see `bound`."""
-        self._listen_to_sources()
+    def open(self, found: Found | None = None, take: Take = nobody, *, wait: bool = False) -> None:
+        """Binds the listeners, and accepts unless it is to `wait`. Raises SourceError; see `bound`."""
+        self.reception.open(found or {}, take)
+        if not wait:
+            self.begin()
 
-    def _listen_to_sources(self) -> None:
-        source = self.route.source
-        self._listeners = listen(self.home, source.address, _alone, source)
-        for listener in self._listeners:
-            if listener.socket is not None and listener.socket.family != socket.AF_UNIX:
-                tune(listener.socket, source.dead_after)
-                unpace(listener.socket)
-            listener.by_the_crowd(self._crowd)
-            self._say_bound("listening", "source", listener.address)
+    def begin(self) -> None:
+        """Connections come in from now on."""
+        self.reception.accept()
+
+    def _crowds(self) -> Crowd:
+        return self._crowd
 
     def _crowd(self, connections: list[tuple[int, str]]) -> None:
         """On the home engine: some connections came at once."""
@@ -58,7 +57,7 @@ class DuplexRoute(RunningRoute):
             self._under_way += 1
             spread.setdefault(next(self._spread), []).append((fd, peer))
         if self._once and self._under_way:
-            self._stop_listening()
+            self.reception.close(sources_only=True)
         for engine, share in spread.items():
             sessions = self._sessions.get(engine)
             if sessions is None:
@@ -101,7 +100,7 @@ class DuplexRoute(RunningRoute):
     def abort(self, reason: str) -> None:
         """Resets every connection."""
         self._ending = True
-        self._stop_listening()
+        self.reception.refuse()
         self.cut_short = self.cut_short or self._under_way > 0
         for engine, sessions in self._sessions.items():
             engine.post(partial(sessions.abort, reason))
@@ -114,11 +113,6 @@ class DuplexRoute(RunningRoute):
         if self._done:
             for engine, sessions in self._sessions.items():
                 engine.post(sessions.close)
-
-
-def _alone(sock: socket.socket, _peer: str) -> None:
-    """A connection that was accepted by itself, before the listener was told how many come."""
-    sock.close()  # cannot be: listeners are told right after they are made, on the thread they live on
 
 
 def route_of(name: str, route: Any, *arguments: Any, **options: Any) -> RunningRoute:

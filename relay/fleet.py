@@ -3,18 +3,23 @@
 Theory of operation. A reload compares the routes by their settings. One that is the same is not touched. The others
 change places in this order, so that what does not work is found before anything is lost:
 
-    1. the listeners of the old routes close, those of subscribers too: the new ones may want the same addresses
+    1. listening sockets of old routes, those of subscribers too, whose very address a new route listens on wait to
+       be handed over, with whoever waits in their backlogs; those that are merely in the way of a new address close
     2. new routes open whose ends can stand beside those of the old ones
     3. an old route that holds an end which only one can hold (a log, a file, a descriptor) is ended, then the new
        route that wants it opens; a log on disk is kept, and read on by whoever opens it
-    4. the old routes that are left drain: streams under way go on to their own ends
+    4. the new routes let streams in
+    5. the old routes that are left take who waits at the sockets that nobody wanted, close these, and drain: streams
+       under way go on to their own ends
 
-When a new route cannot be opened, the new ones are ended, the old ones listen again, and those that were ended are
-opened anew. All of this is ordered by the main thread and done on the engines of the routes.
+When a new route cannot be opened, the new ones are ended, the old ones have their sockets back, and those that were
+ended are opened anew. All of this is ordered by the main thread and done on the engines of the routes. The names in
+the addresses were looked up before (relay.names).
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -23,8 +28,11 @@ from typing import NamedTuple
 
 from relay.config.models import Config, Route
 from relay.duplex_route import route_of
+from relay.endpoints.listening import Key
 from relay.engine import Engine
-from relay.errors import RelayError, SourceError
+from relay.errors import RelayError
+from relay.names import Found, listening
+from relay.reception import Handover, keys
 from relay.record import SessionRecord
 from relay.route import RunningRoute, spilling
 from relay.spills import Spills
@@ -78,6 +86,16 @@ def held(name: str, route: Route) -> set[tuple[str, str]]:
     return found
 
 
+def _sockets(config: Config, change: Change, found: Found) -> list[Key]:
+    """What the new routes will listen on, as far as their names could be looked up."""
+    wanted: list[Key] = []
+    for name in (*change.changed, *change.added):
+        for end in listening(config.routes[name]):
+            with contextlib.suppress(RelayError):  # the route says so when it is opened
+                wanted += keys(name, end, found)
+    return wanted
+
+
 class NotExchanged(Exception):
     """The route `name` could not be opened for the reason `error`; everything is as it was."""
 
@@ -113,13 +131,14 @@ class Fleet:
         self._once = once
         self._spills = Spills()
         self._draining = False
+        self.refusal: RelayError | None = None
 
     def __iter__(self) -> Iterator[RunningRoute]:
         return iter([*self.at_work.values(), *self.leaving])
 
-    def open(self, interrupted: Callable[[], bool]) -> bool:
+    def open(self, found: Found, interrupted: Callable[[], bool]) -> bool:
         """Before the engines run: opens every route. False when one cannot be opened, which is logged, or when
-        `interrupted` says so between two; what was opened is ended then.
+        `interrupted` says so between two; what was opened is ended then. `found`: what the listeners' names mean.
         """
         reason = ""
         for name, route in self.config.routes.items():
@@ -128,10 +147,11 @@ class Fleet:
                 break
             running = self.at_work[name] = self._make(name, route)
             try:
-                running.open()
+                running.open(found, wait=True)
             except RelayError as error:
                 log.error("%s: %s", name, error, extra={"event": "error", "route": name})
                 reason = "another route could not be opened"
+                self.refusal = error
                 break
         if reason or interrupted():
             for running in self:
@@ -144,6 +164,8 @@ class Fleet:
                 "the log %s belongs to no route; it is kept: deliver it by naming its route again, or remove it",
                 path,
             )
+        for running in self:
+            running.begin()
         return True
 
     def _make(self, name: str, route: Route) -> RunningRoute:
@@ -160,12 +182,22 @@ class Fleet:
 
     # -- reload
 
-    def exchange(self, config: Config) -> Change:
-        """From now on the routes of `config` are at work; NotExchanged when one of them cannot be opened."""
+    def fresh_routes(self, config: Config) -> list[Route]:
+        """Those routes of `config` that an exchange would open."""
+        change = compare(self.config, config)
+        return [config.routes[name] for name in (*change.changed, *change.added)]
+
+    def exchange(self, config: Config, found: Found) -> Change:
+        """From now on the routes of `config` are at work; NotExchanged when one of them cannot be opened.
+
+        `found` is what the names of its `fresh_routes` mean.
+        """
         change = compare(self.config, config)
         old = {name: self.at_work[name] for name in (*change.removed, *change.changed)}
+        hand = Handover(_sockets(config, change, found))
         for running in old.values():
-            running.home.call(running.leave_addresses)
+            release = partial(running.reception.release, hand.wants, hand.crosses)
+            hand.give(running.home.call(release))
         ended: list[str] = []
         fresh: dict[str, RunningRoute] = {}
         try:
@@ -176,12 +208,15 @@ class Fleet:
                         self._end(old[rival], "the configuration of its route changed")
                 fresh[name] = self._make(name, config.routes[name])
                 try:
-                    fresh[name].home.call(fresh[name].open)
+                    fresh[name].home.call(partial(fresh[name].open, found, hand.take, wait=True))
                 except RelayError as error:
                     raise NotExchanged(name, error) from error
         except BaseException:
-            self._take_back(old, ended, fresh)
+            self._take_back(old, ended, fresh, hand)
             raise
+        for running in fresh.values():
+            running.home.post(running.begin)
+        hand.close()
         for name, running in old.items():
             del self.at_work[name]
             if running.over.is_set():
@@ -189,7 +224,7 @@ class Fleet:
             else:
                 self.leaving.append(running)
             if name not in ended:
-                running.home.post(running.drain)
+                running.home.post(running.leave)
         both = {**self.at_work, **fresh}
         self.at_work = {name: both[name] for name in config.routes}
         self.config = config
@@ -212,8 +247,12 @@ class Fleet:
             log.warning("%s: it has not let go of all it holds after %g s", running.name, PATIENCE)
 
     def _take_back(
-        self, old: dict[str, RunningRoute], ended: list[str], fresh: dict[str, RunningRoute]
+        self, old: dict[str, RunningRoute], ended: list[str], fresh: dict[str, RunningRoute], hand: Handover
     ) -> None:
+        for running in fresh.values():
+            release = partial(running.reception.release, lambda _bound: True, lambda _bound: False)
+            hand.give_back(running.home.call(release))
+        hand.give_back([])
         for running in fresh.values():
             self._end(running, "the reload was taken back")
             running.close()
@@ -222,11 +261,12 @@ class Fleet:
                 if name in ended:
                     running.close()
                     self.at_work[name] = again = self._make(name, running.route)
-                    again.home.call(again.open)
+                    again.home.call(partial(again.open, running.reception.found, hand.take))
                 else:
-                    running.home.call(running.listen_again)
-            except SourceError as error:
+                    running.home.call(partial(running.reception.take_back, hand.returned))
+            except RelayError as error:
                 log.error("%s: it cannot go on as before: %s", name, error, extra={"route": name})
+        hand.close()
 
     def reopen(self, names: tuple[str, ...]) -> None:
         """Files of these routes were moved away: they are opened anew."""

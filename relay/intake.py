@@ -54,7 +54,9 @@ class Intake:
         # a broadcast's sink is whoever joins
         alone = settings is not None and settings.address.scheme in STRAIGHT and settings.verb != "listen"
         choice = ways.from_source(source.scheme, copies=source.copies, alone=alone)
-        if choice.method == "vmsplice" and source.c.left > 0:
+        if choice.method == "vmsplice" and source.c.memory:
+            pass  # it is memory already
+        elif choice.method == "vmsplice" and source.c.left > 0:
             self._mapped = MappedFile(source.c.fd, int(source.c.offset) + int(source.c.left))
             source.c.memory = self._mapped.pointer()
         elif choice.method == "vmsplice":

@@ -29,9 +29,9 @@ class Outlet:
     `branch` holds stages behind a spill's log. `hidden` outlets are a stage's own (a checksum). `per_turn`: every
     stream gets a sink of its own. `backoff` is there for one that is connected again whenever it is away: `away` says
     how often that was in this turn, `absent` that it is so now.
-    `gates` are the heads of the branches it is in, outermost first: a policy there covers this outlet too.
-    `place` is there while the pipeline's bytes come out of a ring and not down the chain; `by_ring` says of a turn
-    that is over which way most of them came.
+    `way` are the nodes before `node`, from the source on. `gates` are the heads of the branches it is in, outermost
+    first: a policy there covers this outlet too. `place` is there while the pipeline's bytes come out of a ring and
+    not down the chain; `by_ring` says of a turn that is over which way most of them came.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Outlet:
     stage: Stage | None = None
     gates: tuple[Node, ...] = ()
     branch: tuple[StageSettings, ...] = ()
+    way: tuple[Node, ...] = ()
     digest: Checksum | None = None
     per_turn: bool = True
     sink: Sink | None = None
@@ -91,9 +92,9 @@ class Outlet:
         return self.place.drained if self.place is not None else bool(self.node.c.done)
 
     def stand(self, sink: Sink, ways: Ways) -> None:
-        """`sink` stands here from now on; it is not open yet."""
+        """`sink` stands here from now on; it is not open yet, and has moved and lost nothing so far."""
         self.sink = sink
-        self.moved_before = 0
+        self.moved_before = self.lost_earlier = 0
         self.absent = False
         if self.settings is not None and not self.listens and sink.c.kind != core.FERRY:
             choice = ways.to_sink(self.settings.address.scheme, copies=sink.copies)
@@ -134,9 +135,8 @@ class Outlet:
 
     @property
     def rejoins(self) -> bool:
-        """Whether it is connected again when it broke; a spill does that behind its log."""
-        settings = self.settings
-        return settings is not None and settings.verb == "connect" and self.slow.policy != "spill"
+        """Whether it stands up again when it broke. A spill breaks with its log alone: it connects again behind it."""
+        return self.settings is not None and self.settings.verb == "connect"
 
     def begin_turn(self) -> None:
         """The next stream: its reconnects count from here."""
@@ -190,6 +190,26 @@ class Outlet:
         size += self.slow.max or 0 if self.slow.policy == "spill" else self.slow.buffer
         return f"backlog of {show_size(size)} full for {self.slow.after or 0.0:.1f} s"
 
+    def apart(self) -> int:
+        """Bytes in a branch that a turn's end did not wait for, which this sink is still to get."""
+        gate, node = self.node.c.apart, self.node.c
+        if gate == core.ffi.NULL:
+            return 0
+        if self.place is not None:
+            return self.place.waiting
+        held = int(node.held)
+        for each in self.way:
+            if (
+                each.c.apart == gate and each.c != node
+            ):  # what it owes is a sink's beside, unless that is this one
+                beside = int(each.c.owed) if each.c.next and each is not self.gate else 0
+                held += int(each.c.held) - beside
+        sink = self.sink
+        spills = self.slow.policy == "spill" or self.slow.buffer  # then the sink's own backlog counts it
+        if sink is not None and sink.c.kind == core.FERRY and not spills:
+            held += max(0, int(sink.c.moved) - sink.moved)
+        return held
+
     def record(self, *, sendfile: bool) -> SinkRecord:
         """Its part of the session; `sendfile` says that its bytes came straight from a file."""
         sink = self.sink
@@ -200,7 +220,7 @@ class Outlet:
         method = sink.method if sink.c.kind == core.FERRY or self.listens else by_hand
         failed = sink.state == "failed" and not self.absent
         lost = self.lost_before + (0 if self.absent else sink.lost - self.lost_earlier)
-        waiting = self.waiting if self.node.c.apart_ns else 0
+        waiting = self.apart()
         missed = lost or (self.backoff is not None and self.down and (self.dropped or waiting))
         return SinkRecord(
             sink=self.name,

@@ -102,7 +102,6 @@ class Pipeline:
         self._closed = False
 
     # -- what a route does
-
     def open(self, broadcasts: dict[int, Broadcast] | None = None) -> None:
         """Opens the sinks that outlive a turn. `broadcasts` are the listening sinks, by their settings' id."""
         for outlet in self.chain.outlets:
@@ -136,6 +135,8 @@ class Pipeline:
         for outlet in self.chain.outlets:
             if outlet.per_turn and not outlet.listens:
                 self._stand(outlet, self._makes.sink(outlet, self.turn))
+        if self.intake is None:
+            return  # every sink failed at once: the turn is over
         self.intake.go_straight(self.chain, self.ways)
         self.crossing.begin(self.intake)
         source.c.reads = self.c
@@ -225,9 +226,8 @@ class Pipeline:
     @property
     def busy(self) -> bool:
         """Whether a source is connected or bytes wait to be delivered."""
-        waiting = any(o.sink is not None and o.sink.backlog for o in self.chain.outlets)
-        held = any(node.c.held for node in self.chain.nodes) or any(o.waiting for o in self.chain.outlets)
-        return self.source is not None or waiting or held
+        waiting = any(o.waiting or (o.sink is not None and o.sink.backlog) for o in self.chain.outlets)
+        return self.source is not None or waiting or any(node.c.held for node in self.chain.nodes)
 
     @property
     def closed(self) -> bool:
@@ -235,7 +235,6 @@ class Pipeline:
         return self._closed
 
     # -- standing sinks up
-
     def _stand(self, outlet: Outlet, sink: Sink) -> None:
         """`sink` stands at `outlet` from now on."""
         sink.c.token = self.engine.register(
@@ -253,7 +252,7 @@ class Pipeline:
             sink.fail(sink.error("opening", code, reason="" if code else str(error)))
 
     def _stand_again(self, outlet: Outlet) -> None:
-        self._stand(outlet, self._makes.sink(outlet, self.turn))
+        self._stand(outlet, self._makes.sink(outlet, self.turn, again=True))
         self._wake()
 
     def _given_up(self, outlet: Outlet) -> None:
@@ -273,7 +272,6 @@ class Pipeline:
         self.engine.ready(self.c)
 
     # -- what the pump reports
-
     def _event(self, what: int, error: int, _mask: int) -> None:
         if what in (core.SOURCE_ENDED, core.SOURCE_FAILED):
             self._source_is_over(error if what == core.SOURCE_FAILED else 0)
@@ -355,7 +353,6 @@ class Pipeline:
         self.engine.ready(self.c)
 
     # -- ending
-
     def _settled(self, outlet: Outlet, sink: Sink) -> None:
         """A sink finished or failed."""
         broke = outlet.sink is sink and sink.state == "failed" and not self._aborting and not self._closed
@@ -365,6 +362,9 @@ class Pipeline:
         if outlet.sink is not sink or outlet.settled:
             return
         outlet.settled = True
+        for group in self.subscribers:
+            if group.outlet is outlet and not self.c.keep:
+                group.ended()
         if outlet.node.c.sink == sink.c:
             outlet.put(core.ffi.NULL)
         said = self._aborting or self._quiet or self._error  # by somebody else already

@@ -20,7 +20,8 @@ class Place:
         self._reader = Reader(node.c.sink, 0.0, int(gate.c.align))
         self.c = self._reader.c
         self.c.token, self.c.stays, self.c.hold = token, 1, node.c.hold
-        self.c.after_ns, self.c.apart_ns = gate.c.after_ns, node.c.apart_ns
+        self.c.after_ns = gate.c.after_ns
+        self.c.apart_ns = gate.c.apart_ns if node.c.apart == gate.c else 0
         self._began = int(ring.c.position)
         ring.join(self._reader)
 

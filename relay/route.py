@@ -19,18 +19,19 @@ from functools import partial
 from relay import logs
 from relay.admission import Admission
 from relay.config.models import Route
-from relay.endpoints import tcp, unix
-from relay.endpoints.address import Address
 from relay.endpoints.base import Source
 from relay.endpoints.broadcast import Broadcast
+from relay.endpoints.listening import Crowd
 from relay.endpoints.make import make_source
 from relay.endpoints.options import OnSlow
-from relay.endpoints.settings import SinkSettings, SourceSettings
-from relay.endpoints.socket import Listener, SocketSource, close_with_reset
+from relay.endpoints.settings import SinkSettings
+from relay.endpoints.socket import SocketSource, close_with_reset
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError
 from relay.kernel.probe import machine
+from relay.names import Found
 from relay.pipeline import Pipeline
+from relay.reception import Reception, Take, nobody
 from relay.record import SessionRecord
 from relay.redial import Redial
 from relay.spill import Resumed
@@ -77,15 +78,24 @@ class RunningRoute:
         self.finite = once or route.source.verb == "read"
         self.cut_short = False
         self.failed: RelayError | None = None
-        self.bound: list[str] = []
         self._spread = spread
         self._on_done = on_done
         self._on_record = on_record
         self._once = once
         self._ways = Ways(machine(), route.method)
         self._persistent = route.turns() == "one" and not self.finite
-        self._listeners: list[Listener] = []
-        self._broadcasts: dict[int, Broadcast] = {}
+        self._broadcasts = {
+            id(sink): Broadcast(home, str(sink.address))
+            for _place, sink in route.sinks()
+            if sink.verb == "listen"
+        }
+        joins = [
+            (sink, self._broadcasts[id(sink)].joined) for _, sink in route.sinks() if sink.verb == "listen"
+        ]
+        comes = [(route.source, self._accepted)] if route.source.verb == "listen" else []
+        self.reception = Reception(home, name, [*joins, *comes], self._crowds())
+        for sink, _join in joins:
+            self._broadcasts[id(sink)].leave = partial(self.reception.finish_one, sink)
         self._standing: Pipeline | None = None
         self._pipelines: set[Pipeline] = set()
         self._waiting: deque[Source] = deque()
@@ -99,29 +109,36 @@ class RunningRoute:
         self._done = False
         self.over = threading.Event()
 
-    def open(self) -> None:
-        """Binds every listener and opens the sinks that outlive a stream. Raises SourceError; see `bound`."""
-        for _place, sink in self.route.sinks():
-            if sink.verb == "listen":
-                self._broadcasts[id(sink)] = Broadcast(self.home, str(sink.address))
-        self._listen_to_subscribers()
+    def open(self, found: Found | None = None, take: Take = nobody, *, wait: bool = False) -> None:
+        """Binds every listener and opens the sinks that outlive a stream, and begins unless it is to `wait`.
+
+        `found` is what the listeners' names mean, `take` may have sockets for them. Raises SourceError; see `bound`.
+        """
+        self.reception.open(found or {}, take)
         self._resume()
         if self._persistent:
             self._standing = self._pipeline(self.home)
             self._standing.open(self._broadcasts)
-        if self.route.source.verb == "listen":
-            self._listen_to_sources()
-        elif self.route.source.verb == "connect" and not self.finite:
+        if not wait:
+            self.begin()
+
+    def begin(self) -> None:
+        """Streams come in from now on. Once."""
+        self.reception.accept()
+        if self.route.source.verb == "connect" and not self.finite:
             self._redial = Redial(self.home, self.name, self._new_source, self._connected)
             self.home.post(self._redial.start)
-        else:
+        elif self.route.source.verb != "listen":
             self._read()
 
-    def _listen_to_sources(self) -> None:
-        source = self.route.source
-        self._listeners = listen(self.home, source.address, self._accepted, source)
-        for listener in self._listeners:
-            self._say_bound("listening", "source", listener.address)
+    def _crowds(self) -> Crowd | None:
+        """For a route that takes many connections at once: who takes them."""
+        return None
+
+    @property
+    def bound(self) -> list[str]:
+        """The addresses it listens on, those of its sinks first."""
+        return self.reception.bound
 
     def _resume(self) -> None:
         """What an earlier run left in logs on disk goes on before any new source connects."""
@@ -144,20 +161,6 @@ class RunningRoute:
     def _resumption_over(self, resumed: Resumed) -> None:
         self._resumed.discard(resumed)
         self._look_whether_done()
-
-    def _listen_to_subscribers(self) -> None:
-        for _place, sink in self.route.sinks():
-            if sink.verb != "listen":
-                continue
-            broadcast = self._broadcasts[id(sink)]
-            broadcast.listeners = listen(self.home, sink.address, broadcast.joined, sink)
-            for listener in broadcast.listeners:
-                self._say_bound("broadcasting", "sink", listener.address)
-
-    def _say_bound(self, does: str, role: str, address: str) -> None:
-        self.bound.append(address)
-        told = {"event": "listening", "route": self.name, "role": role, "address": address}
-        log.info("%s: %s on %s", self.name, does, address, extra=told)
 
     def _pipeline(self, engine: Engine) -> Pipeline:
         pipeline: Pipeline
@@ -191,6 +194,11 @@ class RunningRoute:
         if self._aborted:
             self._abort_pipeline(pipeline)
 
+    @property
+    def pipelines(self) -> tuple[Pipeline, ...]:
+        """Those at work now."""
+        return tuple(self._pipelines)
+
     def _closed(self, pipeline: Pipeline) -> None:
         self._pipelines.discard(pipeline)
         self._look_whether_done()
@@ -207,7 +215,7 @@ class RunningRoute:
         source.on_close = lambda: self.home.post(partial(self._admission.leave, peer))
         source.on_fail = lambda error: self._refused(source, error)
         if self._once:
-            self._stop_listening()
+            self.reception.close(sources_only=True)
         if self._standing is not None:
             if self._standing.source is not None or self._waiting:
                 log.info("%s: %s waits for its turn", self.name, peer)
@@ -304,18 +312,10 @@ class RunningRoute:
 
     # -- reload
 
-    def leave_addresses(self) -> None:
-        """Closes every listener, of subscribers too; streams and subscribers that are there stay."""
-        self._stop_listening()
-        for broadcast in self._broadcasts.values():
-            broadcast.stop_listening()
-
-    def listen_again(self) -> None:
-        """After `leave_addresses`: as before. Raises SourceError when somebody took an address meanwhile."""
-        self.bound.clear()
-        self._listen_to_subscribers()
-        if self.route.source.verb == "listen":
-            self._listen_to_sources()
+    def leave(self) -> None:
+        """Another took its place: no newcomers of any kind, then as `drain`."""
+        self.reception.finish(sources_only=False)
+        self.drain()
 
     def reopen(self) -> None:
         """Files that were moved away are opened anew, by every stream that writes one."""
@@ -324,10 +324,7 @@ class RunningRoute:
 
     # -- ending
 
-    def _stop_listening(self) -> None:
-        for listener in self._listeners:
-            listener.close()
-        self._listeners.clear()
+    def _stop_dialing(self) -> None:
         if self._redial is not None:
             self._redial.stop()
 
@@ -338,9 +335,10 @@ class RunningRoute:
         return bool(waiting) or any(p.busy for p in self._pipelines if not p.closed)
 
     def drain(self) -> None:
-        """No new streams; those under way go on. What has none is finished at once."""
+        """No new streams but those that wait in a backlog; those under way go on. What has none is finished at once."""
+        self.reception.finish(sources_only=True)
         self._ending = True
-        self._stop_listening()
+        self._stop_dialing()
         standing = self._standing
         if standing is not None and standing.source is None and not self._waiting:
             standing.finish()
@@ -350,10 +348,19 @@ class RunningRoute:
         """Ends everything now."""
         self._ending = True
         self._aborted = reason
-        self._stop_listening()
+        self._stop_dialing()
+        self.reception.refuse()
+        if count := len(self._waiting):
+            self.cut_short = True
+            log.warning(
+                "%s: %d connections that waited for their turn were reset: %s",
+                self.name,
+                count,
+                reason,
+                extra={"event": "refused", "route": self.name, "count": count},
+            )
         while self._waiting:
             self._waiting.popleft().close(reset=True)
-            self.cut_short = True
         for source, engine in self._starting.items():
             engine.post(partial(self._give_up, source))
         for pipeline in self._pipelines:
@@ -379,35 +386,18 @@ class RunningRoute:
         if self._ending or (self.finite and (self.failed or self.records)):
             self._done = True
             self.over.set()
-            self._stop_listening()
+            self._stop_dialing()
+            self.reception.close()
             for broadcast in self._broadcasts.values():
                 broadcast.close()
             self._on_done(self)
 
     def close(self) -> None:
         """Ends the engine that read a file, if there was one. On the main thread, when the route is done."""
+        self.reception.close()
         if self._own is not None:
             self._own.stop()
             self._own = None
-
-
-def listen(
-    engine: Engine,
-    address: Address,
-    accepted: Callable[[socket.socket, str], None],
-    settings: SourceSettings | SinkSettings,
-) -> list[Listener]:
-    """Listeners for a tcp or unix address, with the unix options of the endpoint's settings."""
-    if address.scheme == "tcp":
-        return tcp.listen(engine, address, accepted, dead_after=settings.dead_after)
-    return unix.listen(
-        engine,
-        address,
-        accepted,
-        mode=settings.mode,
-        owner=unix.user_id(settings.owner),
-        group=unix.group_id(settings.group),
-    )
 
 
 def spilling(

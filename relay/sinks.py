@@ -53,8 +53,11 @@ class SinkMaker:
         self._persistent = persistent
         self._in_place = persistent or in_place
 
-    def sink(self, outlet: Outlet, turn: Turn | None) -> Sink:
-        """A new sink for `outlet`, not open yet; the turn names its file. Raises SinkError for a log's directory."""
+    def sink(self, outlet: Outlet, turn: Turn | None, *, again: bool = False) -> Sink:
+        """A new sink for `outlet`, not open yet; the turn names its file. `again`: it follows one that broke.
+
+        Raises SinkError for a log's directory, unless it is one stream's failure or can be tried again.
+        """
         turn = turn or Turn(route=self._route, id="0", time="", peer="")
         settings = outlet.settings
         if settings is None:
@@ -68,7 +71,7 @@ class SinkMaker:
             try:
                 return self._spill(self._engine, turn, outlet, self._persistent)
             except SinkError as error:
-                if self._persistent:
+                if self._persistent and not again:
                     raise
                 return FailedSink(self._engine, error)  # this stream's failure, and nobody else's
         way = self._ways.to_sink(settings.address.scheme)

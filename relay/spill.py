@@ -66,7 +66,8 @@ class SpillSink(Sink):
         self._cut = ""
         self._appending = False
         self._delivering = True
-        self._begin = kept.end
+        self._begin = kept.end  # where what is given to it begins
+        self._counts = kept.end  # from where on what is delivered is its own
         self.c.kind = core.FERRY
         deliver.on_done = self._all_delivered
         deliver.on_fail = lambda error: engine.post(lambda: self._undeliverable(error))
@@ -76,7 +77,7 @@ class SpillSink(Sink):
     @property
     def moved(self) -> int:
         """Bytes that the sink's peer has, and those that were lost on the way to it."""
-        return max(0, self.delivery.position - self._begin) + self._gone
+        return max(0, self.delivery.position - self._counts) + self._gone
 
     @property
     def lost(self) -> int:
@@ -111,6 +112,10 @@ class SpillSink(Sink):
     def away(self) -> bool:
         """Whether a sink that is connected again by itself is not there."""
         return self._rejoins and not self.delivery.connected
+
+    def follows(self) -> None:
+        """Another that broke left bytes in the log: they are delivered, and counted, from here on."""
+        self._counts = self.delivery.position
 
     # -- its life
 
@@ -172,6 +177,8 @@ class SpillSink(Sink):
         if failed is not None and self.state not in ("failed", "finished"):
             code = getattr(failed, "errno", 0) or 0
             self._gone = self._never_delivered() if self.log.directory is None else self._not_appended()
+            if self._gone:
+                log.warning("%s: its log failed: %d bytes are lost", self.address, self._gone)
             self.fail(
                 self.error("appending to the log of", code, reason="" if code else str(failed))
                 if self.log.directory is None or not self.delivery.left

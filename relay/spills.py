@@ -77,15 +77,30 @@ class Spills:
         if slow.directory is None:
             kept, reader = Log(largest=slow.max or 0), engine
         else:
-            kept = self._log(slow.directory, turn, sink, slow.max or 0, persistent=persistent)
+            kept = self._log(
+                slow.directory,
+                turn,
+                sink,
+                slow.max or 0,
+                persistent=persistent,
+                again=outlet.sink is not None,
+            )
             reader = self._reader(turn.route)
         delivery = Delivery(
             reader, turn.route, kept, outlet.branch, sink, ways, turn, patience=patience, in_place=standing
         )
-        return SpillSink(engine, str(sink.address), kept, delivery, drain=drain, copy=copy)
+        made = SpillSink(engine, str(sink.address), kept, delivery, drain=drain, copy=copy)
+        if outlet.sink is not None:
+            made.follows()
+        return made
 
-    def _log(self, path: str, turn: Turn, sink: SinkSettings, largest: int, *, persistent: bool) -> Log:
-        """The log on disk for a stream, or for all streams of a route that keeps its sinks."""
+    def _log(
+        self, path: str, turn: Turn, sink: SinkSettings, largest: int, *, persistent: bool, again: bool
+    ) -> Log:
+        """The log on disk for a stream, or for all streams of a route that keeps its sinks.
+
+        `again`: the disk failed under the last one; if that left it damaged it is kept, and a new one begun.
+        """
         directory = self.claim(path)
         name = prefix(turn.route, sink)
         with self._lock:
@@ -98,7 +113,14 @@ class Spills:
                     str(directory.path / name), "opening the log in", 0,
                     "give each of them a directory of its own", reason="another sink of this relay uses it",
                 )  # fmt: skip
-            kept = directory.log(name, largest=largest)
+            try:
+                kept = directory.log(name, largest=largest)
+            except SinkError as error:
+                if not again or error.errno:
+                    raise
+                log.error("%s: %s; it is kept, and a new one begun", turn.route, error)
+                key = (str(directory.path), directory.free_name(name))
+                kept = directory.log(key[1], largest=largest)
             self._claimed.add(key)
             self._lent = {where: one for where, one in self._lent.items() if not one[1].closed.is_set()}
             self._lent[key] = (turn.route, kept)

@@ -13,8 +13,9 @@ import socket
 from typing import TYPE_CHECKING
 
 from relay.endpoints.broadcast import Broadcast, Subscriber
-from relay.endpoints.socket import close_with_reset, peer_name
-from relay.engine import Engine
+from relay.endpoints.listening import peer_name
+from relay.endpoints.socket import close_with_reset, unacknowledged
+from relay.engine import Engine, Timer
 from relay.errors import KernelError
 from relay.kernel import core
 from relay.kernel.ring import Reader, Ring
@@ -34,6 +35,17 @@ class Member:
     def __init__(self, sink: Subscriber, reader: Reader) -> None:
         self.sink = sink
         self.reader = reader
+        self.seen: tuple[int, int, int] = (
+            -1,
+            -1,
+            -1,
+        )  # how far it was at its last progress after the stream's end
+        self.seen_at = 0.0
+        self.told = False
+
+    def left(self) -> int:
+        """Bytes that its peer has not acknowledged (or, on a unix socket, not read) or that it was not sent yet."""
+        return unacknowledged(self.sink.c.fd) if self.sink.c.fd >= 0 else 0
 
     @property
     def dropped(self) -> int:
@@ -51,8 +63,10 @@ class Subscribers:
         self._settings = outlet.settings
         self._slow = outlet.slow
         self._name = outlet.name
+        self.outlet = outlet
         self._node = outlet.node.c
         self.members: dict[int, Member] = {}
+        self._looker: Timer | None = None
         burst = self._settings.burst
         self.ring = Ring(backlog(outlet.slow, burst), burst, outlet.slow.align, RESERVE)
         if burst:
@@ -133,6 +147,35 @@ class Subscribers:
             log.warning("%s: subscriber %s is slow: it holds the source", route, peer)
         self._engine.ready(self._pipeline.c)
 
+    def ended(self) -> None:
+        """The stream is over: whoever still has something coming takes it, or falls under the policy.
+
+        A subscriber is rarely full by then, so what counts is that it took nothing for `after`.
+        """
+        self._looker = None
+        now, after = self._engine.now, self._slow.after or 0.0
+        position = int(self.ring.c.position)
+        for member in list(self.members.values()):
+            behind, waiting = position - int(member.reader.c.at), member.left()
+            seen = (behind, waiting, int(member.sink.moved))
+            if seen != member.seen or not (behind or waiting):
+                member.seen, member.seen_at = seen, now
+            elif now - member.seen_at >= after:
+                self._holds_the_end(member, behind, after)
+        if self.members and not self._pipeline.closed:
+            self._looker = self._engine.later(min(max(after / 4, 0.01), 1.0), self.ended)
+
+    def _holds_the_end(self, member: Member, behind: int, after: float) -> None:
+        route, peer = self._pipeline.route, member.sink.address
+        if self.policy == "block":
+            if not member.told:
+                member.told = True
+                log.warning("%s: subscriber %s is slow: it holds the end of the stream", route, peer)
+            return
+        if self.policy == "drop":
+            member.reader.c.dropped += behind
+        member.sink.abort(f"the stream has ended, and it took nothing for {after:.1f} s")
+
     def _left(self, member: Member) -> None:
         """It finished, failed or was cut off."""
         sink = member.sink
@@ -172,6 +215,8 @@ class Subscribers:
     def close(self) -> None:
         """The chain is gone: closes every sink left, and the ring. Safe to call again."""
         self._node.ring = core.ffi.NULL
+        if self._looker is not None:
+            self._looker.cancel()
         for member in self.members.values():
             self._engine.forget_token(member.sink.c.token)
             member.sink.close()

@@ -53,9 +53,12 @@ class Ways:
             return Choice("copy", reason)
         if copies:
             return Choice("copy", copies)
-        if scheme in ("file", "memory") and self.forced == "vmsplice":
+        if scheme == "memory" or (scheme == "file" and self.forced == "vmsplice"):
             refused = self.machine.refused("vmsplice")
-            return Choice("copy", refused) if refused else Choice("vmsplice", "asked for")
+            reason = (
+                "asked for" if self.forced == "vmsplice" else "pages that nobody writes to again are lent"
+            )
+            return Choice("copy", refused) if refused else Choice("vmsplice", reason)
         if scheme == "file" and alone and self.forced in ("auto", "zero-copy", "sendfile"):
             refused = self.machine.refused("sendfile")
             if not refused:
@@ -94,6 +97,8 @@ class Ways:
             return Choice("splice", "into the page cache, which the kernel fills once")
         if scheme == "null":
             return Choice("splice", "pages are let go unseen")
+        if scheme == "shared":
+            return Choice("copy", "into memory that the consumer maps")
         if scheme == "digest":
             return Choice("copy", "a checksum must see the bytes")
         return Choice("splice", "pages move to the end by reference")

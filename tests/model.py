@@ -171,7 +171,8 @@ class Node:
     full: bool = False
     ended: bool = False
     done: bool = False
-    apart: int = 0  # its sink holds a turn's end no longer than this, taking nothing
+    apart: int = 0  # a gate whose branch holds a turn's end no longer than this, taking nothing
+    gate: Node | None = None  # the outermost such gate before it
     hold: bool = False  # a failed sink will be replaced: what is meant for it is kept
     owed: int = 0
     passed: int = 0
@@ -273,27 +274,28 @@ class Model:
 
     def _in_turn(self, node: Node) -> bool:
         """Whether a turn's end waits for what the node keeps."""
-        leaf = node if node.apart else node.into
+        gate = node.gate or node
         if not node.keeps:
             return False
-        if not leaf or not leaf.apart or not self.tell_idle:
+        if not gate.apart or not self.tell_idle:
             return True
-        if leaf is not node and (node.held or node.prefix or node.untold):
+        if gate is node and (node.held or node.prefix or node.untold):
             return True
-        if not leaf.sink or leaf.sink.failed:
+        alive = [n.sink for n in self.nodes if n.gate is gate and n.sink and not n.sink.failed]
+        if not alive:
             return False
-        return self._waits_for(leaf.sink, leaf.apart)
+        return self._waits_for(max(sink.last for sink in alive), gate.apart)
 
     def _place_in_turn(self, ring: Ring, place: Reader) -> bool:
         if not place.sink or (not place.rest and (place.dropping or place.at >= ring.position)):
             return False
         if not place.apart or not self.tell_idle:
             return True
-        return not place.sink.failed and self._waits_for(place.sink, place.apart)
+        return not place.sink.failed and self._waits_for(place.sink.last, place.apart)
 
-    def _waits_for(self, sink: Sink, apart: int) -> bool:
+    def _waits_for(self, last: int, apart: int) -> bool:
         self.idle = self.idle or self.now
-        until = (sink.last or self.idle) + apart
+        until = (last or self.idle) + apart
         if self.now >= until:
             return False
         self._wake_at(until)

@@ -218,7 +218,9 @@ class Rig:
     def _leaf(self, gate: Step, spec: Spec) -> Step:
         leaf = self._step(spec, f"leaf of {gate.model.name}", spec.leaf_slots)
         leaf.c.out_copies = leaf.model.out_copies = spec.out_copies
-        leaf.c.apart_ns = leaf.model.apart = spec.apart
+        if spec.apart:
+            gate.c.apart_ns = gate.model.apart = spec.apart
+            leaf.c.apart, leaf.model.gate = gate.c, gate.model
         self._give_stash(leaf, spec)
         gate.c.into, gate.model.into = leaf.c, leaf.model
         return leaf
@@ -341,8 +343,9 @@ class Rig:
             name = f"place of {outlet.step.model.name}"
             place = Place(ring, outlet.step, outlet.gate, self._token(name))  # type: ignore[arg-type]
             node, gate = outlet.step.model, outlet.gate.model
+            apart = gate.apart if node.gate is gate else 0
             reader = ModelReader(
-                node.sink, gate.after, gate.align, name, stays=True, hold=node.hold, apart=node.apart
+                node.sink, gate.after, gate.align, name, stays=True, hold=node.hold, apart=apart
             )
             model.join(reader)
             outlet.place = place, reader

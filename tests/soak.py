@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 import random
 import signal
 import socket
@@ -95,7 +96,7 @@ def feed(world: World, route: str, address: str, seed: int) -> None:
     """One stream after another until the world stops; some are stalled, some reset, some fed by a killed nc."""
     chance = random.Random(seed)
     while not world.stop.is_set():
-        given = world.new_stream(route, 2048 * chance.randrange(400) + 8)
+        given = world.new_stream(route, 2048 * chance.randrange(1, 400) + 8)
         how = chance.choice(["whole", "whole", "whole", "stalls", "resets", "killed", "late"])
         try:
             if how == "killed" and address.startswith("tcp:"):
@@ -258,10 +259,15 @@ def _subscribe_by_socat(world: World, piece: Piece, address: str, until: float) 
         world.stop.wait(0.1)
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody has; the kernel gives them to nobody else for a while."""
+def free_ports(count: int, seed: int) -> list[int]:
+    """Ports that nobody has, none of which the kernel gives to connections while a killed relay is away."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    chance = random.Random(f"{seed} {os.getpid()}")
+    found: list[int] = []
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in socks:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in socks]
+        while len(found) < count:
+            port = chance.randrange(2048, lowest)
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                found.append(port)
+    return found

@@ -18,7 +18,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as command
 from benchmarks import contender, table
-from benchmarks.cell import GIB, MIB, Cell, catalogue
+from benchmarks.catalogue import catalogue
+from benchmarks.cell import GIB, MIB, Cell
 from benchmarks.contender import Contender, Part, Place
 from benchmarks.load import BenchmarkError, Process, compiled, kept
 from benchmarks.series import Result, measured
@@ -99,10 +100,27 @@ def test_tiny_cell_with_tee(load: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "who"),
-    [("file-tcp", "socat -b 1M"), ("tcp-4tcp", "mbuffer -s 1M"), ("tcp-file", "socat -b 1M")],
+    [
+        ("file-tcp", "socat -b 1M"),
+        ("file-tcp", "Python socket.sendfile"),
+        ("tcp-4tcp", "mbuffer -s 1M"),
+        ("tcp-4tcp", "Python asyncio"),
+        ("tcp-file", "socat -b 1M"),
+        ("tcp-file", "Python asyncio"),
+        ("file-8tcp", "8 nc"),
+        ("file-8tcp", "mbuffer -s 1M"),
+        ("file-8tcp", "Python socket.sendfile, 8 threads"),
+        ("tcp-16tcp", "mbuffer"),
+        ("pipe-16pipes-64k", "tee"),
+        ("unix-4unix", "socat | tee >(socat)..."),
+        ("unix-4unix-64k", "Python asyncio"),
+        ("tcp-3files", "nc | tee"),
+        ("tcp-3files", "mbuffer -s 1M"),
+        ("tcp-3files", "Python asyncio"),
+    ],
 )
-def test_tiny_cell_over_tcp(load: Path, tmp_path: Path, name: str, who: str) -> None:
-    """Every kind of end works: a file sent, a connection fanned out, a connection written to a file."""
+def test_tiny_cell_of_every_kind(load: Path, tmp_path: Path, name: str, who: str) -> None:
+    """Every kind of end works and every peer delivers: each sink's bytes are verified, then timed."""
     small = cell(name)
     one = peer(small, who)
     trial = Trial(load, small, tmp_path)
@@ -110,6 +128,24 @@ def test_tiny_cell_over_tcp(load: Path, tmp_path: Path, name: str, who: str) -> 
     run = trial.run(one, MIB)
     assert run.seconds >= 0
     assert run.cpu > 0
+
+
+def test_relay_delivers_in_every_kind_of_cell(load: Path, tmp_path: Path) -> None:
+    """relay's own command of each kind delivers what was sent to every sink."""
+    for name in ("file-8tcp", "unix-4unix-64k", "tcp-3files"):
+        small = cell(name)
+        (relay,) = [one for one in small.contenders if one.is_relay]
+        trial = Trial(load, small, tmp_path)
+        trial.verify(relay, MIB + 1, trial.digest(MIB + 1))
+
+
+def test_small_chunks_are_fed_as_such(load: Path) -> None:
+    """A feeder of 64 KiB chunks writes so many bytes at a time, and a digest notices chunks out of order."""
+    argv = [str(load), "feed", str(256 * 1024), str(64 * 1024)]
+    whole = subprocess.run(argv, capture_output=True, check=True).stdout
+    chunks = [whole[at : at + 64 * 1024] for at in range(0, len(whole), 64 * 1024)]
+    assert len(set(chunks)) == 4
+    assert [int.from_bytes(chunk[:8], "little") for chunk in chunks] == [0, 1, 2, 3]
 
 
 def test_lost_bytes_are_a_failure(load: Path, tmp_path: Path) -> None:
@@ -152,6 +188,7 @@ def test_every_relay_command_follows_the_contract() -> None:
             file=Path("/f"),
             ports=tuple(range(1, one.sinks + 1)),
             fifos=tuple(Path(f"/p{n}") for n in range(one.sinks)),
+            paths=tuple(Path(f"/p{n}") for n in range(one.sinks)),
             output=Path("/o"),
         )
         (part,) = relay.parts(place)
@@ -173,6 +210,7 @@ def test_losses_are_said_plainly() -> None:
     assert "relay moves 0.50 times the GiB/s of the fastest peer, `tee` (loss)" in text
     assert "relay costs 1.25 times the CPU of the cheapest peer, `tee` (loss)" in text
     assert "at most 0.2 of the CPU of `tee`: missed, 1.250" in text
+    assert "Goal, at most 0.1 of the CPU: missed, 1.25 (1.33 without start-up); at least 8 times" in text
 
 
 def test_command_lists_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +225,14 @@ def test_command_end_to_end(tmp_path: Path) -> None:
     """`python -m benchmarks` writes the same table to stdout and to its file, and each run to the JSON."""
     peer(cell("pipe-4pipes"), "tee")
     options = ["--only", "pipe-4pipes-unpinned", "--size", "1MiB", "--directory", str(tmp_path)]
-    outputs = ["--json", str(tmp_path / "j"), "--markdown", str(tmp_path / "m")]
+    outputs = [
+        "--json",
+        str(tmp_path / "j"),
+        "--markdown",
+        str(tmp_path / "m"),
+        "--plot",
+        str(tmp_path / "p"),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", *options, *outputs],
         capture_output=True,
@@ -200,4 +245,9 @@ def test_command_end_to_end(tmp_path: Path) -> None:
     contenders = json.loads((tmp_path / "j").read_text())["cells"][0]["contenders"]
     tee = next(one for one in contenders if one["name"] == "tee")
     assert [run["size"] for run in tee["runs"]] == [MIB] * 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["j", "m"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["j", "m", "p"]
+    drawn = {path.name: path.read_text() for path in (tmp_path / "p").iterdir()}
+    assert sorted(drawn) == ["pipe-4pipes-unpinned.svg", "ratios.svg"]
+    assert "![pipe-4pipes-unpinned](p/pipe-4pipes-unpinned.svg)" in done.stdout
+    speeds = f"{tee['gib_s']['median']:.2f} ({tee['gib_s']['least']:.2f} to {tee['gib_s']['greatest']:.2f})"
+    assert speeds in drawn["pipe-4pipes-unpinned.svg"]

@@ -449,3 +449,51 @@ def test_a_crowd_with_one_who_stalls(tmp_path: Path) -> None:
         assert not any("slow" in line["message"] for line in served.lines)
         assert grown < 24 * MIB
         stage.close()
+
+
+@pytest.mark.parametrize(
+    "slow",
+    [
+        "{policy: disconnect, after: 200ms}",
+        "{policy: drop, after: 200ms}",
+        "{policy: spill, max: 16MiB, then: disconnect, after: 200ms}",
+        "{policy: block, after: 100ms}",
+    ],
+    ids=["disconnect", "drop", "spill", "block"],
+)
+@pytest.mark.parametrize("size", [100_000, 4 * MIB], ids=["in its socket", "in the ring"])
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_the_end_of_a_finite_stream_waits_for_a_stalled_viewer_as_its_policy_says(
+    tmp_path: Path, slow: str, size: int, kind: str
+) -> None:
+    """A route that ends is not kept by a viewer that takes nothing; under `block` it is, until the viewer reads."""
+    data = random.Random(4).randbytes(size)
+    os.mkfifo(tmp_path / "in")
+    where = "tcp://127.0.0.1:0" if kind == "tcp" else f"unix://{tmp_path}/s"
+    text = f"routes: {{r: {{source: {{fifo: in}}, sink: {{listen: '{where}', on_slow: {slow}}}}}}}"
+    with serving(text, tmp_path) as served:
+        bound = served.addresses(1)[0]
+        stalled, good = connected(bound, 16384), connected(bound)
+        served.until(lambda: sum("joined" in line["message"] for line in served.lines) == 2)
+        with (tmp_path / "in").open("wb") as stream, contextlib.closing(good):
+            viewer = Viewer(good, data, 0)
+            for at in range(0, size, 65536):
+                stream.write(data[at : at + 65536])
+                stream.flush()
+                viewer.read()
+            stream.close()
+            eventually(lambda: viewer.read() == 0 and viewer.ended, "the good one has all", good)
+            assert viewer.at == size
+        if "block" in slow:
+            served.said("it holds the end of the stream")
+            rest = Viewer(stalled, data, 0)
+            eventually(lambda: rest.read() == 0 and rest.ended, "the slow one has all", stalled)
+            assert rest.at == size
+            stalled.close()
+            assert served.wait() == 0
+            return
+        served.wait()
+        said = served.said("took nothing for 0.2 s")
+        assert said["bytes"] + said["dropped"] == (size if "drop" in slow else said["bytes"])
+        assert said["lost"] > 0 or kind == "unix"
+        stalled.close()

@@ -64,7 +64,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert sorted(name for name in loaded if heavy.fullmatch(name)) == []
 
 
-@pytest.mark.parametrize("command", ["serve", "run", "check", "plan", "schema"])
+@pytest.mark.parametrize("command", ["serve", "run", "check", "plan", "schema", "bench", "doctor"])
 def test_every_command_has_help(command: str) -> None:
     """`--help` is on stdout and no error."""
     done = relay(command, "--help")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ from line import File, Line
 from peers import assert_same, eventually, payload, read_all
 from syscalls import readable
 
+from relay.endpoints.ferry import MOST_MEMORY, ROOM
+from relay.endpoints.written import Writing, WrittenFile
 from relay.engine import Engine
 from relay.kernel import core
 
@@ -155,3 +159,149 @@ def test_an_end_that_somebody_made_nonblocking_gets_every_byte(
     taker.join()
     assert line.failures == [None]
     assert_same(got[0], data)
+
+
+# --- loads in memory, loads that wait for more, blocks reserved ahead ---------------------------------------
+
+
+def straight(engine: Engine, fds: Descriptors, source: socket.socket, target: int) -> Line:
+    """A line from a socket to a file, past the node's pipe."""
+    line = Line(engine, fds, source, [File(target)])
+    line.source.method = core.COPY
+    for node in line.nodes:
+        node.tee_copies = node.out_copies = 0
+    assert line.ferries[0].have_memory()
+    return line
+
+
+def test_a_socket_is_read_straight_into_memory(engine: Engine, fds: Descriptors, tmp_path: Path) -> None:
+    """A stream of pieces of every size is the same in the file, the node's pipe stays empty, its loads are whole."""
+    data = payload(6, 5_000_001)
+    target = fds.open(tmp_path / "out", os.O_CREAT | os.O_RDWR)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        line = straight(engine, fds, ours, target)
+
+        def feed() -> None:
+            chance, at = random.Random(6), 0
+            while at < len(data):
+                size = chance.choice([1, 700, 65_536, 1_000_000])
+                theirs.sendall(data[at : at + size])
+                at += size
+            theirs.shutdown(socket.SHUT_WR)
+
+        feeder = threading.Thread(target=feed)
+        feeder.start()
+        line.until("SINK_DRAINED", "sink0")
+        feeder.join()
+        line.end_ferries()
+        assert line.nodes[0].passed == len(data)
+        assert readable(line.nodes[0].pipe_r) == 0
+        line.close()
+    assert line.ferries[0].c.moved == line.sinks[0].moved == len(data)
+    assert_same((tmp_path / "out").read_bytes(), data)
+
+
+def test_bytes_already_in_the_pipe_come_first(engine: Engine, fds: Descriptors, tmp_path: Path) -> None:
+    """Loads of pipe and of memory alternate in the order in which their bytes came."""
+    target = fds.open(tmp_path / "out", os.O_CREAT | os.O_RDWR)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        line = straight(engine, fds, ours, target)
+        line.source.method = core.SPLICE
+        theirs.sendall(b"first,")
+        eventually(lambda: line.turn(0.01) or line.sinks[0].moved == 6, "the pipe's bytes are handed over")
+        line.source.method = core.COPY
+        theirs.sendall(b"second,")
+        eventually(lambda: line.turn(0.01) or line.sinks[0].moved == 13, "the memory's bytes are taken")
+        line.source.method = core.SPLICE
+        theirs.sendall(b"third")
+        theirs.shutdown(socket.SHUT_WR)
+        line.until("SINK_DRAINED", "sink0")
+        line.end_ferries()
+        line.close()
+    assert (tmp_path / "out").read_bytes() == b"first,second,third"
+
+
+def test_what_waits_for_more_leaves_by_itself(engine: Engine, fds: Descriptors, tmp_path: Path) -> None:
+    """After a rush a small rest, less than the mark that wakes, is in the file although nothing else happens."""
+    target = fds.open(tmp_path / "out", os.O_CREAT | os.O_RDWR)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as theirs,
+    ):
+        ours, _ = listener.accept()
+        with ours:
+            ours.setblocking(False)
+            line = straight(engine, fds, ours, target)
+            data = payload(8, 3_000_000)
+            feeder = threading.Thread(target=theirs.sendall, args=(data,))
+            feeder.start()
+            eventually(
+                lambda: line.turn(0.01) or os.fstat(target).st_size == len(data), "the rest leaves as well"
+            )
+            feeder.join()
+            theirs.sendall(b"x")
+            eventually(lambda: line.turn(0.01) or os.fstat(target).st_size == len(data) + 1, "so does a byte")
+            assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+            assert line.source.mark == 0
+            theirs.shutdown(socket.SHUT_WR)
+            line.until("SINK_DRAINED", "sink0")
+            line.end_ferries()
+            line.close()
+
+
+def test_a_nudge_comes_before_the_next_load(engine: Engine, fds: Descriptors, tmp_path: Path) -> None:
+    """`carry` returns when it was nudged, with the load still to be carried, and goes on when called again."""
+    target = fds.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY)
+    pipes = [fds.pipe(), fds.pipe()]
+    knock, answer = (fds.keep(os.eventfd(0, os.EFD_NONBLOCK)) for _ in range(2))
+    ferry = core.new("ferry", fd=target, method=core.SPLICE, knock=knock, answer=answer)
+    for k, ends in enumerate(pipes):
+        ferry.pipe_r[k], ferry.pipe_w[k] = ends
+    ferry.load[0] = os.write(pipes[0].w, b"x" * 500)
+    core.lib.relay_ferry_nudge(ferry)
+    core.lib.relay_ferry_end(ferry)
+    assert core.lib.relay_ferry_run(ferry) == -errno.EINTR
+    assert readable(pipes[0].r) == 500
+    assert core.lib.relay_ferry_run(ferry) == 0
+    assert (tmp_path / "out").read_bytes() == b"x" * 500
+
+
+def test_memory_has_a_bound(engine: Engine, fds: Descriptors, tmp_path: Path) -> None:
+    """Ferries beyond the bound of their engine do with pipes; what one had is free again when it is closed."""
+    target = fds.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY)
+    engine.ferried = MOST_MEMORY - 2 * ROOM
+    lines = [Line(engine, fds, b"", [File(target)]) for _ in range(2)]
+    assert [line.ferries[0].have_memory() for line in lines] == [True, False]
+    for line in lines:
+        line.close()
+    assert engine.ferried == MOST_MEMORY - 2 * ROOM
+
+
+def test_reserved_blocks_are_given_back(fds: Descriptors, tmp_path: Path) -> None:
+    """A file that grew beyond the step of its reservations has no more blocks than its bytes need, whole or not."""
+    written = WrittenFile(tmp_path / "out", Writing())
+    fd = written.open()
+    try:
+        if not written.ahead:
+            pytest.skip("the temporary directory is not on ext4")
+        before = payload(2, 5_000_000)
+        os.write(fd, before)
+        pipes = [fds.pipe(), fds.pipe()]
+        knock, answer = (fds.keep(os.eventfd(0, os.EFD_NONBLOCK)) for _ in range(2))
+        ferry = core.new("ferry", fd=fd, method=core.SPLICE, knock=knock, answer=answer, ahead=written.ahead)
+        ferry.moved = len(before)
+        for k, ends in enumerate(pipes):
+            ferry.pipe_r[k], ferry.pipe_w[k] = ends
+        ferry.load[0] = os.write(pipes[0].w, b"y" * 60_000)
+        core.lib.relay_ferry_end(ferry)
+        assert core.lib.relay_ferry_run(ferry) == 0
+        assert ferry.reserved == len(before) + 60_000 + written.ahead
+        assert os.fstat(fd).st_blocks * 512 >= ferry.reserved - 60_000
+        written.trim(ferry.reserved)
+        status = os.fstat(fd)
+        assert status.st_size == len(before) + 60_000
+        assert status.st_blocks * 512 < status.st_size + 65_536
+    finally:
+        written.close()

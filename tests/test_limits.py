@@ -426,6 +426,8 @@ def test_churn_leaves_nothing_behind(tmp_path: Path) -> None:
         eventually(lambda: footprint(served)[0] <= before[0], "descriptors are given back")
         eventually(lambda: footprint(served)[1] <= before[1], "threads have ended")
         eventually(lambda: footprint(served)[2] <= warm[2] + 8192, "memory does not grow")
+        # what streams leave behind is collected soon: left to the collector's own pace it is twice that
+        assert footprint(served)[2] <= before[2] + 8192
         eventually(lambda: is_in(connect(served)), "newcomers are served")
         end(served)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -23,6 +24,7 @@ from peers import (
     payload,
     program,
     receive_all,
+    receive_exactly,
     received,
     send_all,
     tcp_listener,
@@ -654,6 +656,46 @@ def test_what_a_log_can_do_is_accepted(tmp_path: Path) -> None:
         " sink: {connect: 'tcp://h:2', on_slow: {policy: spill, directory: d, max: 1GiB, then: drop, align: 188}}}}"
     )
     assert load_to_run(str(tmp_path / "c.yaml")).routes
+
+
+# --- a disk that fails and works again ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("then", ["block", "drop"])
+def test_a_standing_sink_recovers_with_its_disk(tmp_path: Path, then: str) -> None:
+    """While its log cannot be written a standing spill sink is away, under its `then`; then it goes on, and the record
+    counts what was lost."""
+    data, more = payload(9, 6 * MIB), payload(10, MIB)
+    with Receiver() as receiver, tcp_listener() as (listener, there):
+        config = LIMITED.format(away=receiver.address, there=there, then=f"{then}, after: 200ms")
+        config = config.replace("connections: each", "connections: one")
+
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MIB, resource.RLIM_INFINITY))
+
+        with serving(config, tmp_path, preexec_fn=limit) as served, accept(listener) as other:
+            for stream in (data, more):
+                with socket.create_connection(("127.0.0.1", served.port())) as source:
+                    sender = sending(source, stream)
+                    assert_same(receive_exactly(other, len(stream)), stream)
+                    sender.join()
+                    with contextlib.suppress(ConnectionResetError):  # under block the stream has failed
+                        receive_all(source)
+                if stream is data:
+                    served.said("bytes are lost")
+                    served.said("go on to")  # it stands again
+                    resource.prlimit(served.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+                    receiver.up()
+            records = [each["sinks"][0] for each in served.sessions(2)]
+            lost = sum(each["lost"] + each["dropped"] for each in records)
+            got = receiver.read(len(data) + len(more) - lost)
+            served.signal(signal.SIGTERM)
+            served.wait()
+    assert 0 < lost <= 4 * MIB
+    assert_same(got[: 2 * MIB], data[: 2 * MIB])
+    assert_same(got[-MIB:], more)
+    assert (records[0]["result"], records[1]["result"]) == ("failed", "delivered")
+    assert "EFBIG" in records[0]["reason"]
 
 
 # --- streams that break off ---------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ gc.set_threshold(50_000, 20, 50)
 import typer  # noqa: E402 - see above
 
 from relay import __version__  # noqa: E402
-from relay.cli import check, plan, run, schema, send, serve  # noqa: E402
+from relay.cli import bench, check, doctor, plan, run, schema, send, serve  # noqa: E402
 
 app = typer.Typer(
     add_completion=False,
@@ -38,7 +38,7 @@ def relay(
     """Moves streams of bytes to many sockets and files without carrying them."""
 
 
-for module in (serve, run, send, check, plan, schema):
+for module in (serve, run, send, check, plan, doctor, bench, schema):
     module.add_to(app)
 
 

@@ -260,6 +260,11 @@ class Sink(End):
                 os.close(fd)
 
     @property
+    def calls(self) -> int:
+        """System calls made for its bytes by a thread of its own; most sinks have none."""
+        return 0
+
+    @property
     def backlog(self) -> int:
         """Bytes that wait in this sink's log; only a spill has one."""
         return 0

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from relay.endpoints.base import Sink
-from relay.endpoints.socket import Listener, SocketSink
+from relay.endpoints.socket import SocketSink
 from relay.engine import Engine
 from relay.kernel import core
 
@@ -41,7 +41,7 @@ class Subscriber(SocketSink):
 
 
 class Broadcast(Sink):
-    """Owns the listeners once they are given; its struct counts what came to the broadcast, and has no descriptor.
+    """Takes connections of the route's listeners; its struct counts what came to it, and has no descriptor.
 
     Until `accept` names who takes them, connections wait. Listeners live on the route's home engine, which need
     not be the engine of the pipeline that the connections join. Whoever connected before the stream's end gets that
@@ -50,11 +50,13 @@ class Broadcast(Sink):
 
     def __init__(self, engine: Engine, address: str) -> None:
         super().__init__(engine, address)
-        self.listeners: Sequence[Listener] = ()
         self._lock = threading.Lock()
         self._early: list[tuple[socket.socket, str]] = []
         self._join: Callable[[socket.socket, str], None] | None = None
         self._there: Engine | None = None
+        self.leave: Callable[[], None] = lambda: (
+            None
+        )  # takes whoever waits at its listeners, then closes these
 
     def joined(self, sock: socket.socket, peer: str) -> None:
         """For the listeners: a connection was accepted."""
@@ -88,21 +90,12 @@ class Broadcast(Sink):
             self.engine.post(self._take_the_last)
 
     def _take_the_last(self) -> None:
-        for listener in self.listeners:
-            listener.take_all()
-        self.stop_listening()
+        self.leave()
         assert self._there is not None
         self._there.post(self.finished)  # behind the joins
 
-    def stop_listening(self) -> None:
-        """Nobody new joins; who is there stays."""
-        for listener in self.listeners:
-            listener.close()
-        self.listeners = ()
-
     def close(self) -> None:
-        """Stops listening."""
-        self.stop_listening()
+        """Closes whoever came too early to be taken."""
         with self._lock:
             early, self._early = self._early, []
         for sock, _peer in early:

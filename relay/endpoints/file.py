@@ -166,6 +166,11 @@ class FileSink(Sink):
         return int(self._ferry.c.moved) - self._file.unwritten if self._ferry is not None else 0
 
     @property
+    def calls(self) -> int:
+        """Of its thread, where that writes in C: a file that rotates or syncs is written load by load from Python."""
+        return int(self._ferry.c.calls) if self._ferry is not None else 0
+
+    @property
     def result_path(self) -> str:
         """The file's name, or its `.part` while it is not whole."""
         return self._file.shown

@@ -1,4 +1,4 @@
-"""Stream sockets as ends, for tcp and unix alike: accept, connect, read from, write to, end well.
+"""Stream sockets as ends, for tcp and unix alike: connect, read from, write to, end well.
 
 Facts (man 7 tcp, 7 unix, 2 close; net/ipv4/tcp.c):
 - close() with unread inbound bytes resets the connection and destroys what is under way to the peer.
@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
-import os
 import select
 import socket
 import struct
@@ -25,21 +23,13 @@ import termios
 from collections.abc import Callable
 from typing import Any
 
-from relay.endpoints.base import Sink, Source, hint
+from relay.endpoints.base import Sink, Source
 from relay.endpoints.liveness import Liveness
 from relay.endpoints.pacing import unpace
-from relay.engine import Engine, Timer, Watch
-from relay.kernel import core
-from relay.seldom import Seldom
+from relay.engine import Engine, Timer
 from relay.units import show_size
 
-log = logging.getLogger("relay.endpoints")
-
-BACKLOG = 4096
-CROWD = 64  # connections accepted at once
 GRACE = 2.0  # seconds a delivered sink waits for its peer to close first
-AGAIN = 0.2  # seconds between two attempts to accept when no descriptor is left
-COMPLAIN = 10.0  # seconds between two log lines about that
 READ_WRITE = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP
 
 
@@ -191,6 +181,8 @@ class SocketSink(Sink):
 
     def peer_ended(self) -> None:
         """Notes the peer's half-close; while finishing it may settle that everything arrived."""
+        if self.c.fd < 0:  # it failed in the same round
+            return
         if self.state == "finishing":
             if self._timer is not None:
                 self._timer.cancel()
@@ -287,129 +279,3 @@ def socket_of(fd: int, use: Callable[[socket.socket], Any]) -> Any:
         return use(sock)
     finally:
         sock.detach()
-
-
-class Listener:
-    """A listening socket; owns it. `accepted(socket, peer)` gets each connection and owns it from then on.
-
-    When no descriptor is left it stops accepting for a moment, says so, and goes on: what runs is not touched.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        sock: socket.socket,
-        address: str,
-        accepted: Callable[[socket.socket, str], None],
-    ) -> None:
-        self.address = address
-        self._engine = engine
-        self._sock: socket.socket | None = sock
-        self._accepted = accepted
-        sock.setblocking(False)
-        self._crowd: Callable[[list[tuple[int, str]]], None] | None = None
-        self._room: Any = None
-        self._short_of = ""
-        self._complained = Seldom(COMPLAIN)
-        self._watch: Watch | None = engine.watch(sock.fileno(), select.EPOLLIN, self._readable)
-
-    def by_the_crowd(self, accepted: Callable[[list[tuple[int, str]]], None]) -> None:
-        """From now on connections come as lists of (descriptor, peer), each the receiver's to close, nonblocking.
-
-        They have the options of the listening `socket`.
-        """
-        self._crowd = accepted
-        self._room = core.ffi.new("struct relay_accepted[]", CROWD)
-
-    @property
-    def socket(self) -> socket.socket | None:
-        """The listening socket, borrowed; None once closed."""
-        return self._sock
-
-    def _accept_many(self, accepted: Callable[[list[tuple[int, str]]], None]) -> None:
-        if self._sock is None:
-            return
-        count = core.lib.relay_accept(self._sock.fileno(), self._room, CROWD)
-        if count < 0:
-            self._cannot_accept(OSError(-count, os.strerror(-count)))
-        elif count:
-            self._can_accept()
-            name = core.ffi.string
-            accepted([(got.fd, name(got.peer).decode()) for got in self._room[0:count]])
-
-    def _can_accept(self) -> None:
-        if self._short_of:
-            log.info("accepting on %s again", self.address, extra={"event": "accepting"})
-            self._short_of = ""
-
-    def _readable(self, _mask: int) -> None:
-        if self._crowd is not None:
-            self._accept_many(self._crowd)
-            return
-        self._take(64)
-
-    def take_all(self) -> None:
-        """Takes every connection that the kernel holds, before `close` resets those that are left."""
-        self._take(BACKLOG)
-
-    def _take(self, most: int) -> None:
-        for _ in range(most):
-            if self._sock is None:
-                return
-            try:
-                sock, peer = self._sock.accept()
-            except (BlockingIOError, InterruptedError):
-                return
-            except ConnectionAbortedError:
-                continue  # that one is gone; others may wait behind it
-            except OSError as error:
-                self._cannot_accept(error)
-                return
-            self._can_accept()
-            self._accepted(sock, peer_name(sock, peer))
-
-    def _cannot_accept(self, error: OSError) -> None:
-        """No descriptor or no memory is left: newcomers wait in the kernel's backlog for a moment."""
-        self._short_of = errno.errorcode.get(error.errno or 0, str(error.errno))
-        if count := self._complained():
-            log.warning(
-                "accepting on %s: %s (%s); newcomers wait, it tries again five times a second: %s",
-                self.address,
-                error.strerror,
-                self._short_of,
-                hint(error.errno or 0) or "free some memory",
-                extra={"event": "cannot_accept", "address": self.address, "count": count},
-            )
-        self.pause()
-        self._engine.later(AGAIN, self.resume)
-
-    def pause(self) -> None:
-        """Leaves new connections in the kernel's backlog until `resume`."""
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
-
-    def resume(self) -> None:
-        """Accepts again."""
-        if self._watch is None and self._sock is not None:
-            self._watch = self._engine.watch(self._sock.fileno(), select.EPOLLIN, self._readable)
-
-    def close(self) -> None:
-        """Stops listening. Safe to call again."""
-        self.pause()
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
-
-
-def peer_name(sock: socket.socket, peer: Any) -> str:
-    """How a peer is named in records: host:port, [v6]:port, or pid:N for a unix peer."""
-    if sock.family == socket.AF_INET6:
-        host = str(peer[0])
-        if host.startswith("::ffff:") and "." in host:
-            return f"{host[7:]}:{peer[1]}"
-        return f"[{host}]:{peer[1]}"
-    if sock.family == socket.AF_INET:
-        return f"{peer[0]}:{peer[1]}"
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return f"pid:{struct.unpack('3i', credentials)[0]}"

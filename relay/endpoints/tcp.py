@@ -11,14 +11,16 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from relay.endpoints.address import Address
+from relay.endpoints.base import hint
 from relay.endpoints.connecting import Connecting, Place
+from relay.endpoints.listening import BACKLOG, Bound, Key
 from relay.endpoints.liveness import tune
 from relay.endpoints.options import DEAD_AFTER
-from relay.endpoints.socket import BACKLOG, Listener, SocketSink, SocketSource
+from relay.endpoints.socket import SocketSink, SocketSource
 from relay.engine import Engine
 from relay.errors import SourceError
 
@@ -30,15 +32,17 @@ CHECK_NAME = "check the name, or write the address in figures"
 def lookup(host: str, port: int, *, passive: bool = False) -> list[Place]:
     """The places a name stands for, in the resolver's order. Blocks; raises socket.gaierror."""
     flags = socket.AI_PASSIVE if passive else socket.AI_ADDRCONFIG
+    # text would load the codec of international names, which a sandbox may not even let us read by now
+    name = (host.encode("ascii") if host.isascii() else host) or None
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=flags)
     except socket.gaierror:
         if passive:
             raise
         # AI_ADDRCONFIG hides loopback addresses on a machine without a network
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     places: list[Place] = []
-    for family, _kind, _protocol, _name, place in found:
+    for family, _kind, _protocol, _canonical, place in found:
         if (family, place) not in places:
             places.append((family, place))
     return places
@@ -160,56 +164,59 @@ class TcpSource(SocketSource):
         super().close(reset=reset)
 
 
-def listen(
-    engine: Engine,
-    address: Address,
-    accepted: Callable[[socket.socket, str], None],
-    *,
-    dead_after: float = DEAD_AFTER,
-) -> list[Listener]:
-    """Listens on every place the address stands for; raises SourceError when one of them is refused.
+def places(address: Address) -> list[Place]:
+    """Where to listen for `address`; with an empty host that is one dual-stack socket. Looks names up, which blocks.
 
-    With an empty host that is one dual-stack socket, or 0.0.0.0 where there is no IPv6. Port 0 takes any free
-    port: the listeners' `address` says which. Name look-up blocks: this runs before streams flow.
+    Raises SourceError.
     """
+    if not address.host:
+        return [(socket.AF_INET6, ("::", address.port))]
     try:
-        places: list[Place] = (
-            [(socket.AF_INET6, ("::", address.port))]
-            if not address.host
-            else lookup(address.host, address.port, passive=True)
-        )
-    except socket.gaierror as error:
-        raise SourceError(
-            str(address),
-            "looking up",
-            0,
-            CHECK_NAME,
-            reason=str(error.strerror),
-        ) from error
-    listeners: list[Listener] = []
+        return lookup(address.host, address.port, passive=True)
+    except (socket.gaierror, UnicodeError) as error:
+        reason = str(error.strerror if isinstance(error, socket.gaierror) else error)
+        raise SourceError(str(address), "looking up", 0, CHECK_NAME, reason=reason) from error
+
+
+def keys(address: Address, at: Sequence[Place], owner: str) -> list[Key]:
+    """Names the sockets that listen at these places. Any free port is a port of `owner`'s own."""
+    own = owner if address.port == 0 else ""
+    return [
+        ("tcp", family, place[0], address.port, *place[2:], bool(address.host), own) for family, place in at
+    ]
+
+
+def bind(
+    address: Address,
+    at: Sequence[Place],
+    owner: str = "",
+    take: Callable[[Key], Bound | None] = lambda _key: None,
+) -> list[Bound]:
+    """Listens on all of these places; raises SourceError when one of them is refused.
+
+    `take` may know a socket that listens there already. Where there is no IPv6 an empty host is 0.0.0.0. Port 0 takes
+    any free port, the same in every family: the sockets' `address` says which.
+    """
+    found: list[Bound] = []
+    made: list[Bound] = []
     port = address.port
-
-    def tuned(got: socket.socket, peer: str) -> None:
-        tune(got, dead_after)
-        accepted(got, peer)
-
     try:
-        for family, place in places:
-            listeners.append(_listen_at(engine, address, family, (place[0], port, *place[2:]), tuned))
+        for key, (family, place) in zip(keys(address, at, owner), at, strict=True):
+            bound = take(key)
+            if bound is None:
+                bound = _listen_at(address, family, (place[0], port, *place[2:]), key)
+                made.append(bound)
+            found.append(bound)
             if port == 0:  # the next family takes the same port
-                port = Address.parse(listeners[0].address).port
+                port = Address.parse(found[0].address).port
     except SourceError:
-        for listener in listeners:
-            listener.close()
+        for bound in made:
+            bound.close()
         raise
-    return listeners
+    return found
 
 
-def _listen_at(
-    engine: Engine, address: Address, family: int, place: Any, accepted: Callable[[socket.socket, str], None]
-) -> Listener:
-    from relay.endpoints.base import hint
-
+def _listen_at(address: Address, family: int, place: Any, key: Key) -> Bound:
     sock: socket.socket | None = None
     try:
         try:
@@ -231,4 +238,4 @@ def _listen_at(
 
     bound = sock.getsockname()
     shown = Address("tcp", host=str(bound[0]), port=int(bound[1]))
-    return Listener(engine, sock, str(shown), accepted)
+    return Bound(sock, str(shown), key)

@@ -24,7 +24,8 @@ from pathlib import Path
 from relay.endpoints.address import Address
 from relay.endpoints.base import hint
 from relay.endpoints.connecting import Connecting
-from relay.endpoints.socket import BACKLOG, Listener, SocketSink, SocketSource
+from relay.endpoints.listening import BACKLOG, Bound, Key
+from relay.endpoints.socket import SocketSink, SocketSource
 from relay.engine import Engine
 from relay.errors import SourceError
 from relay.kernel.pipe import LARGEST_CAPACITY
@@ -104,50 +105,28 @@ class UnixSource(SocketSource):
         super().close(reset=reset)
 
 
-class UnixListener(Listener):
-    """A listener that removes its socket file when it closes, if the file is still its own."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        sock: socket.socket,
-        address: Address,
-        accepted: Callable[[socket.socket, str], None],
-    ) -> None:
-        super().__init__(engine, sock, str(address), accepted)
-        self._path = "" if address.path.startswith("@") else address.path
-        self._made = _identity(self._path)
-
-    def close(self) -> None:
-        """Stops listening and removes the file."""
-        super().close()
-        if self._path and self._made and _identity(self._path) == self._made:
-            Path(self._path).unlink(missing_ok=True)
-        self._path = ""
+def key(address: Address) -> Key:
+    """Names the socket that listens there."""
+    return ("unix", address.path)
 
 
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return (status.st_dev, status.st_ino)
-
-
-def listen(
-    engine: Engine,
+def bind(
     address: Address,
-    accepted: Callable[[socket.socket, str], None],
     *,
     mode: int | None = None,
     owner: int = -1,
     group: int = -1,
-) -> list[Listener]:
+    take: Callable[[Key], Bound | None] = lambda _key: None,
+) -> list[Bound]:
     """Listens; the file gets `mode` before anybody can connect, and `owner` and `group` (ids, -1: as it is).
 
-    Raises SourceError when the path holds something that is no stale socket.
+    `take` may know a socket that listens there already. Raises SourceError when the path holds something that is no
+    stale socket.
     """
-    where = place(address)
+    bound = take(key(address))
+    if bound is not None:
+        dress(address, mode=mode, owner=owner, group=group)
+        return [bound]
     named = not address.path.startswith("@")
     if named:
         _make_way(address)
@@ -158,16 +137,29 @@ def listen(
     try:
         if mode is not None and named:
             os.fchmod(sock.fileno(), 0o600)  # nobody but the owner may connect between bind and chmod
-        sock.bind(where)
-        if named and (owner >= 0 or group >= 0):
-            os.chown(address.path, owner, group)
-        if named and mode is not None:
-            os.chmod(address.path, mode)  # noqa: PTH101 - a path as given, next to chown
+        sock.bind(place(address))
+        dress(address, mode=mode, owner=owner, group=group)
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         raise SourceError(str(address), "listening on", error.errno or 0, hint(error.errno or 0)) from error
-    return [UnixListener(engine, sock, address, accepted)]
+    except SourceError:
+        sock.close()
+        raise
+    return [Bound(sock, str(address), key(address), address.path if named else "")]
+
+
+def dress(address: Address, *, mode: int | None, owner: int, group: int) -> None:
+    """Gives the socket's file its permissions. Raises SourceError."""
+    if address.path.startswith("@"):
+        return
+    try:
+        if owner >= 0 or group >= 0:
+            os.chown(address.path, owner, group)
+        if mode is not None:
+            os.chmod(address.path, mode)  # noqa: PTH101 - a path as given, next to chown
+    except OSError as error:
+        raise SourceError(str(address), "listening on", error.errno or 0, hint(error.errno or 0)) from error
 
 
 def _make_way(address: Address) -> None:

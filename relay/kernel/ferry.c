@@ -86,11 +86,14 @@ static void wait_for_room(struct relay_ferry *f)
     while (poll(&one, 1, -1) < 0 && errno == EINTR) {}
 }
 
+static void counted(struct relay_ferry *f) { __atomic_fetch_add(&f->calls, 1, __ATOMIC_RELAXED); }
+
 static int64_t write_whole(struct relay_ferry *f, const char *from, int64_t size)
 {
     int64_t done = 0;
     while (done < size) {
         int64_t n = call_write(f->fd, 0, from + done, size - done < RELAY_PUT ? size - done : RELAY_PUT);
+        counted(f);
         if (n == -EAGAIN) {
             wait_for_room(f);
             continue;
@@ -120,6 +123,7 @@ static void reserve(struct relay_ferry *f, int64_t size)
     at = lseek(f->fd, 0, SEEK_CUR);
     if (at >= 0 && at + size <= f->reserved)
         return;
+    counted(f);
     if (at < 0 || fallocate(f->fd, FALLOC_FL_KEEP_SIZE, at, size + f->ahead) < 0)
         f->ahead = 0;
     else
@@ -142,6 +146,7 @@ int relay_ferry_run(struct relay_ferry *f)
                 do n = result(splice(from, NULL, f->fd, NULL, (size_t)(load < RELAY_PUT ? load : RELAY_PUT),
                                      SPLICE_F_MOVE));
                 while (n == -EINTR);
+                counted(f);
                 if (not_this_way(n)) {
                     f->method = RELAY_COPY;
                     continue;
@@ -152,6 +157,7 @@ int relay_ferry_run(struct relay_ferry *f)
                 if (!f->buffer)
                     return -ENOBUFS;
                 n = call_read(from, 0, f->buffer, load < f->buffer_size ? load : f->buffer_size);
+                counted(f);
                 if (n > 0)
                     n = write_whole(f, f->buffer, n);
             }

@@ -24,12 +24,12 @@ static void hand_over(struct relay_ferry *f, int rush)
     while (write(f->knock, &one, sizeof one) < 0 && errno == EINTR) {}
 }
 
-/* Wants to hear when the thread gives a load back. What it gave back just before it would not tell of. */
-static void ask(struct pass *s, struct relay_ferry *f, int had)
+/* Of a load that comes back the thread tells only when it was asked to; what came back before is seen by whoever
+ * looks after asking. */
+static void ask(struct relay_ferry *f)
 {
     __atomic_store_n(&f->asked, 1, __ATOMIC_SEQ_CST);
-    if (had != ferry_has(f, 0) + ferry_has(f, 1))
-        s->again = 1;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
 /* The end of a sweep: a load that is not full is handed over when the thread is idle, and nothing is to be gained
@@ -37,17 +37,21 @@ static void ask(struct pass *s, struct relay_ferry *f, int had)
 void ferry_flush(struct pass *s, struct relay_ferry *f)
 {
     const struct relay_pipeline *p = s->p;
-    int had = ferry_has(f, 0) + ferry_has(f, 1), ours = ferry_has(f, f->at);
-    int64_t load = ours ? f->load[f->at] : 0;
-    if (load && had == 2) {
-        if (f->rush && p->source && !p->source_ended && s->e->now_ns < f->since_ns + HOLD_NS)
-            wake_at(s, f->since_ns + HOLD_NS);
-        else
-            hand_over(f, load >= LARGE);
-        return;
+    int k = f->at, load = ferry_has(f, k) && f->load[k];
+    int hold = load && f->rush && p->source && !p->source_ended && s->e->now_ns < f->since_ns + HOLD_NS;
+    if (f->refused || p->tell_idle || (load && !hold))
+        ask(f);
+    if (f->refused && ferry_has(f, k)) {
+        f->refused = 0;
+        s->again = 1;
     }
-    if (had < 2 && (!ours || load || p->tell_idle))
-        ask(s, f, had);
+    if (hold)
+        wake_at(s, f->since_ns + HOLD_NS);
+    if (!load || hold || !ferry_has(f, k ^ 1))
+        return;
+    hand_over(f, f->load[k] >= LARGE);
+    if (p->tell_idle)
+        ask(f);
 }
 
 /* Moves at most `amount` bytes from a node into the load's pipe: bytes moved, 0 when it cannot take any now,
@@ -62,8 +66,10 @@ int64_t give_to_ferry(struct pass *s, struct relay_node *n, int64_t amount)
             sink_failed(s, n, f->error);
             return -1;
         }
-        if (!ferry_has(f, k))       /* both away: the sink is slow */
+        if (!ferry_has(f, k)) {     /* both away: the sink is slow */
+            f->refused = 1;
             return 0;
+        }
         if (f->load[k] && f->span[k]) {
             hand_over(f, 0);
             continue;
@@ -72,6 +78,7 @@ int64_t give_to_ferry(struct pass *s, struct relay_node *n, int64_t amount)
         moved = give(n, f->pipe_w[k], 0, amount);
         s->e->calls++;
         if (moved > 0) {
+            f->refused = 0;
             if (!f->load[k])
                 f->since_ns = s->e->now_ns;
             f->load[k] += moved;
@@ -103,6 +110,7 @@ int fill_ferry(struct pass *s, struct relay_node *head)
     int k = f->at;
     int64_t moved;
     if (!ferry_has(f, k)) {
+        f->refused = 1;
         blocked(s, head);
         return 0;
     }
@@ -118,6 +126,7 @@ int fill_ferry(struct pass *s, struct relay_node *head)
     moved = read_source(s, f->span[k] + f->load[k], f->most - f->load[k]);
     if (moved <= 0)
         return s->p->source_ended;
+    f->refused = 0;
     f->load[k] += moved;
     head->passed += moved;
     sink_took(s, sink, moved);
@@ -145,8 +154,11 @@ void pace_source(struct pass *s)
     if (!source || source->fd < 0 || !source->is_socket || source->readable || p->source_ended)
         return;
     f = source->method == RELAY_COPY && !p->paused && goes_straight(p->head) ? p->head->sink->ferry : NULL;
-    if (f && !ferry_has(f, f->at))      /* its answer comes first */
+    if (f && source->mark && !ferry_has(f, f->at)) {    /* a load that comes back is the next thing to wait for */
+        ask(f);
+        s->again |= ferry_has(f, f->at);
         return;
+    }
     if (f && f->rush && s->e->now_ns < source->last_ns + HOLD_NS) {
         if (!source->mark)
             set_mark(source, (int)f->room);

@@ -124,23 +124,29 @@ int64_t read_and_discard(struct pass *s, struct relay_end *sink)
 
 /* ---- the whole chain ---------------------------------------------------------------------------- */
 
-/* What of a node's keeping a turn's end waits for. A sink whose policy is not to hold anybody is waited for as long
- * as it takes bytes. */
+/* Whether a turn's end waits for what a node, or the ferry behind it, still has. A branch whose policy is not to hold
+ * anybody is waited for as long as one of its sinks takes bytes. */
 static int in_turn(struct pass *s, struct relay_node *n)
 {
-    struct relay_node *leaf = n->apart_ns ? n : n->into;
-    int64_t until;
-    if (!holds(n))
-        return 0;
-    if (!leaf || !leaf->apart_ns || !s->p->tell_idle)
+    struct relay_node *gate = n->apart ? n->apart : n;
+    int64_t until, last = 0;
+    int alive = 0;
+    if (!gate->apart_ns || !s->p->tell_idle)
         return 1;
-    if (leaf != n && (n->held || n->prefix_left || (n->next && n->stash_next < n->stash_len)))
-        return 1;               /* of a gate only the piece before a gap waits for its leaf alone */
-    if (!leaf->sink || leaf->sink->failed)
+    if (gate == n && (n->held || n->prefix_left || (n->next && n->stash_next < n->stash_len)))
+        return 1;               /* of a gate only the piece before a gap waits for its branch alone */
+    for (struct relay_node *each = gate->after; each; each = each->after) {
+        if (each->apart != gate || !each->sink || each->sink->failed)
+            continue;
+        alive = 1;
+        if (each->sink->last_ns > last)
+            last = each->sink->last_ns;
+    }
+    if (!alive)
         return 0;
     if (!s->p->idle_ns)
         s->p->idle_ns = s->e->now_ns;
-    until = (leaf->sink->last_ns ? leaf->sink->last_ns : s->p->idle_ns) + leaf->apart_ns;
+    until = (last ? last : s->p->idle_ns) + gate->apart_ns;
     if (s->e->now_ns >= until)
         return 0;
     wake_at(s, until);
@@ -184,7 +190,7 @@ static int sweep(struct pass *s)
         open = scatter_settle(s, &empty, &calm);
     for (n = p->ring ? NULL : p->head; n; n = n->after) {
         struct relay_end *sink = n->sink;
-        if (in_turn(s, n))
+        if (holds(n) && in_turn(s, n))
             empty = 0;
         if (holds(n) || n->dropping || n->ring)
             calm = 0;
@@ -198,8 +204,11 @@ static int sweep(struct pass *s)
                 sink_failed(s, n, sink->ferry->error);
                 continue;
             }
-            if (!ferry_is_empty(sink->ferry))   /* its answer wakes this pipeline */
-                empty = calm = 0;
+            if (!ferry_is_empty(sink->ferry)) {     /* its answer wakes this pipeline */
+                calm = 0;
+                if (in_turn(s, n))
+                    empty = 0;
+            }
         } else if (sink->discard && sink->readable && sink->fd >= 0) {
             int64_t error = read_and_discard(s, sink);
             if (error) {

@@ -85,6 +85,7 @@ struct relay_ferry {
     int knock;               /* eventfd, engine to thread */
     int answer;              /* eventfd, thread to engine: a load is back, and the engine had asked */
     int asked;
+    int refused;             /* engine: both were away when there were bytes */
     int ending;              /* engine: nothing more will come */
     int look;                /* engine: relay_ferry_run is to return, there is something to see to */
     int error;               /* thread: errno that stopped it */
@@ -98,6 +99,7 @@ struct relay_ferry {
     int64_t moved;           /* bytes that reached fd */
     int64_t ahead;           /* blocks are reserved so many bytes ahead of what is written; 0: they are not */
     int64_t reserved;        /* thread: the offset in the file up to which they are */
+    int64_t calls;           /* thread: system calls that relay_ferry_run made for payload */
 };
 
 /* One descriptor at the edge of a pipeline: where bytes enter or leave. */
@@ -192,7 +194,9 @@ struct relay_node {
     int ended;                 /* nothing more will come in */
     int done;                  /* its end was passed on */
     int hold;                  /* a failed sink will be replaced: keep what is meant for it */
-    int64_t apart_ns;          /* a turn's end waits no longer for it once its sink took nothing for so long; 0: waits */
+    int64_t apart_ns;          /* of a gate: a turn's end waits for its branch no longer once its sinks took nothing for
+                                  so long; 0: waits */
+    struct relay_node *apart;  /* the outermost such gate whose branch it is in; NULL: none */
     /* gate */
     int64_t rate;              /* bytes a second, 0: none */
     int64_t burst;             /* most tokens */
@@ -389,3 +393,11 @@ void relay_refuse(int fd);
 int64_t relay_lend(int pipe_w, const char *memory, int64_t size);
 int64_t relay_tee(int pipe_r, int pipe_w, int64_t size);
 int64_t relay_splice(int from, int64_t offset, int to, int64_t size, int more);
+
+/* Memory that is lent (memory.c). What is mapped at `from` moves to `to`, read-only unless `writable`; `from` stays
+ * mapped, and empty where it is private: 0 or -errno. Both are whole pages, `to` private anonymous ones. */
+int relay_cut(char *from, char *to, int64_t size, int writable);
+/* Lends up to 1024 pieces in order, each an offset from base and a length: bytes lent, or -errno. */
+int64_t relay_lend_pieces(int pipe_w, const char *base, const int64_t *pieces, int count);
+/* Whole pages of the file `fd` (-1: fresh private ones) take the place of the mapping at `at`: 0 or -errno. */
+int relay_map_over(char *at, int64_t size, int fd, int64_t offset, int writable);

@@ -72,6 +72,8 @@ class Settings(StageSettings):
 class Header(Stage):
     """Owns the arena whose pages are lent in front of each stream; they are written once and then unmapped."""
 
+    of_a_stream = True
+
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.kind, settings.name or settings.kind)
         self._settings = settings

@@ -42,6 +42,8 @@ class Settings(StageSettings):
 class Limit(Stage):
     """Counts down in the stage's node, anew for each stream."""
 
+    of_a_stream = True
+
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.kind, settings.name or settings.kind)
         self._skip = settings.skip

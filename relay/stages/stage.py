@@ -46,7 +46,12 @@ class Branch:
 
 
 class Stage:
-    """A stage that lets everything pass: the others override what they change."""
+    """A stage that lets everything pass: the others override what they change.
+
+    `of_a_stream`: what it does begins anew with each stream, so one must have left its node before the next comes.
+    """
+
+    of_a_stream = False
 
     def __init__(self, kind: str, name: str) -> None:
         self.kind = kind
