@@ -5,8 +5,8 @@
 
 Theory of operation. A stream begins the way that is expected to be cheaper. From time to time a piece of it goes the
 other way, and the CPU time of a byte is compared. The other way is taken when it was cheaper by a margin TAKES
-times in a row; each change makes the next one need a larger margin, so two ways that cost the same do not take turns
-for ever. What may be spent on trying is a share of the stream: SHARE at first, half of it after each trial that did
+times in a row, each time than the sample just before it: what else the machine does weighs on both. Each change
+makes the next one need a larger margin, so two ways that cost the same do not take turns for ever. What may be spent on trying is a share of the stream: SHARE at first, half of it after each trial that did
 not pay, and never more than RARE of it for a way that costs, or is expected to cost, twice as much. When what the
 way in force costs has changed a good deal, sizes or sinks have: it is looked at again as at the beginning.
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Final, Literal
 
 Way = Literal["chain", "ring"]
@@ -33,9 +32,15 @@ SETTLES: Final = MIB // 2  # bytes after a change that are not measured: they fi
 SHARE: Final = 0.02  # of a stream may go the other way for samples
 RARE: Final = 0.001  # at the least, and for a dear way at the most
 MARGIN: Final = 0.07  # by so much the other way must be cheaper,
+WIDEST: Final = 0.25  # and after some changes by so much,
 TAKES: Final = 3  # so many times in a row
 ENOUGH: Final = 3  # samples of the way in force before anything is tried
 CHANGED: Final = 1.5  # times what it cost: sizes or sinks have changed
+
+
+def median(samples: deque[float]) -> float:
+    """The one in the middle, or the upper of two: the standard library's takes as long to load as a pipeline."""
+    return sorted(samples)[len(samples) // 2]
 
 
 def other(way: Way) -> Way:
@@ -57,6 +62,7 @@ class Balance:
     )
     _share: float = field(default_factory=lambda: SHARE)
     _streak: int = 0
+    _last: Way | None = None
     _margin: float = MARGIN
     _not_before: int = 0  # bytes that must have come before the next trial
     _then: float = 0.0  # what the way in force cost at the last trial
@@ -66,8 +72,8 @@ class Balance:
         own = self._costs[self.way]
         if fed < self._not_before:
             return self.way, OWN
-        if self._streak:
-            return other(self.way), self.trial
+        if self._streak:  # in pairs: what else the machine does weighs on both alike
+            return (other(self.way), self.trial) if self._last == self.way else (self.way, OWN)
         size = self.trial
         share = min(self._share, RARE) if self.expected >= DEAR else self._share
         if len(own) >= ENOUGH and self.tried + size + SETTLES <= share * fed:
@@ -77,7 +83,7 @@ class Balance:
     @property
     def pause(self) -> int:
         """Bytes that need not be measured before the next sample of the way in force."""
-        return SETTLES if len(self._costs[self.way]) < ENOUGH else REST
+        return SETTLES if self._streak or len(self._costs[self.way]) < ENOUGH else REST
 
     @property
     def trial(self) -> int:
@@ -92,12 +98,13 @@ class Balance:
         """A sample: CPU nanoseconds a byte."""
         self._costs[way].append(cost)
         self.samples[way] += 1
-        own = median(self._costs[self.way]) if self._costs[self.way] else cost
+        self._last = way
         if way == self.way:
+            own = median(self._costs[way])
             if self._then and not self._then / CHANGED < own < self._then * CHANGED:
                 self._share, self._then, self.expected = SHARE, 0.0, min(self.expected, DEAR - 0.1)
-                self._margin = MARGIN
             return
+        own = self._costs[self.way][-1] if self._costs[self.way] else cost  # measured just before
         self.expected = cost / own if own else self.expected
         if cost < own * (1 - self._margin):
             self._streak += 1
@@ -106,14 +113,14 @@ class Balance:
             return
         self._streak = 0
         self._share = max(self._share / 2, RARE)
-        self._then = own
+        self._then = median(self._costs[self.way]) if self._costs[self.way] else 0.0
 
     def _take(self) -> None:
         before = self.way
         self.way = other(before)
         self.changes += 1
         self._streak = 0
-        self._share, self._margin = SHARE / 2, min(self._margin * 2, 0.5)
+        self._share, self._margin = SHARE / 2, min(self._margin * 2, WIDEST)
         own = median(self._costs[self.way])
         self.expected = median(self._costs[before]) / own
         self._then = own

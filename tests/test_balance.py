@@ -92,6 +92,23 @@ def test_ways_that_cost_the_same_do_not_take_turns(seed: int) -> None:
     assert balance.changes <= 2
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("ratio", [1.0, 1.3, 3.0])
+def test_what_else_the_machine_does_is_not_taken_for_a_difference(seed: int, ratio: float) -> None:
+    """When everything costs four times as much from one moment to the next, the better way is kept all the same."""
+    chance = random.Random(seed)
+    weather = [chance.choice([0.5, 1.0, 2.0]) for _ in range(1025)]
+    balance = Balance("chain", 1.3)
+    flow(
+        balance,
+        lambda way, at: weather[at // (256 * MIB)] * (1.0 if way == "chain" else ratio),
+        256 * GIB,
+        0.1,
+        seed,
+    )
+    assert balance.changes <= (2 if ratio == 1.0 else 0)
+
+
 def test_what_changes_is_looked_at_again() -> None:
     """When sizes or sinks change and what was cheap is dear, the stream goes the other way within a part of it."""
     balance = Balance("chain", 1.9)
