@@ -6,9 +6,10 @@
 Theory of operation. A stream begins the way that is expected to be cheaper. From time to time a piece of it goes the
 other way, and the CPU time of a byte is compared. The other way is taken when it was cheaper by a margin TAKES
 times in a row, each time than the sample just before it: what else the machine does weighs on both. Each change
-makes the next one need a larger margin, so two ways that cost the same do not take turns for ever. What may be spent on trying is a share of the stream: SHARE at first, half of it after each trial that did
-not pay, and never more than RARE of it for a way that costs, or is expected to cost, twice as much. When what the
-way in force costs has changed a good deal, sizes or sinks have: it is looked at again as at the beginning.
+makes the next one need a larger margin, so two ways that cost the same do not take turns for ever. What may be
+spent on trying is a share of the stream: SHARE at first, half of it after each trial that did not pay, and never more
+than RARE of it for a way that costs, or is expected to cost, twice as much. When what the way in force costs has
+changed a good deal, sizes or sinks have: it is looked at again as at the beginning.
 
 Pure: what is measured is told to it, it answers what to do.
 """
