@@ -216,7 +216,7 @@ class _Walk:
         """How a stream gets into `chain`; `sink` is where it goes when it may get there past all pipes."""
         only = chain[0]
         bare = len(chain) == 1 and only.entry is None and only.verb != "listen"
-        straight = self._ways.straight() if bare and sink is not None and sink.straight else None
+        straight = self._ways.straight(scheme) if bare and sink is not None and sink.straight else None
         if straight is not None and scheme in ("tcp", "unix"):
             return straight, chain if only.choice.method == "copy" else (replace(only, choice=straight),)
         choice = self._ways.from_source(scheme, alone=bare and only.kind in STRAIGHT)

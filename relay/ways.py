@@ -73,11 +73,15 @@ class Ways:
             return Choice("splice", "page-cache pages go into the pipe by reference")
         return Choice("splice", "pages move into the pipe by reference")
 
-    def straight(self) -> Choice | None:
-        """How a socket's bytes reach a file when nothing else is on the way; None where they go through a pipe."""
+    def straight(self, scheme: str) -> Choice | None:
+        """How a socket's bytes reach a file when nothing else is on the way; None where they go through a pipe.
+
+        From unix sockets splice is faster (3.1 against 1.6 GiB/s): their pages come as the peer wrote them, and
+        nobody can be made to wake relay more seldom.
+        """
         if reason := self._copies("splice"):
             return Choice("copy", reason)
-        if self.forced != "auto":
+        if self.forced != "auto" or scheme != "tcp":
             return None
         return Choice("copy", STRAIGHT_TO_FILE)
 

@@ -11,6 +11,8 @@ import os
 import resource
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -497,3 +499,45 @@ def test_a_stream_is_not_taken_for_a_share(fds: Descriptors) -> None:
         sink.send(b"x")
         with pytest.raises(ShareError, match="ShareSource"):
             Shared.receive(far)
+
+
+WITHOUT_NUMPY = """
+import array, os, socket, sys
+sys.modules["numpy"] = None  # an import fails
+import relay
+near, far = socket.socketpair()
+with relay.share(array.array("d", [1.5, 2.5])) as shared:
+    shared.send(near)
+with relay.Shared.receive(far) as got:
+    assert (got.dtype, got.shape) == ("<f8", (2,))
+    assert memoryview(got).cast("d").tolist() == [1.5, 2.5]
+    try:
+        got.array()
+    except ImportError:
+        print("no arrays")
+with relay.Draft(10) as draft:
+    with draft.view() as view:
+        view[:3] = b"abc"
+    assert bytes(draft.share()) == b"abc" + bytes(7)
+with relay.ShareSink(near) as sink:
+    sink.send(b"a block")
+    with sink.slot(4) as view:
+        view[:] = b"made"
+blocks = [bytes(block.view()) for block in relay.ShareSource(far)]
+assert blocks == [b"a block", b"made"], blocks
+with relay.Arena(100) as arena, relay.Pipe() as pipe:
+    with arena.view(4) as view:
+        view[:] = b"lent"
+    arena.lend(pipe)
+    assert os.read(pipe.read_fd, 10) == b"lent"
+print("done")
+"""
+
+
+def test_all_of_it_but_arrays_works_without_numpy() -> None:
+    """Where NumPy is not installed, bytes are lent, shared and streamed all the same."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NUMPY], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(relay.__file__).parent.parent)},
+    )  # fmt: skip
+    assert done.stdout.split("\n")[:2] == ["no arrays", "done"], done.stderr
