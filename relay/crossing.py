@@ -23,7 +23,7 @@ from relay.engine import Engine, Timer
 from relay.intake import METHODS, Intake
 from relay.kernel import core
 from relay.kernel.ring import Ring
-from relay.outlet import Outlet
+from relay.outlet import Outlet, judge
 from relay.place import Place
 from relay.ring_shape import chained
 from relay.stages.base import StageSettings
@@ -36,7 +36,7 @@ NAMES: dict[Way, str] = {"chain": "zero-copy", "ring": "copy"}
 
 
 class Crossing:
-    """Owns a pipeline's ring while there is one. `judge(outlet, slow)` hears what becomes of an outlet there.
+    """Owns a pipeline's ring while there is one, and applies its sinks' policies there.
 
     All calls on the engine's thread, between sweeps.
     """
@@ -44,18 +44,18 @@ class Crossing:
     def __init__(
         self,
         engine: Engine,
+        route: str,
         pipeline: core.Struct,
         chain: Chain,
         ways: Ways,
         shape: tuple[Sequence[StageSettings], SinkSettings],
-        judge: Callable[[Outlet, bool], None],
     ) -> None:
         self._engine = engine
+        self._route = route
         self._pipeline = pipeline
         self._chain = chain
         self._ways = ways
         self._needs_chain = chained(*shape)
-        self._judge = judge
         self._ring: Ring | None = None
         self._tokens: list[int] = []
         self._intake: Intake | None = None
@@ -130,7 +130,11 @@ class Crossing:
         return True
 
     def _hears(self, outlet: Outlet) -> Callable[[int, int, int], None]:
-        return lambda what, _error, _mask: self._judge(outlet, what == core.SLOW)
+        def heard(what: int, _error: int, _mask: int) -> None:
+            judge(self._route, outlet, self._chain.outlets, slow=what == core.SLOW)
+            self._engine.ready(self._pipeline)
+
+        return heard
 
     def _leave(self) -> None:
         if self._ring is None:

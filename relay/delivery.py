@@ -99,6 +99,10 @@ class Delivery:
         standing = self._standing
         return standing is not None and standing.state in ("open", "finishing", "cutting")
 
+    def unread(self) -> int:
+        """What the receiver's side has not taken of what was sent, as `Sink.unread`. On the delivery's engine."""
+        return self._standing.unread() if self._standing is not None else 0
+
     def start(self) -> None:
         """Connects and delivers; again after every failure."""
         self._timer = None

@@ -237,7 +237,8 @@ def as_mermaid(plan: Plan) -> str:
             lines.append(f'    {names[id(hop)]}{opening}"{escaped(_label(hop))}"{closing}')
         if route.duplex:
             source, sink = names[id(route.source)], names[id(route.chain[0])]
-            lines.append(f'    {source} <-->|"{route.source.choice.method}"| {sink}')
+            there, back = route.source.choice.method, route.chain[0].choice.method
+            lines.append(f'    {source} <-->|"{there}{"" if back == there else f", back {back}"}"| {sink}')
         else:
             lines += [f"    {edge}" for edge in _edges(names, route.source, route.chain)]
         lines.append("  end")

@@ -41,6 +41,7 @@ RESERVE = 16 << 20  # bytes left free on the filesystem: a log must not be what 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
+TRIAL = "trial"  # a file in a log's directory, there for the moment of a trial
 SEGMENT_NAME = re.compile(r"[0-9]{20}")
 _MAGIC = b"relaylog"
 _CURSOR = struct.Struct("<8sQQ")  # magic, acknowledged position, end of the stream + 1 (0: it goes on)
@@ -287,6 +288,31 @@ class Log:
             self._was_full = True
             self._space.wait(timeout)
 
+    def try_disk(self, pause: float = 0.2) -> bool:
+        """Whether a log on disk that could not be written can be again: tries it in a file that goes at once, from
+        where the next bytes will lie to the end of their segment. A full disk is none that fails. Blocks, and after
+        a failure `pause` seconds longer, or until somebody wakes the writer."""
+        if self.directory is None:
+            return True
+        with self._lock:
+            start = self._segments[-1].size % self._segment_size
+        try:
+            fd = os.open(self.directory / TRIAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.unlink(self.directory / TRIAL)  # noqa: PTH108 - beside the open
+                for at in (start, self._segment_size - 1):
+                    os.pwrite(fd, b"\0", at)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if error.errno in FULL:
+                return True
+            with self._space:
+                self._space.wait(pause)
+            return False
+        return True
+
     def end_stream(self) -> None:
         """Nothing more will be appended: what is here is the whole stream."""
         self._note_end(self.end + 1)
@@ -395,6 +421,7 @@ class Log:
             if segment.path is not None:
                 segment.path.unlink(missing_ok=True)
         (directory / "cursor").unlink(missing_ok=True)
+        (directory / TRIAL).unlink(missing_ok=True)
         try:
             directory.rmdir()
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from relay.backoff import Backoff
@@ -192,17 +193,19 @@ class Outlet:
 
     def apart(self) -> int:
         """Bytes in a branch that a turn's end did not wait for, which this sink is still to get."""
-        gate, node = self.node.c.apart, self.node.c
+        gate = self.node.c.apart
         if gate == core.ffi.NULL:
             return 0
         if self.place is not None:
             return self.place.waiting
-        held = int(node.held)
-        for each in self.way:
-            if (
-                each.c.apart == gate and each.c != node
-            ):  # what it owes is a sink's beside, unless that is this one
-                beside = int(each.c.owed) if each.c.next and each is not self.gate else 0
+        return self._held([each for each in self.way if each.c.apart == gate])
+
+    def _held(self, way: Sequence[Node]) -> int:
+        """Bytes in these nodes of its way, in its own and in its sink's hands that it is still to get."""
+        held = int(self.node.c.held)
+        for each in way:
+            if each is not self.node:  # what it owes is a sink's beside, unless that is this one
+                beside = 0 if each is self.gate or each in self.gates or not each.c.next else int(each.c.owed)
                 held += int(each.c.held) - beside
         sink = self.sink
         spills = self.slow.policy == "spill" or self.slow.buffer  # then the sink's own backlog counts it
@@ -221,6 +224,7 @@ class Outlet:
         failed = sink.state == "failed" and not self.absent
         lost = self.lost_before + (0 if self.absent else sink.lost - self.lost_earlier)
         waiting = self.apart()
+        never = self._held(self.way) if failed and self.backoff is None else 0  # nobody takes it any more
         missed = lost or (self.backoff is not None and self.down and (self.dropped or waiting))
         return SinkRecord(
             sink=self.name,
@@ -234,10 +238,10 @@ class Outlet:
             lost=lost,
             reconnects=self.away + sink.reconnects,
             twice=sink.twice,
-            dropped=self.dropped,
+            dropped=self.dropped + never,
             blocked_seconds=self.blocked / 1e9,
             path=sink.result_path,
-            backlog=sink.backlog + waiting,
+            backlog=sink.backlog + (waiting if not never else 0),
         )
 
 

@@ -40,6 +40,7 @@ from relay.sink_wait import SinkWait
 from relay.sinks import SinkMaker, Spilling
 from relay.stages.base import StageSettings
 from relay.stages.stage import Turn
+from relay.stragglers import Stragglers
 from relay.subscribers import Subscribers
 from relay.ways import Ways
 
@@ -85,21 +86,20 @@ class Pipeline:
         self._makes = SinkMaker(engine, route, ways, patience, spill, persistent, in_place)
         self.chain = Chain(engine, stages, sink, ways, persistent=persistent)
         self._absences = Absences(engine, route, self._stand_again, self._given_up, self._wake)
+        self._stragglers = Stragglers(engine, route, self._wake)
         self._wait = SinkWait(engine, route, self.chain.outlets, wait, self._go_on)
         self.c.token = engine.register(self._event)
         self.c.head = self.chain.head.c
         self.c.nodes = len(self.chain.nodes)
         for node in self.chain.nodes:
             node.hear(partial(self._node_event, node))
-        self.crossing = Crossing(engine, self.c, self.chain, ways, (stages, sink), self._judge)
+        self.crossing = Crossing(engine, route, self.c, self.chain, ways, (stages, sink))
         self.intake: Intake | None = None
         self.turn: Turn | None = None
         self.subscribers: list[Subscribers] = []
         self._reason = ""
         self._ended_by = "source"
-        self._aborting = False
-        self._ending = False
-        self._closed = False
+        self._aborting = self._ending = self._closed = False
 
     # -- what a route does
     def open(self, broadcasts: dict[int, Broadcast] | None = None) -> None:
@@ -295,6 +295,8 @@ class Pipeline:
         if self.c.keep:
             self.c.tell_idle = 1
             self.engine.ready(self.c)
+        else:
+            self._stragglers.source_ended(self.chain.outlets)
 
     def _idle(self) -> None:
         """Between turns: nothing is under way, so what belongs to the stream alone can end."""
@@ -346,11 +348,8 @@ class Pipeline:
         elif what in (core.SLOW, core.CAUGHT_UP):
             for outlet in self.chain.outlets:
                 if outlet.gate is node and not outlet.hidden:
-                    self._judge(outlet, what == core.SLOW)
-
-    def _judge(self, outlet: Outlet, slow: bool) -> None:
-        judge(self.route, outlet, self.chain.outlets, slow=slow)
-        self.engine.ready(self.c)
+                    judge(self.route, outlet, self.chain.outlets, slow=what == core.SLOW)
+            self.engine.ready(self.c)
 
     # -- ending
     def _settled(self, outlet: Outlet, sink: Sink) -> None:
@@ -435,6 +434,7 @@ class Pipeline:
             return
         self._closed = True
         self._absences.close()
+        self._stragglers.close()
         self.engine.forget(self.c)
         self.engine.forget_token(self.c.token)
         self.crossing.close()

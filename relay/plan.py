@@ -165,8 +165,10 @@ def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
 
 
 def _plan_duplex(name: str, route: Route, machine: Machine) -> RoutePlan:
-    """Two sockets a connection, and the same way across in both directions."""
-    choice = Ways(machine, route.method).duplex()
+    """Two sockets a connection; each end's method is that of what comes from it."""
+    ways = Ways(machine, route.method)
+    there, back = ways.duplex(route.sink.address.scheme), ways.duplex(route.source.address.scheme)
+    pipes = needs.exchange("splice" in (there.method, back.method), machine)
     source, sink = str(route.source.address), str(route.sink.address)
     need = Need(1)
     words = "holds the source, and the source holds it: back-pressure passes as over one connection"
@@ -174,10 +176,10 @@ def _plan_duplex(name: str, route: Route, machine: Machine) -> RoutePlan:
         name=name,
         method=route.method,
         turns="each",
-        source=Hop("source", route.source.address.scheme, source, choice, need, source, "listen"),
-        chain=(Hop("sink", route.sink.address.scheme, sink, choice, need, sink, "connect"),),
+        source=Hop("source", route.source.address.scheme, source, there, need, source, "listen"),
+        chain=(Hop("sink", route.sink.address.scheme, sink, back, need, sink, "connect"),),
         holds=(Hold(sink, "sink", "", None, "", "", words),),
-        standing=needs.listener(route.source.address) + needs.exchange(choice.method == "splice", machine),
+        standing=needs.listener(route.source.address) + pipes,
         stream=need.times(2),
         subscriber=None,
         streams=route.source.limits.connections,

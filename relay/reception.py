@@ -11,9 +11,9 @@ from functools import partial
 from relay.endpoints import tcp, unix
 from relay.endpoints.listening import Accepted, Bound, Crowd, Key, Listener
 from relay.endpoints.liveness import tune
-from relay.endpoints.pacing import unpace
 from relay.endpoints.settings import SourceSettings
 from relay.engine import Engine
+from relay.errors import RelayError
 from relay.names import End, Found, meaning
 
 log = logging.getLogger("relay.serve")
@@ -79,7 +79,6 @@ class Reception:
                 listener.by_the_crowd(self._crowd)
             for bound in bounds if end.address.scheme == "tcp" else []:
                 tune(bound.sock, end.dead_after)
-                unpace(bound.sock)
         does, role = ("listening", "source") if _is_source(end) else ("broadcasting", "sink")
         for bound in bounds:
             self.bound.append(bound.address)
@@ -90,6 +89,11 @@ class Reception:
         """Whoever connects comes in."""
         for listener in self:
             listener.resume()
+
+    def cannot_accept(self, code: int) -> None:
+        """There was no descriptor for what a connection needs: newcomers wait in the kernel for a moment."""
+        for listener in self:
+            listener.cannot_accept(code)
 
     # -- reload
 
@@ -130,6 +134,24 @@ class Reception:
             elif end.address.scheme == "unix":
                 means = meaning(end, self.found)
                 unix.dress(end.address, mode=end.mode, owner=means.user, group=means.group)
+
+    def rebind(self) -> None:
+        """A unix listener whose file was removed or replaced is bound anew, so that people find it again."""
+        for number, (_end, _accepted) in enumerate(self._ends):
+            old = self._listeners.get(number, [])
+            lost = [each.bound for each in old if each.bound is not None and not each.bound.reachable]
+            if not lost:
+                continue
+            try:
+                self._open(number, nobody)
+            except RelayError as error:
+                log.error("%s: %s", self._route, error, extra={"event": "error", "route": self._route})
+                continue
+            for listener in old:
+                self.bound.remove(listener.address)
+                listener.finish()
+            for listener in self._listeners[number]:
+                listener.resume()
 
     # -- ending
 

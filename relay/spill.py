@@ -63,6 +63,10 @@ class SpillSink(Sink):
         self._rest = b""
         self._ferry: Ferry | None = None
         self._stop = False
+        self._untried = (
+            False  # the disk failed under the one before: it takes nothing before a trial went well
+        )
+        self._disk_fails = False
         self._cut = ""
         self._appending = False
         self._delivering = True
@@ -110,12 +114,17 @@ class SpillSink(Sink):
 
     @property
     def away(self) -> bool:
-        """Whether a sink that is connected again by itself is not there."""
-        return self._rejoins and not self.delivery.connected
+        """Whether a sink that is connected again by itself is not there, or the disk of its log does not work."""
+        return self._disk_fails or (self._rejoins and not self.delivery.connected)
+
+    def unread(self) -> int:
+        """What its sink says."""
+        return self.delivery.unread()
 
     def follows(self) -> None:
         """Another that broke left bytes in the log: they are delivered, and counted, from here on."""
         self._counts = self.delivery.position
+        self._untried = True
 
     # -- its life
 
@@ -136,7 +145,7 @@ class SpillSink(Sink):
         assert self._ferry is not None
         while True:
             pipe, load = self._ferry.wait()
-            if not load:
+            if not load or (self._untried and not self._disk_works()):
                 return
             while load:
                 if self._stop and self.log.directory is None:
@@ -149,6 +158,17 @@ class SpillSink(Sink):
                     return
                 load -= count
             self._ferry.give_back()
+
+    def _disk_works(self) -> bool:
+        """On the ferry's thread, which has bytes in its hands: waits until the disk takes some; False when stopped."""
+        while not self.log.try_disk():
+            if not self._disk_fails:
+                log.warning("%s: the disk of its log %s still fails", self.address, self.log.directory)
+                self._disk_fails = True
+            if self._stop:
+                return False
+        self._untried = self._disk_fails = False
+        return True
 
     def _put(self, pipe: Pipe, most: int) -> int:
         """Appends up to `most` bytes of `pipe`; 0 when the disk has no room. Raises OSError, the log as it was."""
@@ -190,7 +210,7 @@ class SpillSink(Sink):
         elif self.state == "cutting":
             self.delivery.engine.post(partial(self.delivery.whole, torn=True))
         elif self._stop and self.log.directory is not None and (missing := self._not_appended()):
-            log.warning("the log of %s was full: the last %d bytes are lost", self.address, missing)
+            log.warning("the log of %s takes no more: the last %d bytes are lost", self.address, missing)
         self._let_go()
 
     def _not_appended(self) -> int:

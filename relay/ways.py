@@ -133,14 +133,15 @@ class Ways:
         """How they go to its subscribers."""
         return Choice("copy", "one send out of the ring, which costs less than pipes of references")
 
-    def duplex(self) -> Choice:
-        """How bulk crosses a duplex route; small messages are copied, a recv and a send each."""
+    def duplex(self, scheme: str) -> Choice:
+        """How bulk crosses a duplex route towards that kind of socket. Small messages are copied in any case."""
+        if reason := self._copies("splice"):
+            return Choice("copy", reason)
         if self.forced in ("zero-copy", "splice"):
-            refused = self.machine.refused("splice")
-            return Choice("copy", refused) if refused else Choice("splice", "asked for by method: zero-copy")
-        if self.forced == "copy":
-            return Choice("copy", "asked for by method: copy")
-        return Choice("copy", "one large buffer costs less than a pipe between two sockets")
+            return Choice("splice", "asked for by method: zero-copy")
+        if scheme == "unix":
+            return Choice("copy", "one large buffer costs less than splicing into a unix socket")
+        return Choice("splice", "pages move through a pipe by reference; small messages are copied")
 
     def between(self) -> Choice:
         """How bytes go from one of relay's pipes to the next."""

@@ -55,6 +55,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "sinks",
         "sink_wait",
         "absences",
+        "stragglers",
         "intake",
         "account",
     ),

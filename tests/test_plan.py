@@ -539,10 +539,18 @@ def test_a_duplex_route_takes_two_descriptors_a_connection() -> None:
     made = planned(f"routes: {{r: {route}}}}}")
     (found,) = made.routes
     assert (found.stream.descriptors, found.stream.pipes) == (2, 0)
-    assert found.at_limit.descriptors == 1 + 9 * 2
-    assert found.source.choice.method == found.chain[0].choice.method == "copy"
+    assert found.source.choice.method == found.chain[0].choice.method == "splice"
+    assert found.standing.at_most
     assert "<-->" in drawing.as_mermaid(made)
     assert "both ways" in drawing.as_text(made)
-    spliced = planned(f"routes: {{r: {route}, method: zero-copy}}}}")
-    assert spliced.routes[0].source.choice.method == "splice"
-    assert spliced.routes[0].standing.at_most
+    copied = planned(f"routes: {{r: {route}, method: copy}}}}").routes[0]
+    assert copied.source.choice.method == copied.chain[0].choice.method == "copy"
+    assert copied.at_limit.descriptors == 1 + 9 * 2
+    mixed = planned(
+        f"routes: {{r: {route.replace('sink: ' + chr(39) + 'tcp://127.0.0.1:2', 'sink: ' + chr(39) + 'unix:///x')}}}}}"
+    )
+    assert (mixed.routes[0].source.choice.method, mixed.routes[0].chain[0].choice.method) == (
+        "copy",
+        "splice",
+    )
+    assert "copy, back splice" in drawing.as_mermaid(mixed)

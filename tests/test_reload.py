@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from peers import assert_same, eventually, payload, receive_all, receive_exactly
+from peers import accept, assert_same, eventually, payload, receive_all, receive_exactly, tcp_listener
 from relays import Process, serving
 
 KEPT = '  kept: {source: {listen: "tcp://127.0.0.1:0"}, sink: {file: "kept-{id}"}}\n'
@@ -431,3 +431,61 @@ def test_a_signal_while_starting_ends_at_once(tmp_path: Path) -> None:
         served.addresses(1)
         end(served)
     assert not list(tmp_path.glob("s[0-9]*"))
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+@pytest.mark.parametrize("duplex", [False, True])
+def test_a_socket_whose_file_is_gone_is_bound_anew(tmp_path: Path, how: str, duplex: bool) -> None:
+    """The route is the same, its socket's file was removed or replaced by a stale one: SIGHUP makes it anew."""
+    path = tmp_path / "in"
+    with tcp_listener() as (listening, address):
+        sink, more = (address, ", duplex: true") if duplex else ("o-{id}", "")
+        text = f"routes: {{r: {{source: {{listen: 'unix://{path}', mode: 0o620}}, sink: '{sink}'{more}}}}}"
+        with serving(text, tmp_path) as served, socket.socket(socket.AF_UNIX) as early:
+            served.addresses(1)
+            early.connect(str(path))
+            path.unlink()
+            if how == "replaced":
+                with socket.socket(socket.AF_UNIX) as stale:
+                    stale.bind(str(path))
+            reload(served, text)
+            served.addresses(2)
+            with socket.socket(socket.AF_UNIX) as late:
+                late.connect(str(path))
+                assert path.stat().st_mode & 0o777 == 0o620
+                for number, sock in enumerate((early, late)):
+                    sock.sendall(b"here")
+                    sock.shutdown(socket.SHUT_WR)
+                    if duplex:
+                        with accept(listening) as server:
+                            assert receive_all(server) == b"here"
+                    assert receive_all(sock) == b""
+                    assert len(served.sessions(number + 1)) == number + 1
+            end(served)
+    assert not path.exists()
+
+
+def test_a_socket_whose_path_somebody_took_stays_deaf_and_says_so(tmp_path: Path) -> None:
+    """Another program listens at the path now: it is left alone, relay names it, and takes the path when it is free."""
+    path = tmp_path / "in"
+    text = f"routes: {{r: {{source: 'unix://{path}', sink: 'o-{{id}}'}}}}"
+    with serving(text, tmp_path) as served:
+        served.addresses(1)
+        path.unlink()
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(path))
+            other.listen(8)
+            reload(served, text)
+            assert "EADDRINUSE" in served.said("another program listens there")["message"]
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(str(path))
+                other.accept()[0].close()
+        reload(served, text)
+        served.addresses(2)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            sock.sendall(b"here")
+            finish(sock)
+        served.sessions(1)
+        end(served)
+    assert (tmp_path / "o-1").read_bytes() == b"here"

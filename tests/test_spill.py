@@ -698,6 +698,42 @@ def test_a_standing_sink_recovers_with_its_disk(tmp_path: Path, then: str) -> No
     assert "EFBIG" in records[0]["reason"]
 
 
+def test_a_disk_that_goes_on_failing_takes_nothing_more_under_block(tmp_path: Path) -> None:
+    """A standing spill sink loses what was on its way when its disk failed, once: then `block` holds the source, what
+    the log has is delivered, and every byte that comes later arrives when the disk works again."""
+    data = payload(12, 40 * MIB)
+    with Receiver() as receiver, tcp_listener() as (listener, there):
+        config = LIMITED.format(away=receiver.address, there=there, then="block, after: 200ms")
+        config = config.replace("connections: each", "connections: one")
+
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MIB, resource.RLIM_INFINITY))
+
+        with serving(config, tmp_path, preexec_fn=limit) as served, accept(listener) as other:
+            with socket.create_connection(("127.0.0.1", served.port())) as source:
+                sender = sending(source, data)
+                reader = threading.Thread(target=lambda: receive_exactly(other, len(data)))
+                reader.start()
+                lost = int(served.said("bytes are lost")["message"].split(" bytes")[0].rpartition(" ")[2])
+                served.said("still fails")
+                served.said("it holds the source")
+                receiver.up()
+                got = bytearray(receiver.read(2 * MIB))  # the disk takes nothing, it gives
+                resource.prlimit(served.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+                got += receiver.read(len(data) - len(got) - lost)
+                sender.join()
+                reader.join()
+                with contextlib.suppress(ConnectionResetError):  # under block the stream has failed
+                    receive_all(source)
+            (sink, _there) = served.sessions()[0]["sinks"]
+            served.signal(signal.SIGTERM)
+            assert served.wait() == 0
+    assert (sink["lost"], sink["dropped"]) == (lost, 0)
+    assert len([line for line in served.lines if "bytes are lost" in line["message"]]) == 1
+    assert_same(bytes(got), data[: 2 * MIB] + data[2 * MIB + lost :])
+    assert not list(tmp_path.glob("**/trial"))
+
+
 # --- streams that break off ---------------------------------------------------------------------------------
 
 

@@ -284,6 +284,11 @@ class Sink(End):
         """Whether one that is connected again by itself is not there."""
         return False
 
+    def unread(self) -> int:
+        """What was handed over and its receiver's side has not taken, the end of the stream included; 0 where that
+        cannot be told. It falls as long as the receiver takes something, and is no count of bytes."""
+        return 0
+
     def under_way(self) -> int:
         """Bytes handed over that the receiver's kernel has not acknowledged, where that can be told."""
         return 0

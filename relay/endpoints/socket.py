@@ -25,7 +25,6 @@ from typing import Any
 
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.liveness import Liveness
-from relay.endpoints.pacing import unpace
 from relay.engine import Engine, Timer
 from relay.units import show_size
 
@@ -117,7 +116,6 @@ class SocketSink(Sink):
             sock.close()
             return
         sock.setblocking(False)
-        unpace(sock)
         if not self.attach(sock.detach(), READ_WRITE):
             return
         if self.dead_after:
@@ -233,6 +231,10 @@ class SocketSink(Sink):
     def under_way(self) -> int:
         """What the peer's kernel has not acknowledged (tcp); what a unix peer has taken is its own."""
         return self._outstanding() if self.counts_fin and self.c.fd >= 0 else 0
+
+    def unread(self) -> int:
+        """What SIOCOUTQ says, until it once was nothing."""
+        return unacknowledged(self.c.fd) if self.c.fd >= 0 and not self._delivered_at else 0
 
     def cut(self, reason: str) -> None:
         """Waits up to GRACE seconds for the peer's kernel to have what was sent, then resets the connection."""

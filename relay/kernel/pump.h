@@ -261,6 +261,7 @@ struct relay_side {
     uint8_t ended;           /* gave its end of stream, or broke: nothing more comes from it */
     uint8_t shut;            /* was told the end of the other's stream */
     uint8_t bulk;            /* reads fill whole buffers */
+    uint8_t method;          /* of bulk that comes from here: RELAY_SPLICE or RELAY_COPY */
     int error;               /* errno by which it broke */
     int64_t moved;           /* bytes that came from here */
     int64_t given;           /* of these, taken by the other side's kernel */
@@ -278,7 +279,6 @@ struct relay_duplex {
     uint64_t token;          /* whom events go to, with `slot` as their mask */
     uint32_t slot;
     uint8_t state;
-    uint8_t method;          /* of bulk: RELAY_SPLICE or RELAY_COPY; small messages are copied */
     uint8_t first;           /* 1 + the side that ended or broke first; 0: none has */
     uint8_t queued, timed;
     int64_t last_ns;         /* monotonic time of the last byte */
@@ -318,8 +318,8 @@ struct relay_dial {
     int place_size;
     int family;
     int tcp;
+    int unpaced;             /* reno, whatever the system's choice is */
     int idle, interval, count, longest_ms;
-    int unpaced;             /* it stays on this machine, whose connections are paced: reno does without */
 };
 
 struct relay_engine {
@@ -371,8 +371,8 @@ void relay_ferry_end(struct relay_ferry *f);
 int relay_reserving_pays(int fd);
 
 /* Duplex sessions (duplex.c). `d` becomes a new session of the connection `fd`, unconnected so far: 0 or -errno. */
-int relay_duplex_begin(struct relay_engine *e, struct relay_duplex *d, int fd, int tcp, int method, uint64_t token,
-                       uint32_t slot);
+int relay_duplex_begin(struct relay_engine *e, struct relay_duplex *d, int fd, int tcp, int method, int method_back,
+                       uint64_t token, uint32_t slot);
 /* Its second side connects, for `timeout_ns` at most, in place of one that did not: 0 or -errno. */
 int relay_duplex_dial(struct relay_engine *e, struct relay_duplex *d, const struct relay_dial *dial, int64_t timeout_ns);
 /* It may move again: Python has put pipes or buffers there, or changed its mind. */
