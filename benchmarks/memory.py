@@ -487,6 +487,23 @@ def lent(total: int, *, huge: bool, busy: bool, lend: bool, piece: int = 256 << 
     return total / seconds / 1e9
 
 
+def alone(total: int) -> float:
+    """GB/s of one thread that lends huge pages to a pipe and splices them on to /dev/null: nobody waits."""
+    nowhere, moved = os.open(os.devnull, os.O_WRONLY), 0
+    with relay.Arena(bytes(4 * MIB), huge=True) as arena, relay.Pipe() as pipe:
+        begun = time.perf_counter()
+        while moved < total:
+            count = arena.lend(pipe)
+            moved += count
+            while count:
+                count -= pipe.splice_to(nowhere, count)
+            if not arena.waiting:
+                arena.rewind()
+        seconds = time.perf_counter() - begun
+    os.close(nowhere)
+    return moved / seconds / 1e9
+
+
 def memcpy(size: int, total: int) -> float:
     """GB/s of copying `size` bytes from one array into another, both warm, again and again."""
     one, two = numpy.ones(size, "u1"), numpy.ones(size, "u1")
@@ -508,6 +525,7 @@ def pipes(runs: int) -> dict[str, list[float]]:
         "lent, small pages, waiting ends": lambda: lent(total, huge=False, busy=False, lend=True),
         "lent, small pages, busy ends": lambda: lent(2 * total, huge=False, busy=True, lend=True),
         "lent, huge pages, waiting ends": lambda: lent(2 * total, huge=True, busy=False, lend=True),
+        "lent, huge pages, both ends on one thread": lambda: alone(4 * total),
         "lent, huge pages, busy ends": lambda: lent(4 * total, huge=True, busy=True, lend=True),
     }
     for number in range(runs):
