@@ -23,6 +23,7 @@ from relay.endpoints.settings import SinkSettings
 from relay.kernel.pipe import DEFAULT_CAPACITY
 from relay.kernel.probe import Machine
 from relay.needs import Need
+from relay.ring_shape import Across, across
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Checksum
 from relay.units import show_size
@@ -91,6 +92,7 @@ class RoutePlan:
     subscriber: Need | None
     streams: int | None
     waiting: int | None
+    crossing: Across | None = None
     duplex: bool = False
 
     @property
@@ -158,6 +160,7 @@ def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
         subscriber=needs.subscriber() if listening else None,
         streams=most if turns == "each" else 1,
         waiting=0 if turns != "one" else None if most is None else most - 1,
+        crossing=across(route.stages, route.sink, Ways(machine, route.method), source.choice),
     )
 
 

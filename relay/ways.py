@@ -7,6 +7,7 @@ may force a way. Pure: nothing is opened here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,6 +106,24 @@ class Ways:
         if scheme == "digest":
             return Choice("copy", "a checksum must see the bytes")
         return Choice("splice", "pages move to the end by reference")
+
+    def across(self, sinks: int) -> Choice:
+        """How a stream to so many plain sinks, which may go down a chain or through a ring, begins."""
+        if reason := self._copies("splice") or self._copies("tee") * (sinks > 1):
+            return Choice("copy", f"{reason}; one read into memory, one send a sink out of it")
+        if self.forced != "auto":
+            return Choice("splice", f"asked for by method: {self.forced}")
+        return Choice("splice", "pages move by reference; what that costs is measured as they do")
+
+    @staticmethod
+    def odds(sinks: Sequence[str], way: str) -> float:
+        """What the other way than `way` ("chain" or "ring") is thought to cost, as a multiple, by the sinks' schemes.
+
+        Between pipes and unix sockets references cost a small part of a copy; tcp spends a good deal either way.
+        """
+        tcp = "tcp" in sinks
+        ring = (1.9 if len(sinks) > 1 else 1.3) if tcp else 8.0
+        return ring if way == "chain" else 1 / ring
 
     def to_ring(self) -> Choice:
         """How bytes come to a broadcast."""

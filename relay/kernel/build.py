@@ -20,6 +20,7 @@ SOURCES = (
     "outflow.c",
     "loads.c",
     "ring.c",
+    "scatter.c",
     "duplex.c",
     "dial.c",
     "loop.c",
