@@ -132,6 +132,7 @@ def test_progress_and_cancel(file: Path) -> None:
 
 def test_a_callback_that_raises_ends_it(file: Path) -> None:
     """An exception in a callback comes out of the call, and nothing is left running."""
+    before = threading.active_count()
 
     def far(standings: Any) -> None:
         if standings and standings[0].bytes:
@@ -146,11 +147,12 @@ def test_a_callback_that_raises_ends_it(file: Path) -> None:
         relay.run(
             relay.Route(source={"listen": "tcp://127.0.0.1:0"}, sink="null:"), on_ready=lambda _: 1 // 0
         )
-    assert threading.active_count() == 1
+    assert threading.active_count() <= before
 
 
 def test_ctrl_c_ends_it(file: Path) -> None:
     """KeyboardInterrupt on the main thread comes out of the call, and nothing is left running."""
+    before = threading.active_count()
 
     def far(standings: Any) -> None:
         if standings and standings[0].bytes:
@@ -162,7 +164,7 @@ def test_ctrl_c_ends_it(file: Path) -> None:
             relay.send(file, "null:", rate="2MB/s", progress=far)
     finally:
         signal.signal(signal.SIGINT, previous)
-    assert threading.active_count() == 1
+    assert threading.active_count() <= before
 
 
 def test_a_route(file: Path, tmp_path: Path) -> None:
@@ -232,6 +234,7 @@ def test_a_server_runs_until_it_is_cancelled(file: Path, tmp_path: Path) -> None
 
 def test_asyncio(file: Path, tmp_path: Path) -> None:
     """The async twins leave the loop free, tell on the loop, and end when their task is cancelled."""
+    before = threading.active_count()
 
     async def main() -> None:
         ready: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
@@ -257,4 +260,4 @@ def test_asyncio(file: Path, tmp_path: Path) -> None:
 
     asyncio.run(main())
     assert len(list(tmp_path.glob("in-*"))) == 3
-    assert threading.active_count() == 1
+    assert threading.active_count() <= before
