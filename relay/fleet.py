@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from relay.config.models import Config, Route
 from relay.duplex_route import route_of
+from relay.endpoints.line import Lines
 from relay.endpoints.listening import Key
 from relay.engine import Engine
 from relay.errors import RelayError
@@ -130,6 +131,7 @@ class Fleet:
         self._on_record = on_record
         self._once = once
         self._spills = Spills()
+        self._lines = Lines()
         self._draining = False
         self.refusal: RelayError | None = None
 
@@ -178,6 +180,7 @@ class Fleet:
             once=self._once,
             on_record=self._on_record,
             spills=self._spills,
+            lines=self._lines,
         )
 
     # -- reload

@@ -27,6 +27,7 @@ from relay.endpoints.base import Sink, Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.digest import sidecar_line
 from relay.endpoints.file import FileSink
+from relay.endpoints.line import Lines
 from relay.endpoints.options import Limits
 from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine
@@ -73,6 +74,7 @@ class Pipeline:
         wait: float = 0.0,
         limits: Limits | None = None,
         in_place: bool = False,
+        lines: Lines | None = None,
     ) -> None:
         self.engine = engine
         self.route = route
@@ -83,7 +85,7 @@ class Pipeline:
         self._on_over = on_over
         self._on_closed = on_closed
         self.c = core.new("pipeline", keep=int(persistent))
-        self._makes = SinkMaker(engine, route, ways, patience, spill, persistent, in_place)
+        self._makes = SinkMaker(engine, route, ways, patience, spill, persistent, in_place, lines)
         self.chain = Chain(engine, stages, sink, ways, persistent=persistent)
         self._absences = Absences(engine, route, self._stand_again, self._given_up, self._wake)
         self._stragglers = Stragglers(engine, route, self._wake)

@@ -21,6 +21,7 @@ from relay.admission import Admission
 from relay.config.models import Route
 from relay.endpoints.base import Source
 from relay.endpoints.broadcast import Broadcast
+from relay.endpoints.line import Lines
 from relay.endpoints.listening import Crowd
 from relay.endpoints.make import make_source
 from relay.endpoints.options import OnSlow
@@ -69,8 +70,10 @@ class RunningRoute:
         once: bool = False,
         on_record: Callable[[SessionRecord], None] = logs.session,
         spills: Spills | None = None,
+        lines: Lines | None = None,
     ) -> None:
         self._spills = spills or Spills()
+        self._lines = lines
         self.name = name
         self.route = route
         self.home = home
@@ -185,6 +188,7 @@ class RunningRoute:
             patience=0.0 if self._persistent else waits,  # standing sinks are tried again in any case
             limits=self.route.source.limits,
             on_closed=closed,
+            lines=self._lines,
         )
         self.home.post(lambda: self._made(pipeline))
         return pipeline

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from relay.endpoints.base import Sink
+from relay.endpoints.line import Lines
 from relay.endpoints.make import make_sink
 from relay.endpoints.settings import SinkSettings
 from relay.endpoints.template import fill_path
@@ -33,7 +34,8 @@ class FailedSink(Sink):
 
 class SinkMaker:
     """What all sinks of one pipeline have in common. `patience`: for how long a refused connect is tried again;
-    `in_place`: a file with a plain path is written without `.part`, as it always is if the pipeline is `persistent`."""
+    `in_place`: a file with a plain path is written without `.part`, as it always is if the pipeline is `persistent`.
+    `lines` is where one that is persistent waits to append to a file."""
 
     def __init__(
         self,
@@ -44,6 +46,7 @@ class SinkMaker:
         spill: Spilling | None,
         persistent: bool,
         in_place: bool = False,
+        lines: Lines | None = None,
     ) -> None:
         self._engine = engine
         self._route = route
@@ -52,6 +55,7 @@ class SinkMaker:
         self._spill = spill
         self._persistent = persistent
         self._in_place = persistent or in_place
+        self._writer = lines.writer(route) if persistent and lines is not None else None
 
     def sink(self, outlet: Outlet, turn: Turn | None, *, again: bool = False) -> Sink:
         """A new sink for `outlet`, not open yet; the turn names its file. `again`: it follows one that broke.
@@ -80,6 +84,7 @@ class SinkMaker:
             settings,
             names(settings, turn),
             in_place=self._in_place and not settings.placeholders,
+            writer=self._writer,
             copies=way.reason if way.method == "copy" else "",
             patience=self._patience,
         )

@@ -5,6 +5,7 @@ RELAY_FREEZE=1 also freezes a loop-mounted ext4, which needs root and a loop dev
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -16,9 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from peers import assert_same, eventually, payload, receive_all, run
+from conformance import connected
+from peers import PATIENCE, assert_same, eventually, payload, receive_all, run
 from relays import Process, relay, serving
 
+from relay.endpoints.line import Lines, Place
 from relay.endpoints.written import DIRECT_PIECE, Writing, WrittenFile
 from relay.kernel.pipe import Pipe
 
@@ -290,6 +293,45 @@ def test_append_goes_on_at_the_end(tmp_path: Path) -> None:
         served.sessions(2)
         end(served)
     assert (tmp_path / "log").read_bytes() == b"was there;one;two;"
+
+
+def test_two_sinks_of_one_route_and_other_routes_append_at_once(tmp_path: Path) -> None:
+    """Only what stands before in the same turns is waited for: not another sink of the stream, not another route."""
+    text = """routes:
+  r: {source: {listen: "tcp://127.0.0.1:0", connections: one}, sink: {file: log, append: true},
+      stages: [{tee: {to: {file: log, append: true}}}]}
+  s: {source: {listen: "unix://s", connections: one}, sink: {file: log, append: true}}
+"""
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(serving(text, tmp_path))
+        served.said("ready")
+        other = stack.enter_context(connected(f"unix://{tmp_path}/s"))
+        other.sendall(b"other;")
+        eventually(lambda: (tmp_path / "log").read_bytes() == b"other;", "its bytes are in the file")
+        send(served, b"one;")
+        other.shutdown(socket.SHUT_WR)
+        assert receive_all(other) == b""
+        served.sessions(2)
+        end(served)
+    assert (tmp_path / "log").read_bytes() == b"other;one;one;"
+
+
+def test_who_waits_in_a_line(tmp_path: Path) -> None:
+    """First come, first served; who gives up is not waited for, and a line that nobody stands in is forgotten."""
+    lines = Lines()
+    with (tmp_path / "log").open("ab") as file:
+        places = [Place(file.fileno(), lines.writer("r")) for _ in range(3)]
+        assert places[0].wait("log", lambda: False)
+        assert not places[1].wait("log", lambda: True)
+        places[1].leave()
+        assert not places[2].wait("log", lambda: True)
+        last = threading.Thread(target=lambda: places[2].wait("log", lambda: False) and places[2].leave())
+        last.start()
+        places[0].leave()
+        last.join(PATIENCE)
+        assert not last.is_alive()
+        places[2].leave()
+    assert not lines.waiting
 
 
 def test_a_file_in_place_waits_for_its_other_writer(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from relay.endpoints import tcp
 from relay.endpoints.address import Address
 from relay.endpoints.connecting import Connecting, connected_to_itself
 from relay.endpoints.liveness import TcpState, keepalive
+from relay.endpoints.socket import unacknowledged
 from relay.endpoints.tcp import TcpSink
 from relay.engine import Engine
 from relay.record import SessionRecord
@@ -643,6 +644,34 @@ def test_a_socket_connected_to_itself_has_met_nobody() -> None:
         assert connected_to_itself(sock)
     with tcp_listener() as (listener, address), connected(address) as sock, accept(listener):
         assert not connected_to_itself(sock)
+
+
+def test_a_reset_before_the_end_counts_what_was_under_way() -> None:
+    """A receiver that resets just before relay ends the stream to it: what it had not acknowledged is lost, though
+    nobody had looked at the connection again."""
+    engine = Engine("reset")
+    with tcp_listener() as (listener, address):
+        sink = TcpSink(engine, Address.parse(address))
+        try:
+            sink.open()
+            while sink.state == "opening":
+                engine.turn(0.05)
+            fd, sent = int(sink.c.fd), 0
+            with accept(listener) as peer:
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        sent += os.write(fd, bytes(1 << 16))
+                sink.c.moved = sent
+                reset(peer)
+            wait_for(fd, 0)
+            waiting = unacknowledged(fd)
+            sink.finish()
+            assert sink.state == "failed"
+            assert 0 < sink.lost == waiting < sent
+            assert "ECONNRESET" in sink.reason
+        finally:
+            sink.close()
+            engine.close()
 
 
 def failing_sink(address: str, monkeypatch: pytest.MonkeyPatch, **limits: float) -> str:

@@ -361,6 +361,55 @@ def test_files_are_opened_anew(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == b"afterwards"
 
 
+def test_streams_that_take_turns_are_appended_one_after_another(tmp_path: Path) -> None:
+    """While the stream of a changed route goes on, the next one waits to append to the same file: neither stands
+    inside the other, and both are whole."""
+
+    def route(rate: int) -> str:
+        return (
+            f"routes: {{r: {{source: {{listen: 'tcp://127.0.0.1:{port}', connections: one}},"
+            f" stages: [{{throttle: {{rate: {rate}MB/s}}}}], sink: {{file: log, append: true}}}}}}"
+        )
+
+    port, log = free_port(), tmp_path / "log"
+    with serving(route(100), tmp_path) as served, connect(served.port()) as before:
+        before.sendall(b"the stream before ")
+        eventually(lambda: log.exists() and log.stat().st_size == 18, "its bytes are in the file")
+        reload(served, route(200))
+        with connect(port) as after:
+            after.sendall(b"and the next")
+            after.shutdown(socket.SHUT_WR)
+            served.said("the next one waits")
+            before.sendall(b"goes on ")
+            finish(before)
+            assert receive_all(after) == b""
+        served.sessions(2)
+        end(served)
+    assert log.read_bytes() == b"the stream before goes on and the next"
+
+
+def test_a_stream_that_waits_to_append_ends_with_relay(tmp_path: Path) -> None:
+    """A drain that is cut short ends a stream that waits for its place in the file, too; nothing stands inside the
+    other."""
+    port, log = free_port(), tmp_path / "log"
+    text = (
+        f"routes: {{r: {{source: {{listen: 'tcp://127.0.0.1:{port}', connections: one}},"
+        " sink: {file: log, append: true}}}"
+    )
+    with serving(text, tmp_path) as served, connect(served.port()) as before:
+        before.sendall(b"before")
+        eventually(lambda: log.exists() and log.stat().st_size == 6, "its bytes are in the file")
+        reload(served, text.replace("one}", "one, dead_after: 7s}"))
+        with connect(port) as after:
+            after.sendall(b"after")
+            served.said("the next one waits")
+            served.signal(signal.SIGTERM)
+            served.said("draining")
+            served.signal(signal.SIGTERM)
+            assert served.process.wait(20) == 1
+    assert log.read_bytes() in (b"before", b"beforeafter")
+
+
 def test_a_file_that_cannot_be_opened_anew_goes_on(tmp_path: Path) -> None:
     """Where its directory is gone the file that was moved away is written on, and a warning says so."""
     (tmp_path / "d").mkdir()

@@ -31,6 +31,9 @@ ALIGN = 188
 ROTATE = 200_000
 UNREAD = 512 << 10  # bytes that may have come to a receiver's kernel when the receiver went
 MIB = 1 << 20
+THREADS = 3 + len(
+    os.sched_getaffinity(0)
+)  # of an idle relay: its own, the log's, the one file's, the engines
 MOST_MORE = 64 * MIB  # bytes in memory
 
 CONFIG = """
@@ -112,6 +115,15 @@ class Served:
             "bytes": int((proc / "statm").read_text().split()[1]) * 4096,
         }
 
+    def holds(self) -> list[str]:
+        """What its descriptors are open to."""
+        assert self.process is not None
+        found = []
+        for fd in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                found.append(str(fd.readlink()))
+        return sorted(found)
+
 
 def live_through(served: Served, world: World, takers: list[Taking], chance: random.Random) -> None:
     """Reloads, kills and restarts until the time is over."""
@@ -154,6 +166,9 @@ def test_all_is_as_promised_after_a_life_of_trouble(tmp_path: Path) -> None:
     try:
         served.start()
         eventually(lambda: {"drop", "disconnect"} <= {piece.who for piece in world.pieces}, "it is connected")
+        eventually(
+            lambda: served.has()["threads"] >= THREADS, "its threads run"
+        )  # it connects before they do
         fresh = served.has()
         threads += [
             world.thread(lambda r=route, s=100 * k + n: feed(world, r, sources[r], SEED + s), f"{route}-{n}")  # type: ignore[misc] # bound here
@@ -201,7 +216,10 @@ def gives_back(served: Served, fresh: dict[str, int]) -> None:
         now = served.has()
         return now["descriptors"] <= fresh["descriptors"] + 6 and now["threads"] <= fresh["threads"] + 1
 
-    eventually(quiet, f"relay gives back what it took, {served.has()} now, {fresh} before", patience=30)
+    try:
+        eventually(quiet, "relay gives back what it took", patience=30)
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {served.has()} now, {fresh} before; {served.holds()}") from None
     more = served.has()["bytes"] - fresh["bytes"]
     assert more < MOST_MORE, f"{more / MIB:.1f} MiB more than at the start"
     if SECONDS > 60:

@@ -225,6 +225,8 @@ class FileSink(Sink):
         assert self._ferry is not None
         fd = self._file.open()
         try:
+            if not self._file.wait(lambda: self.closed):
+                return
             self.engine.post(self.opened)
             if self._how.plain or not stat.S_ISREG(os.fstat(fd).st_mode):
                 self._carry(self._ferry, fd)

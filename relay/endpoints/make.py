@@ -8,6 +8,7 @@ from relay.endpoints.address import Address
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.fifo import FifoSink, FifoSource
 from relay.endpoints.file import FileSink, FileSource
+from relay.endpoints.line import Writer
 from relay.endpoints.null import NullSink, NullSource
 from relay.endpoints.options import DEAD_AFTER
 from relay.endpoints.settings import SinkSettings
@@ -45,14 +46,15 @@ def make_sink(
     path: Callable[[], str],
     *,
     in_place: bool,
+    writer: Writer | None = None,
     copies: str = "",
     patience: float = 0.0,
 ) -> Sink:
     """The sink that connects to or writes `settings.address`; `path` is a file's, with placeholders filled.
 
-    `in_place`: a plain path of a stream without end is not written as `.part`. `copies` says why bytes
-    are to be copied to it. `patience`: for how many
-    seconds a refused connection is tried again.
+    `in_place`: a plain path of a stream without end is not written as `.part`. `writer` is who appends to it for
+    streams that take turns. `copies` says why bytes are to be copied to it. `patience`: for how many seconds a refused
+    connection is tried again.
     """
     address = settings.address
     close_with_peer = settings.peer_eof == "close"
@@ -73,6 +75,7 @@ def make_sink(
                 path,
                 Writing(
                     append=settings.append,
+                    writer=writer,
                     in_place=in_place and settings.rotate is None,
                     keep=bool(settings.placeholders) or settings.rotate is not None,
                     fsync_at_close=settings.fsync == "close",

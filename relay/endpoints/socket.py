@@ -142,12 +142,13 @@ class SocketSink(Sink):
             return
         if self.state != "open":
             return
-        self.state = "finishing"
         try:
             socket_of(self.c.fd, lambda sock: sock.shutdown(socket.SHUT_WR))
-        except OSError as error:
-            self.fail(self.error("ending the stream to", error.errno or 0))
+        except OSError as error:  # it was reset just now: no end was sent, and what was under way is lost
+            self.lost = self._outstanding()
+            self.fail(self.error("ending the stream to", error_of(self.c.fd) or error.errno or 0))
             return
+        self.state = "finishing"
         self.busy()  # the end of a stream wants its answer, too
         self._await_delivery()
 

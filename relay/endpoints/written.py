@@ -23,9 +23,11 @@ import mmap
 import os
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from relay.endpoints.line import Place, Writer
 from relay.kernel import core
 from relay.kernel.pipe import Pipe
 
@@ -42,9 +44,11 @@ DIRECT_WAIT = 1.0  # seconds that gathered bytes wait for more before they go th
 class Writing:
     """How a file is written. `in_place` writes to the path itself instead of a `.part` beside it;
     `keep` never replaces what exists (a number is added to the name); `sidecar` names a checksum algorithm.
-    `rotate_size` (bytes), `rotate_every` and `fsync_every` (seconds) are 0 for never."""
+    `rotate_size` (bytes), `rotate_every` and `fsync_every` (seconds) are 0 for never. `writer` is who appends for
+    streams that take turns."""
 
     append: bool = False
+    writer: Writer | None = None
     in_place: bool = False
     keep: bool = False
     fsync_at_close: bool = False
@@ -70,6 +74,7 @@ class WrittenFile:
         self._final = path
         self._part: Path | None = None
         self._fd = -1
+        self._place: Place | None = None
         self.written = 0
         self._dirty = False
         self._began = self._synced = 0.0
@@ -94,6 +99,7 @@ class WrittenFile:
     def open(self) -> int:
         """Opens what will be written: the path itself, or a `.part` that no other writer has. Raises OSError."""
         self._fd = self._opened()
+        self._take_place()
         if self._how.in_place and not self._how.append and stat.S_ISREG(os.fstat(self._fd).st_mode):
             self._have_alone(self._fd)
             _empty(self._fd)
@@ -105,6 +111,16 @@ class WrittenFile:
             self.ahead = RESERVED
         self.doing = "writing"
         return self._fd
+
+    def _take_place(self) -> None:
+        before = self._place
+        self._place = Place(self._fd, self._how.writer) if self._how.append and self._how.writer else None
+        if before is not None:
+            before.leave()
+
+    def wait(self, given_up: Callable[[], bool]) -> bool:
+        """Of streams that take turns: waits until the one before has closed the file; False when `given_up` first."""
+        return self._place is None or self._place.wait(str(self._final), given_up)
 
     def _have_alone(self, fd: int) -> None:
         """Waits until no other stream writes the file; where files cannot be locked it goes ahead."""
@@ -253,6 +269,7 @@ class WrittenFile:
         self._sync(asked=bool(self._how.fsync_at_close or self._how.fsync_every))
         os.close(self._fd)
         self._fd = fresh
+        self._take_place()
         self._go_direct()
         return fresh
 
@@ -378,6 +395,8 @@ class WrittenFile:
             finally:
                 os.close(self._fd)
                 self._fd = -1
+                if self._place is not None:
+                    self._place.leave()
 
 
 def _empty(fd: int) -> None:
