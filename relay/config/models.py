@@ -161,12 +161,17 @@ class Admin(FrozenModel):
     ) = Field(default=None, description="tcp address for metrics and health over HTTP")
 
 
+LONGEST_NAME = 100  # bytes: it is a part of the names of files, which have 255
+
+
 def _some(routes: dict[str, Route]) -> dict[str, Route]:
     if not routes:
         raise ValueError("there are no routes; a configuration needs at least one")
     for name in routes:
         if not name or not name.isprintable():
             raise ValueError(f"{name!r} is not a name for a route")
+        if len(name.encode()) > LONGEST_NAME:
+            raise ValueError(f"'{name[:20]}...' is too long for a route: {LONGEST_NAME} bytes at most")
     return routes
 
 
