@@ -38,8 +38,8 @@ class Usage:
 
 
 @contextlib.contextmanager
-def compiled() -> Iterator[Path]:
-    """The load program, compiled into a temporary directory that goes when the block ends."""
+def compiled(source: Path = SOURCE) -> Iterator[Path]:
+    """The load program, or that of another source, compiled into a directory that goes when the block ends."""
     compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
     if compiler is None:
         raise BenchmarkError(
@@ -47,10 +47,10 @@ def compiled() -> Iterator[Path]:
         )
     with tempfile.TemporaryDirectory(prefix="relay-bench-load-") as directory:
         program = Path(directory) / "load"
-        command = [compiler, "-O2", "-Wall", "-Wextra", "-o", str(program), str(SOURCE)]
+        command = [compiler, "-O2", "-Wall", "-Wextra", "-o", str(program), str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise BenchmarkError(f"{compiler} cannot compile {SOURCE}: {done.stderr.strip()}")
+            raise BenchmarkError(f"{compiler} cannot compile {source}: {done.stderr.strip()}")
         yield program
 
 
@@ -88,6 +88,11 @@ class Process:
             )
         finally:
             os.sched_setaffinity(0, before)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._popen.pid
 
     @property
     def stdout(self) -> IO[bytes]:

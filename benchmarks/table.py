@@ -165,3 +165,9 @@ def _sample(cell: Cell) -> Place:
 
 def _size(size: int) -> str:
     return f"{size / GIB:g} GiB" if size >= GIB else f"{size / MIB:g} MiB"
+
+
+def aligned(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table: the first column to the left, figures to the right."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]

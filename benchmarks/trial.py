@@ -118,7 +118,7 @@ class Trial:
                 receivers = self._receivers(stack, names, hashes, report)
                 ports = tuple(map(int, _answer(receivers, deadline)))
             place = Place(
-                listen=_free_port() if cell.source == "tcp" else 0,
+                listen=free_port() if cell.source == "tcp" else 0,
                 file=self.source(size) if cell.source == "file" else Path("/dev/null"),
                 ports=ports,
                 fifos=fifos,
@@ -333,7 +333,7 @@ def _pipe(capacity: int) -> tuple[int, int]:
     return read_end, write_end
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port of 127.0.0.1 that was free a moment ago: peers do not tell which one they got for port 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

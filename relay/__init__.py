@@ -1,3 +1,97 @@
-"""relay moves streams of bytes to many sockets and files without carrying them."""
+"""relay moves streams of bytes to many sockets and files without carrying them.
+
+`import relay` is cheap: what is named here is loaded when it is first used. docs/memory.md and
+docs/python.md have examples.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from relay import aio as aio
+    from relay.config.models import Route as Route
+    from relay.errors import RelayError as RelayError
+    from relay.errors import ShareError as ShareError
+    from relay.errors import TransferCancelled as TransferCancelled
+    from relay.errors import TransferError as TransferError
+    from relay.kernel.arena import Arena as Arena
+    from relay.kernel.pipe import Pipe as Pipe
+    from relay.kernel.transfer import splice as splice
+    from relay.kernel.transfer import tee as tee
+    from relay.kernel.transfer import vmsplice as vmsplice
+    from relay.sharing.shared import Draft as Draft
+    from relay.sharing.shared import Shared as Shared
+    from relay.sharing.shared import share as share
+    from relay.sharing.sink import ShareSink as ShareSink
+    from relay.sharing.source import Block as Block
+    from relay.sharing.source import ShareSource as ShareSource
+    from relay.transfers import Cancel as Cancel
+    from relay.transfers import Outcome as Outcome
+    from relay.transfers import run as run
+    from relay.transfers import send as send
+
+_HOMES = {
+    "RelayError": "relay.errors",
+    "ShareError": "relay.errors",
+    "TransferCancelled": "relay.errors",
+    "TransferError": "relay.errors",
+    "Route": "relay.config.models",
+    "Arena": "relay.kernel.arena",
+    "Pipe": "relay.kernel.pipe",
+    "splice": "relay.kernel.transfer",
+    "tee": "relay.kernel.transfer",
+    "vmsplice": "relay.kernel.transfer",
+    "Draft": "relay.sharing.shared",
+    "Shared": "relay.sharing.shared",
+    "share": "relay.sharing.shared",
+    "ShareSink": "relay.sharing.sink",
+    "Block": "relay.sharing.source",
+    "ShareSource": "relay.sharing.source",
+    "Cancel": "relay.transfers",
+    "Outcome": "relay.transfers",
+    "run": "relay.transfers",
+    "send": "relay.transfers",
+}
+
+__all__ = [
+    "Arena",
+    "Block",
+    "Cancel",
+    "Draft",
+    "Outcome",
+    "Pipe",
+    "RelayError",
+    "Route",
+    "ShareError",
+    "ShareSink",
+    "ShareSource",
+    "Shared",
+    "TransferCancelled",
+    "TransferError",
+    "__version__",
+    "aio",
+    "run",
+    "send",
+    "share",
+    "splice",
+    "tee",
+    "vmsplice",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'relay' has no attribute {name!r}")
+    from importlib import import_module
+
+    home = _HOMES.get(name)
+    found: object = import_module(f"relay.{name}") if home is None else getattr(import_module(home), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -71,7 +71,7 @@ class Absences:
 
     def _again(self, outlet: Outlet, sink: Sink) -> None:
         del self._retries[outlet]
-        if self._ending and not outlet.node.c.held:
+        if self._ending and not outlet.waiting:
             outlet.settled = True
             self._settle(outlet)
             return
@@ -91,7 +91,7 @@ class Absences:
 
     def _let_go(self, outlet: Outlet) -> None:
         if outlet.down:
-            outlet.node.c.sink = core.ffi.NULL  # the pump discards what has nowhere to go, and counts it
+            outlet.put(core.ffi.NULL)  # the pump discards what has nowhere to go, and counts it
             self._wake()
 
     def next_turn(self, outlets: Sequence[Outlet]) -> None:
@@ -100,14 +100,14 @@ class Absences:
         self._cancel(self._graces)
         for outlet in outlets:
             if outlet.backoff is not None and outlet.sink is not None:
-                outlet.node.c.sink = outlet.sink.c
+                outlet.put(outlet.sink.c)
 
     def finish(self, outlets: Sequence[Outlet]) -> None:
         """The pipeline is ending: nobody for whom nothing waits is tried again."""
         self.source_ended(outlets)
         self._ending = True
         for outlet, timer in list(self._retries.items()):
-            if not outlet.node.c.held and timer.action is not None:
+            if not outlet.waiting and timer.action is not None:
                 again = timer.action
                 timer.cancel()
                 again()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from relay.chain import Chain
 from relay.intake import Intake
@@ -20,6 +21,7 @@ def account(
     reason: str,
     *,
     aborted: bool,
+    measured: dict[str, Any],
 ) -> SessionRecord:
     """The record of the turn that ends now. Stages are asked for their part, which ends their turn."""
     source = intake.source if intake is not None else None
@@ -46,4 +48,5 @@ def account(
         sinks=sinks,
         stages=stages,
         source_failed=bool(error),
+        measured=measured,
     )

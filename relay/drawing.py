@@ -8,6 +8,7 @@ from typing import Any
 from relay import needs
 from relay.needs import Need
 from relay.plan import Hop, Plan, RoutePlan, hops
+from relay.ring_shape import Across
 from relay.units import show_size
 from relay.ways import Choice
 
@@ -66,6 +67,8 @@ def _route_lines(route: RoutePlan) -> Iterator[str]:
     width = min(60, max(len(label) for label, _ in rows))
     for label, choice in rows:
         yield f"{label:<{width}}  {choice.method:<8}  {choice.reason}"
+    if route.crossing is not None:
+        yield f"  as a whole: {_crossing(route.crossing)}"
     yield "  slow ends:"
     for hold in route.holds:
         yield f"    {hold.who} {hold.words}"
@@ -78,6 +81,24 @@ def _route_lines(route: RoutePlan) -> Iterator[str]:
     if (route.streams or 1) > 1 or route.waiting:
         wait = f", {route.waiting} waiting" if route.waiting else ""
         yield f"    at its limit ({_count(route.streams or 1, 'stream')}{wait}): {_need(route.at_limit)}"
+
+
+def _crossing(crossing: Across) -> str:
+    if crossing.only:
+        return f"down a chain only ({crossing.only})"
+    if crossing.measured:
+        return "down a chain; a ring of memory is tried on the way, and the cheaper of the two taken"
+    way = "through a ring of memory" if crossing.choice.method == "copy" else "down a chain"
+    return f"{way} ({crossing.choice.reason})"
+
+
+def _crossing_data(crossing: Across) -> dict[str, Any]:
+    return {
+        "method": crossing.choice.method,
+        "reason": crossing.only or crossing.choice.reason,
+        "chain_only": bool(crossing.only),
+        "measured": crossing.measured,
+    }
 
 
 def _tree(below: Sequence[Hop], indent: str) -> Iterator[tuple[str, Choice]]:
@@ -158,6 +179,7 @@ def _route_data(route: RoutePlan) -> dict[str, Any]:
     return {
         "name": route.name,
         "method": route.method,
+        "crossing": None if route.crossing is None else _crossing_data(route.crossing),
         "turns": route.turns,
         "duplex": route.duplex,
         "streams": route.streams,
@@ -215,7 +237,8 @@ def as_mermaid(plan: Plan) -> str:
             lines.append(f'    {names[id(hop)]}{opening}"{escaped(_label(hop))}"{closing}')
         if route.duplex:
             source, sink = names[id(route.source)], names[id(route.chain[0])]
-            lines.append(f'    {source} <-->|"{route.source.choice.method}"| {sink}')
+            there, back = route.source.choice.method, route.chain[0].choice.method
+            lines.append(f'    {source} <-->|"{there}{"" if back == there else f", back {back}"}"| {sink}')
         else:
             lines += [f"    {edge}" for edge in _edges(names, route.source, route.chain)]
         lines.append("  end")

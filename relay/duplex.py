@@ -9,8 +9,8 @@ move, how ends and resets pass, is C's. A limit of time is looked at for all ses
 from __future__ import annotations
 
 import errno
-import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -28,6 +28,8 @@ from relay.record import SessionRecord, SinkRecord
 from relay.ways import Ways
 
 BACKLOG_FULL = 0.02  # seconds until a unix listener whose backlog was full is tried again
+
+SHORT = (-errno.EMFILE, -errno.ENFILE, -errno.ENOBUFS, -errno.ENOMEM)
 
 lib = core.lib
 
@@ -61,7 +63,8 @@ class Way(NamedTuple):
 
 
 class Sessions:
-    """The sessions of one route on one engine. `on_over(records)` is told of those that ended, on the engine's thread.
+    """The sessions of one route on one engine. `on_over(record, peer)` is told of each that ended, `on_short(errno)`
+    when no descriptor was left, both on the engine's thread.
 
     `begin` takes connections over; `abort` resets whatever is left.
     """
@@ -74,6 +77,7 @@ class Sessions:
         ways: Ways,
         ids: Iterator[int],
         on_over: Callable[[SessionRecord, str], None],
+        on_short: Callable[[int], None] = lambda _code: None,
     ) -> None:
         self._engine = engine
         self._name = name
@@ -81,13 +85,15 @@ class Sessions:
         self._sink = str(route.sink.address)
         self._ids = ids
         self._on_over = on_over
+        self._on_short = on_short
+        self._fresh: deque[Session] = deque()  # accepted together, not connecting so far
         self._exchange = engine.exchange()
         self._token = engine.register(self._event)
         self._dials = Dials(engine, route.sink.address, route.sink.dead_after)
         self._tcp = int(route.source.address.scheme == "tcp")
-        choice = ways.duplex()
-        self._method = core.SPLICE if choice.method == "splice" else core.COPY
-        self._why = choice.reason if ways.forced != "auto" else ""
+        choices = [ways.duplex(end.address.scheme) for end in (route.sink, route.source)]
+        self._methods = [core.SPLICE if choice.method == "splice" else core.COPY for choice in choices]
+        self._why = choices[0].reason if choices[0].method == "copy" else ""
         self._live: dict[int, Session] = {}
         self._attempts: dict[int, tuple[list[core.Struct], int, float]] = {}  # slot: addresses, which, until
         self._patrol = Patrol(engine, route, self._live, self._expired)
@@ -99,15 +105,19 @@ class Sessions:
         """New sessions for accepted connections, nonblocking (descriptor, peer); they are this object's from here."""
         now = self._engine.now
         exchange, live = self._exchange, self._live
+        fresh = self._fresh
         for fd, peer in connections:
             slot = exchange.take()
             c = exchange.sessions[slot]
             session = live[slot] = Session(slot, c, next(self._ids), peer, now)
-            error = lib.relay_duplex_begin(self._engine.c, c, fd, self._tcp, self._method, self._token, slot)
+            fresh.append(session)
+            error = lib.relay_duplex_begin(
+                self._engine.c, c, fd, self._tcp, *self._methods, self._token, slot
+            )
             if error:
                 self._fail(session, -error, "source", "registering")
-            else:
-                self._dials.get(partial(self._dial, session))
+        while fresh:
+            self._dials.get(partial(self._dial, fresh.popleft()))
         self._patrol.look_soon()
 
     # -- connecting
@@ -120,12 +130,24 @@ class Sessions:
             self._fail(session, 0, "sinks", "connecting to", f"{reason}; {CHECK_NAME}")
             return
         # most often the first try is all there is
-        if lib.relay_duplex_dial(
-            self._engine.c, session.c, dials[0], int(CONNECT_TIMEOUT * 1e9 / len(dials))
-        ):
+        share = int(CONNECT_TIMEOUT * 1e9 / len(dials))
+        error = lib.relay_duplex_dial(self._engine.c, session.c, dials[0], share)
+        while error in SHORT and self._make_room(-error):
+            error = lib.relay_duplex_dial(self._engine.c, session.c, dials[0], share)
+        if error:
             self._attempt(session, dials, 0, session.began + CONNECT_TIMEOUT)
         elif len(dials) > 1:
             self._attempts[session.slot] = (dials, 0, session.began + CONNECT_TIMEOUT)
+
+    def _make_room(self, code: int) -> bool:
+        """No descriptor is left for a connection's counterpart: of those accepted with it the last gives up its own."""
+        self._on_short(code)
+        while self._fresh:
+            last = self._fresh.pop()
+            if last.slot >= 0:
+                self._fail(last, code, "relay", "opening a connection for")
+                return True
+        return False
 
     def _attempt(self, session: Session, dials: list[core.Struct], number: int, until: float) -> None:
         """Tries the addresses from `number` on until one does not fail at once."""
@@ -230,8 +252,3 @@ class Sessions:
         """Hears of nothing any more. Every session is over."""
         self._patrol.close()
         self._engine.forget_token(self._token)
-
-
-def counted(start: int = 1) -> Iterator[int]:
-    """Numbers for sessions."""
-    return itertools.count(start)

@@ -11,16 +11,14 @@ from collections import deque
 from functools import partial
 from typing import Any
 
-from relay.duplex import Sessions, counted
+from relay.duplex import Sessions
 from relay.endpoints.listening import Crowd
 from relay.engine import Engine
 from relay.kernel import core
 from relay.names import Found
 from relay.reception import Take, nobody
 from relay.record import SessionRecord
-from relay.route import RunningRoute
-
-_ids = counted()
+from relay.route import RunningRoute, ids
 
 
 class DuplexRoute(RunningRoute):
@@ -62,12 +60,25 @@ class DuplexRoute(RunningRoute):
             sessions = self._sessions.get(engine)
             if sessions is None:
                 sessions = self._sessions[engine] = Sessions(
-                    engine, self.name, self.route, self._ways, _ids, partial(self._ended, engine)
+                    engine,
+                    self.name,
+                    self.route,
+                    self._ways,
+                    ids,
+                    partial(self._ended, engine),
+                    partial(self._short, engine),
                 )
             if engine is self.home:
                 sessions.begin(share)
             else:
                 engine.post(partial(sessions.begin, share))
+
+    def _short(self, engine: Engine, code: int) -> None:
+        """On any engine: it was a descriptor short of a session. Newcomers wait in the kernel for a moment."""
+        if engine is self.home:
+            self.reception.cannot_accept(code)
+        else:
+            self.home.post(partial(self.reception.cannot_accept, code))
 
     def _ended(self, engine: Engine, record: SessionRecord, peer: str) -> None:
         """On the session's engine."""

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from relay.errors import KernelError, RelayBug
 from relay.kernel import core
 from relay.kernel.exchange import Exchange
+from relay.kernel.ring import Pool
 
 log = logging.getLogger("relay.engine")
 
@@ -101,6 +102,7 @@ class Engine:
             scratch_size=SCRATCH,
             budget=BUDGET,
         )
+        self.rings = Pool()
         self.ferried = 0  # bytes of memory that ferries have (endpoints/ferry.py), which share a bound
         self._events = core.ffi.new("struct relay_event[]", EVENTS)
         self._tokens = itertools.count(1)
@@ -162,6 +164,7 @@ class Engine:
             os.close(self._wake)
             self._wake = -1
             self._epoll.close()
+            self.rings.close()
             os.close(self._null)
             if self._exchange is not None:
                 self._exchange.close()

@@ -92,6 +92,22 @@ class KernelError(RelayError):
         self.errno = errno
 
 
+class ShareError(RelayError):
+    """What a peer shared, or said about it, is refused: nothing of it was mapped or trusted."""
+
+
+class TransferError(RelayError):
+    """A transfer from code was not delivered whole; `outcome` (a relay.Outcome) says what was."""
+
+    def __init__(self, message: str, *, outcome: object) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+
+
+class TransferCancelled(TransferError):
+    """It was cancelled before it was done."""
+
+
 class RelayBug(RelayError):
     """An invariant of relay's own is broken."""
 

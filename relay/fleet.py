@@ -131,6 +131,7 @@ class Fleet:
         self._once = once
         self._spills = Spills()
         self._draining = False
+        self.refusal: RelayError | None = None
 
     def __iter__(self) -> Iterator[RunningRoute]:
         return iter([*self.at_work.values(), *self.leaving])
@@ -150,6 +151,7 @@ class Fleet:
             except RelayError as error:
                 log.error("%s: %s", name, error, extra={"event": "error", "route": name})
                 reason = "another route could not be opened"
+                self.refusal = error
                 break
         if reason or interrupted():
             for running in self:

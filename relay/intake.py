@@ -68,7 +68,7 @@ class Intake:
         """A socket whose only taker is a file is read into memory that the file is written from, if there is some."""
         sink = chain.outlets[0].sink
         if len(chain.nodes) == 1 and self.source.c.is_socket and sink is not None:
-            choice = ways.straight()
+            choice = ways.straight(self.source.scheme)
             if choice is not None and sink.go_straight(choice.reason):
                 self.choice = choice
                 self.source.c.method = core.COPY

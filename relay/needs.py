@@ -124,6 +124,8 @@ def sink(settings: SinkSettings, machine: Machine) -> Need:
     match settings.address.scheme:
         case "file":
             return ferry(machine) + Need(1)
+        case "shared":  # the socket and the ring's memfd
+            return ferry(machine) + Need(2)
         case "fifo":
             return _given_pipe(machine)
         case "stdio" | "fd":  # a file needs a ferry, a pipe or a socket one descriptor

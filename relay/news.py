@@ -28,11 +28,12 @@ class News(Generic[Word]):
         self._previous = -1
         self._listening = False
 
-    def listen(self) -> None:
-        """On the main thread: signals wake `wait` from here on."""
+    def listen(self, *, signals: bool = True) -> None:
+        """On the main thread: signals wake `wait` from here on. On any, if they are not to."""
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._listening = True
+        if signals:
+            self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            self._listening = True
 
     def tell(self, word: Word) -> None:
         """Hands `word` to whoever waits. May be called from a signal handler."""

@@ -12,11 +12,13 @@ from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
 from relay.kernel import core
 from relay.node import Node, start_gap
+from relay.place import Place
 from relay.record import SinkRecord
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Checksum
 from relay.stages.stage import Stage
 from relay.units import show_size
+from relay.ways import Ways
 
 log = logging.getLogger("relay.pipeline")
 
@@ -29,7 +31,8 @@ class Outlet:
     stream gets a sink of its own. `backoff` is there for one that is connected again whenever it is away: `away` says
     how often that was in this turn, `absent` that it is so now.
     `way` are the nodes before `node`, from the source on. `gates` are the heads of the branches it is in, outermost
-    first: a policy there covers this outlet too.
+    first: a policy there covers this outlet too. `place` is there while the pipeline's bytes come out of a ring and
+    not down the chain; `by_ring` says of a turn that is over which way most of them came.
     """
 
     name: str
@@ -55,6 +58,8 @@ class Outlet:
     why_away: str = ""
     backoff: Backoff | None = None
     settled: bool = False
+    place: Place | None = None
+    by_ring: bool = False
 
     @property
     def hidden(self) -> bool:
@@ -64,14 +69,45 @@ class Outlet:
     @property
     def dropped(self) -> int:
         """Bytes that this sink did not get, by policy or because it was gone, in this turn."""
-        nodes = {id(self.gate): self.gate, id(self.node): self.node}.values()
-        return sum(int(node.c.dropped) for node in nodes) - self.dropped_before
+        place = self.place.dropped if self.place is not None else 0
+        return sum(int(node.c.dropped) for node in self._nodes) + place - self.dropped_before
 
     @property
     def blocked(self) -> int:
         """Nanoseconds for which this sink's way was full, in this turn."""
-        nodes = {id(self.gate): self.gate, id(self.node): self.node}.values()
-        return sum(int(node.c.blocked_ns) for node in nodes) - self.blocked_before
+        place = self.place.blocked if self.place is not None else 0
+        return sum(int(node.c.blocked_ns) for node in self._nodes) + place - self.blocked_before
+
+    @property
+    def _nodes(self) -> tuple[Node, ...]:
+        return (self.node,) if self.node is self.gate else (self.gate, self.node)
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that wait for its sink alone."""
+        return self.place.waiting if self.place is not None else int(self.node.c.held)
+
+    @property
+    def drained(self) -> bool:
+        """Whether its sink was given all that it will get."""
+        return self.place.drained if self.place is not None else bool(self.node.c.done)
+
+    def stand(self, sink: Sink, ways: Ways) -> None:
+        """`sink` stands here from now on; it is not open yet, and has moved and lost nothing so far."""
+        self.sink = sink
+        self.moved_before = self.lost_earlier = 0
+        self.absent = False
+        if self.settings is not None and not self.listens and sink.c.kind != core.FERRY:
+            choice = ways.to_sink(self.settings.address.scheme, copies=sink.copies)
+            if choice.method == "copy":
+                self.node.copies(choice.reason)
+        self.put(sink.c)
+
+    def put(self, sink: core.Struct) -> None:
+        """That end gets the bytes from now on; with NULL they are dropped."""
+        self.node.c.sink = sink
+        if self.place is not None:
+            self.place.put(sink)
 
     @property
     def listens(self) -> bool:
@@ -103,12 +139,6 @@ class Outlet:
         """Whether it stands up again when it broke. A spill breaks with its log alone: it connects again behind it."""
         return self.settings is not None and self.settings.verb == "connect"
 
-    def stands(self, sink: Sink) -> None:
-        """`sink` is here from now on; it has moved and lost nothing so far."""
-        self.sink = sink
-        self.moved_before = self.lost_earlier = 0
-        self.absent = False
-
     def begin_turn(self) -> None:
         """The next stream: its reconnects count from here."""
         self.settled = False
@@ -125,6 +155,9 @@ class Outlet:
 
     def drop(self) -> None:
         """What comes is discarded for this sink alone, from the next border between pieces on."""
+        if self.place is not None:
+            self.place.drop()
+            return
         self.gate.c.dropping = 1
         start_gap(self.gate.c)
 
@@ -154,9 +187,8 @@ class Outlet:
 
     def slow_words(self) -> str:
         """Why it is disconnected."""
-        size = self.node.pipe.capacity + (
-            self.slow.max or 0 if self.slow.policy == "spill" else self.slow.buffer
-        )
+        size = self.node.pipe.capacity if self.place is None else self.place.full
+        size += self.slow.max or 0 if self.slow.policy == "spill" else self.slow.buffer
         return f"backlog of {show_size(size)} full for {self.slow.after or 0.0:.1f} s"
 
     def apart(self) -> int:
@@ -164,6 +196,8 @@ class Outlet:
         gate = self.node.c.apart
         if gate == core.ffi.NULL:
             return 0
+        if self.place is not None:
+            return self.place.waiting
         return self._held([each for each in self.way if each.c.apart == gate])
 
     def _held(self, way: Sequence[Node]) -> int:
@@ -185,7 +219,7 @@ class Outlet:
         assert self.settings is not None
         if sink is None:
             return SinkRecord(self.name, str(self.settings.address), 0, 0.0, "", "failed")
-        by_hand = "copy" if self.node.c.out_copies else "splice"
+        by_hand = "copy" if self.node.c.out_copies or self.by_ring else "splice"
         method = sink.method if sink.c.kind == core.FERRY or self.listens else by_hand
         failed = sink.state == "failed" and not self.absent
         lost = self.lost_before + (0 if self.absent else sink.lost - self.lost_earlier)

@@ -48,6 +48,8 @@ class Patrol(Generic[One]):
         tcp = [end.dead_after for end in (route.source, route.sink) if end.address.scheme == "tcp"]
         self._dead_after = (route.source.dead_after, route.sink.dead_after)
         self._asked: dict[tuple[int, int], float] = {}
+        # seconds after which whatever was sent is known to be answered
+        self._quiet = 2 * max(tcp, default=0.0)
         steps = [limit / STEPS for limit in (self._idle, self._lifetime) if limit is not None]
         steps += [after / LOOKS for after in tcp]
         self._step = max(0.01, min([*steps, LONGEST]))
@@ -71,7 +73,9 @@ class Patrol(Generic[One]):
         asked: dict[tuple[int, int], float] = {}
         for slot, session in list(self._live.items()):
             reason = self._limit(session, now)
-            outstanding = 0 if reason else core.lib.relay_duplex_outstanding(session.c)
+            outstanding = 0
+            if not reason and self._may_wait(slot, session, now):
+                outstanding = core.lib.relay_duplex_outstanding(session.c)
             for which in (0, 1):
                 if not reason and outstanding & 1 << which:
                     since = self._asked.get((slot, which), now)
@@ -82,6 +86,12 @@ class Patrol(Generic[One]):
         self._asked = asked
         if self._live:
             self.look_soon()
+
+    def _may_wait(self, slot: int, session: One, now: float) -> bool:
+        """Whether a peer of it may owe an answer: thousands that are idle are not asked about."""
+        if now - session.c.last_ns / 1e9 < self._quiet:
+            return True
+        return (slot, 0) in self._asked or (slot, 1) in self._asked
 
     def _limit(self, session: One, now: float) -> str:
         if self._lifetime is not None and now - session.began >= self._lifetime:

@@ -22,6 +22,7 @@ from functools import partial
 from relay.absences import Absences
 from relay.account import account
 from relay.chain import Chain
+from relay.crossing import Crossing
 from relay.endpoints.base import Sink, Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.digest import sidecar_line
@@ -92,6 +93,7 @@ class Pipeline:
         self.c.nodes = len(self.chain.nodes)
         for node in self.chain.nodes:
             node.hear(partial(self._node_event, node))
+        self.crossing = Crossing(engine, route, self.c, self.chain, ways, (stages, sink))
         self.intake: Intake | None = None
         self.turn: Turn | None = None
         self.subscribers: list[Subscribers] = []
@@ -136,6 +138,7 @@ class Pipeline:
         if self.intake is None:
             return  # every sink failed at once: the turn is over
         self.intake.go_straight(self.chain, self.ways)
+        self.crossing.begin(self.intake)
         source.c.reads = self.c
         self.c.source = source.c
         self.c.source_ended = 0
@@ -223,7 +226,7 @@ class Pipeline:
     @property
     def busy(self) -> bool:
         """Whether a source is connected or bytes wait to be delivered."""
-        waiting = any(o.sink is not None and o.sink.backlog for o in self.chain.outlets)
+        waiting = any(o.waiting or (o.sink is not None and o.sink.backlog) for o in self.chain.outlets)
         return self.source is not None or waiting or any(node.c.held for node in self.chain.nodes)
 
     @property
@@ -234,7 +237,6 @@ class Pipeline:
     # -- standing sinks up
     def _stand(self, outlet: Outlet, sink: Sink) -> None:
         """`sink` stands at `outlet` from now on."""
-        outlet.stands(sink)
         sink.c.token = self.engine.register(
             lambda what, error, _mask: self._sink_event(outlet, sink, what, error)
         )
@@ -242,11 +244,7 @@ class Pipeline:
         sink.on_open = lambda _sink: self._opened(outlet)
         sink.on_finish = lambda _sink: self._settled(outlet, sink)
         sink.on_fail = lambda _sink: self._settled(outlet, sink)
-        if outlet.settings is not None and not outlet.listens and sink.c.kind != core.FERRY:
-            choice = self.ways.to_sink(outlet.settings.address.scheme, copies=sink.copies)
-            if choice.method == "copy":
-                outlet.node.copies(choice.reason)
-        outlet.node.c.sink = sink.c
+        outlet.stand(sink, self.ways)
         try:
             sink.open()
         except (OSError, KernelError) as error:  # no descriptor left: this sink's failure, nobody else's
@@ -258,7 +256,7 @@ class Pipeline:
         self._wake()
 
     def _given_up(self, outlet: Outlet) -> None:
-        outlet.node.c.sink = core.ffi.NULL
+        outlet.put(core.ffi.NULL)
         self._wake()
         self.look_whether_over()
 
@@ -269,7 +267,7 @@ class Pipeline:
     def _opened(self, outlet: Outlet) -> None:
         log.debug("%s: sink %s is open", self.route, outlet.name)
         if outlet.backoff is not None and outlet.sink is not None:
-            outlet.node.c.sink = outlet.sink.c  # a turn may have ended without it meanwhile
+            outlet.put(outlet.sink.c)  # a turn may have ended without it meanwhile
         self._wait.look()
         self.engine.ready(self.c)
 
@@ -283,6 +281,8 @@ class Pipeline:
         elif what == core.SOURCE_DRY:
             if self.source is not None and self.source.refill():
                 self.engine.ready(self.c)
+        elif what in (core.STILL, core.GAUGED):
+            self.crossing.hear(what)
         elif what == core.IDLE:
             self._idle()
         elif what == core.DONE:
@@ -364,9 +364,8 @@ class Pipeline:
         for group in self.subscribers:
             if group.outlet is outlet and not self.c.keep:
                 group.ended()
-        node = outlet.node.c
-        if node.sink == sink.c:
-            node.sink = core.ffi.NULL
+        if outlet.node.c.sink == sink.c:
+            outlet.put(core.ffi.NULL)
         said = self._aborting or self._quiet or self._error  # by somebody else already
         if sink.state == "failed" and not said:
             log.warning("%s: %s", self.route, sink.reason)
@@ -380,12 +379,10 @@ class Pipeline:
                     other.sink.abort("every sink failed")  # a checksum alone is no reason to go on reading
         if outlet.hidden:
             for other in self.chain.outlets:
-                if other.digest is outlet.stage and other.sink is not None and self._drained(other):
+                given = other.drained or (self._over and not other.waiting)
+                if other.digest is outlet.stage and other.sink is not None and given:
                     self._end_sink(other, other.sink)
         self.look_whether_over()
-
-    def _drained(self, outlet: Outlet) -> bool:
-        return bool(outlet.node.c.done) or (self._over and not outlet.node.c.held)
 
     def look_whether_over(self) -> None:
         """Ends the turn, or the pipeline, if nobody has anything left to do. For Subscribers, too."""
@@ -415,9 +412,11 @@ class Pipeline:
             self._ended_by,
             self._reason,
             aborted=self._aborting,
+            measured=self.crossing.settle(),
         )
         for outlet in self.chain.outlets:
             outlet.end_turn()
+        self.crossing.end_turn()
         intake, self.intake = self.intake, None
         self.c.source = core.ffi.NULL
         if intake is not None:
@@ -438,6 +437,7 @@ class Pipeline:
         self._stragglers.close()
         self.engine.forget(self.c)
         self.engine.forget_token(self.c.token)
+        self.crossing.close()
         for group in self.subscribers:
             group.close()
         for outlet in self.chain.outlets:

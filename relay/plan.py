@@ -23,6 +23,7 @@ from relay.endpoints.settings import SinkSettings
 from relay.kernel.pipe import DEFAULT_CAPACITY
 from relay.kernel.probe import Machine
 from relay.needs import Need
+from relay.ring_shape import Across, across
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Checksum
 from relay.units import show_size
@@ -91,6 +92,7 @@ class RoutePlan:
     subscriber: Need | None
     streams: int | None
     waiting: int | None
+    crossing: Across | None = None
     duplex: bool = False
 
     @property
@@ -158,12 +160,15 @@ def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
         subscriber=needs.subscriber() if listening else None,
         streams=most if turns == "each" else 1,
         waiting=0 if turns != "one" else None if most is None else most - 1,
+        crossing=across(route.stages, route.sink, Ways(machine, route.method), source.choice),
     )
 
 
 def _plan_duplex(name: str, route: Route, machine: Machine) -> RoutePlan:
-    """Two sockets a connection, and the same way across in both directions."""
-    choice = Ways(machine, route.method).duplex()
+    """Two sockets a connection; each end's method is that of what comes from it."""
+    ways = Ways(machine, route.method)
+    there, back = ways.duplex(route.sink.address.scheme), ways.duplex(route.source.address.scheme)
+    pipes = needs.exchange("splice" in (there.method, back.method), machine)
     source, sink = str(route.source.address), str(route.sink.address)
     need = Need(1)
     words = "holds the source, and the source holds it: back-pressure passes as over one connection"
@@ -171,10 +176,10 @@ def _plan_duplex(name: str, route: Route, machine: Machine) -> RoutePlan:
         name=name,
         method=route.method,
         turns="each",
-        source=Hop("source", route.source.address.scheme, source, choice, need, source, "listen"),
-        chain=(Hop("sink", route.sink.address.scheme, sink, choice, need, sink, "connect"),),
+        source=Hop("source", route.source.address.scheme, source, there, need, source, "listen"),
+        chain=(Hop("sink", route.sink.address.scheme, sink, back, need, sink, "connect"),),
         holds=(Hold(sink, "sink", "", None, "", "", words),),
-        standing=needs.listener(route.source.address) + needs.exchange(choice.method == "splice", machine),
+        standing=needs.listener(route.source.address) + pipes,
         stream=need.times(2),
         subscriber=None,
         streams=route.source.limits.connections,
@@ -213,7 +218,7 @@ class _Walk:
         """How a stream gets into `chain`; `sink` is where it goes when it may get there past all pipes."""
         only = chain[0]
         bare = len(chain) == 1 and only.entry is None and only.verb != "listen"
-        straight = self._ways.straight() if bare and sink is not None and sink.straight else None
+        straight = self._ways.straight(scheme) if bare and sink is not None and sink.straight else None
         if straight is not None and scheme in ("tcp", "unix"):
             return straight, chain if only.choice.method == "copy" else (replace(only, choice=straight),)
         choice = self._ways.from_source(scheme, alone=bare and only.kind in STRAIGHT)

@@ -90,6 +90,11 @@ class Reception:
         for listener in self:
             listener.resume()
 
+    def cannot_accept(self, code: int) -> None:
+        """There was no descriptor for what a connection needs: newcomers wait in the kernel for a moment."""
+        for listener in self:
+            listener.cannot_accept(code)
+
     # -- reload
 
     def release(self, wanted: Callable[[Bound], bool], in_the_way: Callable[[Bound], bool]) -> list[Bound]:

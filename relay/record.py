@@ -76,7 +76,8 @@ class SinkRecord:
 
 @dataclass
 class SessionRecord:
-    """One stream from its first byte to the last sink's end. `ended_by` is source, sinks or relay."""
+    """One stream from its first byte to the last sink's end. `ended_by` is source, sinks or relay. `measured`: what
+    each way across cost, and which was chosen, where both were tried."""
 
     route: str
     id: str
@@ -92,6 +93,7 @@ class SessionRecord:
     sinks: list[SinkRecord] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     source_failed: bool = False
+    measured: dict[str, Any] = field(default_factory=dict)
     back: int | None = None  # of a duplex session: bytes from the sink that the source's kernel took
     back_lost: int = 0
     back_method: str = ""
@@ -124,7 +126,7 @@ class SessionRecord:
         if self.back is not None:
             found["bytes_back"], found["lost_back"] = self.back, self.back_lost
             found["method_back"] = self.back_method
-        for key in ("reason", "why_method", "stages"):
+        for key in ("reason", "why_method", "stages", "measured"):
             if value := getattr(self, key):
                 found[key] = value
         return found

@@ -42,13 +42,13 @@ from relay.ways import Ways
 
 log = logging.getLogger("relay.serve")
 
-_ids = itertools.count(1)
+ids = itertools.count(1)  # of streams and sessions, for as long as this process lives
 
 
 def new_turn(route: str, source: Source) -> Turn:
     """Names for a stream that begins now; ids count up for as long as this process lives."""
     at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    return Turn(route=route, id=str(next(_ids)), time=at, peer=source.peer, name=source.name)
+    return Turn(route=route, id=str(next(ids)), time=at, peer=source.peer, name=source.name)
 
 
 class RunningRoute:
@@ -149,7 +149,7 @@ class RunningRoute:
             return  # the standing sink's own log has it
 
         def turn() -> Turn:
-            return Turn(self.name, str(next(_ids)), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "log")
+            return Turn(self.name, str(next(ids)), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "log")
 
         for _place, settings, slow, stages in spilling(self.route):
             self._resumed.update(
@@ -193,6 +193,11 @@ class RunningRoute:
         self._pipelines.add(pipeline)
         if self._aborted:
             self._abort_pipeline(pipeline)
+
+    @property
+    def pipelines(self) -> tuple[Pipeline, ...]:
+        """Those at work now."""
+        return tuple(self._pipelines)
 
     def _closed(self, pipeline: Pipeline) -> None:
         self._pipelines.discard(pipeline)

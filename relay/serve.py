@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from relay import logs
 from relay.config.models import Config
 from relay.engine import Engine
-from relay.errors import ConfigError, ConfigErrors, EndpointError
+from relay.errors import ConfigError, ConfigErrors, EndpointError, RelayError
 from relay.fleet import Fleet, NotExchanged
 from relay.names import Found, Names
 from relay.news import News
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("relay.serve")
 
 ENDING = ("SIGTERM", "SIGINT")
+ENDING_TIME = 2.0  # seconds that routes have to end after a failure of the program around them
 
 
 def exit_code(routes: Iterable[RunningRoute]) -> int:
@@ -47,7 +48,8 @@ def exit_code(routes: Iterable[RunningRoute]) -> int:
 class Server:
     """All routes of a configuration at work. `run` returns the exit code; it is called on the main thread.
 
-    `again` reads the configuration once more, for SIGHUP; without it only files are opened anew.
+    `again` reads the configuration once more, for SIGHUP; without it only files are opened anew. Without
+    `signals` it runs on any thread, and `end` ends it. `on_progress` is called every `interval` seconds.
     """
 
     def __init__(
@@ -58,12 +60,18 @@ class Server:
         on_record: Callable[[SessionRecord], None] = logs.session,
         on_ready: Callable[[list[RunningRoute]], None] = lambda _routes: None,
         again: Callable[[], Loaded] | None = None,
+        signals: bool = True,
+        on_progress: Callable[[list[RunningRoute]], None] | None = None,
+        interval: float = 0.2,
     ) -> None:
         self._config = config
         self._once = once
         self._on_record = on_record
         self._on_ready = on_ready
         self._again = again
+        self._signals = signals
+        self._on_progress = on_progress
+        self._interval = interval
         self._news: News[Callable[[], None]] = News()
         self._names = Names(self._news.tell)
         self._reload_asked = False
@@ -74,8 +82,8 @@ class Server:
 
     def run(self) -> int:
         """Opens every route, serves until told to end or until nothing is left to do; 4 when one cannot open."""
-        self._news.listen()
-        previous = self._catch_signals()
+        self._news.listen(signals=self._signals)
+        previous = self._catch_signals() if self._signals else {}
         count = self._config.engines or len(os.sched_getaffinity(0))
         engines = [Engine(f"engine-{i}") for i in range(count)]
         self._fleet = Fleet(self._config, engines, self._done, self._on_record, once=self._once)
@@ -84,19 +92,30 @@ class Server:
             if found is None or not self._fleet.open(found, lambda: bool(self._interrupted)):
                 return self._not_opened()
             self._on_ready(list(self._fleet))
-            if not self._once:
+            if self._signals and not self._once:  # the process is this server's
                 _keep_small()
             for engine in engines:
                 engine.start()
             self._ready = True
             if self._reload_asked:  # it came before there was anything to exchange
                 self._news.tell(self._reload)
-            return self._serve()
+            return self._serve_on()
         finally:
             self._fleet.close()
             self._news.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _serve_on(self) -> int:
+        try:
+            return self._serve()
+        except BaseException:
+            # KeyboardInterrupt, or whoever is told of the progress failed: nothing is left running
+            self._on_progress = None
+            self._fleet.abort("the program that runs the routes failed")
+            self._deadline = time.monotonic() + ENDING_TIME
+            self._serve(until_deadline=True)
+            raise
 
     def _look_up(self) -> Found | None:
         """What the names of all listeners mean; None when relay was told to end before that was known."""
@@ -123,14 +142,23 @@ class Server:
 
     # -- signals
 
+    def end(self, name: str = "SIGTERM") -> None:
+        """As the signal `name` does: drains, and ends at once the second time. From any thread."""
+        self._interrupted = self._interrupted or name
+        self._news.tell(partial(self._told_to_end, name))
+
+    @property
+    def refusal(self) -> RelayError | None:
+        """Why a route could not be opened, or its source; None when all could."""
+        return self._fleet.refusal or next((route.failed for route in self._fleet if route.failed), None)
+
     def _catch_signals(self) -> dict[int, Any]:
         """SIGPIPE is ignored: splice has no MSG_NOSIGNAL. The others are news for the main thread."""
 
         def caught(number: int, _frame: FrameType | None) -> None:
             name = signal.Signals(number).name
             if name in ENDING:
-                self._interrupted = self._interrupted or name
-                self._news.tell(partial(self._told_to_end, name))
+                self.end(name)
             elif not self._reload_asked:  # several before one is looked at are one
                 self._reload_asked = True
                 self._news.tell(self._reload)
@@ -143,13 +171,17 @@ class Server:
             found[signal.SIGXFSZ] = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         return found
 
-    def _serve(self) -> int:
-        while not self._fleet.done:
+    def _serve(self, *, until_deadline: bool = False) -> int:
+        while not self._fleet.done and (not until_deadline or self._deadline is not None):
             deadline = self._deadline
-            news = self._news.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if self._on_progress is not None:
+                self._on_progress(list(self._fleet))
+                left = self._interval if left is None else min(left, self._interval)
+            news = self._news.wait(left)
             if news is not None:
                 news()
-            else:
+            elif deadline is not None and time.monotonic() >= deadline:
                 self._deadline = None
                 self._fleet.abort("the drain deadline passed")
         if self.signalled:

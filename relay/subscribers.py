@@ -98,7 +98,7 @@ class Subscribers:
             close_with_peer=self._settings.peer_eof == "close",
             dead_after=self._settings.dead_after,
         )
-        reader = Reader(sink.c, self._slow.after or 0.0)
+        reader = Reader(sink.c, self._slow.after or 0.0, self._slow.align)
         try:
             self.ring.join(reader)
         except KernelError as error:
@@ -107,7 +107,8 @@ class Subscribers:
             return
         member = Member(sink, reader)
         self.members[id(member)] = member
-        sink.c.token = self._engine.register(lambda what, error, _mask: self._heard(member, what, error))
+        token = self._engine.register(lambda what, error, _mask: self._heard(member, what, error))
+        sink.c.token = reader.c.token = token
         sink.wire(self._pipeline.c)
         sink.on_open = lambda _sink: self._engine.ready(self._pipeline.c)
         sink.on_finish = sink.on_fail = lambda _sink: self._left(member)

@@ -529,11 +529,14 @@ SINKS: dict[str, Callable[[Path], Any]] = {
 # --- the checks -------------------------------------------------------------------------------------------
 
 
+METHOD = "auto"  # of every route that does not ask for one; tests/test_conformance.py changes it
+
+
 def route_of(giver: Giver, takers: list[Taker], on_slow: object = None, **more: Any) -> dict[str, Any]:
     """A route from the giver's source; every taker but the last stands at a tee, with the policy if given."""
     policy = {} if on_slow is None else {"on_slow": on_slow}
     tees = [{"tee": {"to": taker.sink, **policy}} for taker in takers[:-1]]
-    return {"source": giver.source, "stages": tees, "sink": takers[-1].sink, **more}
+    return {"source": giver.source, "stages": tees, "sink": takers[-1].sink, "method": METHOD, **more}
 
 
 def check_delivery(giver: Giver, takers: list[Taker], pieces: list[bytes], **more: Any) -> SessionRecord:

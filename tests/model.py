@@ -14,6 +14,7 @@ from mmap import PAGESIZE
 from slots import Pipe
 
 PIECE = 1 << 20  # most bytes asked for in one call
+PATIENT = 256 << 20  # most bytes that a rush must have lasted for
 GIVEN = 16 << 20  # bytes to the readers of rings in one sweep
 FEWEST = 64 << 10  # bytes into a ring at a time, however many read it
 
@@ -46,10 +47,16 @@ class Sink:
 
 @dataclasses.dataclass(eq=False)
 class Reader:
-    """One subscriber. What it is still to get is the ring's stream from `at` on, after `rest`."""
+    """One subscriber, or the place of a pipeline's sink (`stays`). What it is still to get is the ring's stream from
+    `at` on, after `rest`."""
 
-    sink: Sink
+    sink: Sink | None
     after: int
+    align: int = 1
+    name: str = ""
+    stays: bool = False
+    hold: bool = False
+    apart: int = 0
     at: int = 0
     dropped: int = 0
     since: int = 0
@@ -63,23 +70,42 @@ class Reader:
     @property
     def holding(self) -> bool:
         """Whether room is kept for it."""
-        return not (self.sink.failed or self.done or self.dropping)
+        return bool(self.sink and (not self.sink.failed or self.hold) and not self.done and not self.dropping)
 
 
 @dataclasses.dataclass(eq=False)
 class Ring:
-    """A broadcast: here the whole stream is kept, and what the C core's memory holds of it is derived."""
+    """Memory that many read: here the whole stream is kept, and what the C core's memory holds of it is derived."""
 
     size: int
     full: int
     keep: int
-    align: int
     there: bool = False  # its memory
     stream: bytearray = dataclasses.field(default_factory=bytearray)
     start: int = 0
     origins: list[int] = dataclasses.field(default_factory=lambda: [0])
     ended: bool = False
     readers: list[Reader] = dataclasses.field(default_factory=list)
+    offered: int = 0  # a pipeline's own: what is behind is held back
+    base: int = 0
+    batch: int = 0
+    hold: int = 0  # nanoseconds
+    held: int = 0
+    quick: int = 0
+    least: int = 0
+    need: int = 0
+    rush: int = 0
+    window_at: int = 0
+    window: int = 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody has anything to get."""
+        return not any(r.dropping or (r.holding and r.at < self.position) for r in self.readers)
+
+    def behind(self, at: int) -> int:
+        """Bytes from there to the end of its memory."""
+        return self.size - (at - self.base) % self.size
 
     @property
     def position(self) -> int:
@@ -92,22 +118,23 @@ class Ring:
         oldest = min((r.at for r in self.readers if r.holding), default=self.position)
         return self.size - (self.position - min(oldest, self.position))
 
-    def border(self, at: int, *, down: bool = False) -> int:
+    def border(self, at: int, align: int, *, down: bool = False) -> int:
         """The first border at or behind `at`, or the last one at or before it."""
         known = self.origins[-8:]
         begun = [origin for origin in known if origin <= at]
         if not begun:
             return known[0]
-        over = (at - begun[-1]) % self.align
+        over = (at - begun[-1]) % align
         if down or not over:
             return at - over
-        return min([at + self.align - over, *(origin for origin in known if origin > at)])
+        return min([at + align - over, *(origin for origin in known if origin > at)])
 
     def join(self, reader: Reader) -> None:
         """A newcomer, `keep` bytes back, from a border on."""
         if not self.there:
             self.there, self.start = True, self.position
-        reader.at = self.border(max(self.position - self.keep, self.start, self.position - self.size))
+        first = max(self.position - self.keep, self.start, self.position - self.size)
+        reader.at = self.position if reader.stays else self.border(first, reader.align)
         self.readers.insert(0, reader)
 
     def leave(self, reader: Reader) -> None:
@@ -117,7 +144,7 @@ class Ring:
 
     def drop(self, reader: Reader) -> None:
         """A gap begins, once the piece that is under way is whole."""
-        to = self.border(reader.at)
+        to = self.border(reader.at, reader.align)
         reader.rest = bytes(self.stream[reader.at : to])
         if reader.rest:
             reader.runs.append((reader.at, to))
@@ -202,6 +229,8 @@ class Model:
         self.source = source
         self.budget, self.scratch = budget, scratch
         self.source_ended = self.keep = self.tell_idle = self.done = False
+        self.ring: Ring | None = None  # scatter
+        self.still = 0
         self.idle = 0  # since when all but what is apart is empty
         self.wake = 0
         self.now = 0
@@ -213,16 +242,28 @@ class Model:
         """Moves all that can move; the events, and whether the budget stopped it."""
         self.now, self.wake, self._read, self._given, self._events = now, 0, 0, 0, []
         while True:
-            moved = self._fill()
-            for node in self.nodes:
+            moved = self._scatter(self.ring) if self.ring else self._fill()
+            for node in [] if self.ring else self.nodes:
                 moved |= self._turn(node)
                 if node.ring:
                     moved |= self._give_readers(node.ring)
                 moved |= self._end_next(node)
             if not moved or self._read >= self.budget or self._given >= GIVEN:
                 break
-        waited_for = [node for node in self.nodes if self._in_turn(node)]
-        still_open = any(n.sink and not n.sink.failed and not n.done for n in self.nodes)
+        if self.ring:
+            places = self.ring.readers
+            if self.ring.held:
+                self._wake_at(self.ring.held + self.ring.hold)
+            waited_for = [place for place in places if self._place_in_turn(self.ring, place)]
+            still_open = any(p.sink and not p.sink.failed and not p.done for p in places)
+            calm = not any(p.rest or p.dropping or p.at < self.ring.position for p in places)
+        else:
+            waited_for = [node for node in self.nodes if self._in_turn(node)]  # type: ignore[misc]
+            still_open = any(n.sink and not n.sink.failed and not n.done for n in self.nodes)
+            calm = not any(n.keeps or n.dropping or n.ring for n in self.nodes)
+        if calm and self.still == 1 and not self.nodes[0].ended:
+            self.still = 2
+            self._tell("STILL", "pipeline")
         if not waited_for and self.tell_idle and (self.source_ended or not self.source):
             self.tell_idle, self.idle = False, 0
             self._tell("IDLE", "pipeline")
@@ -243,8 +284,18 @@ class Model:
         alive = [n.sink for n in self.nodes if n.gate is gate and n.sink and not n.sink.failed]
         if not alive:
             return False
+        return self._waits_for(max(sink.last for sink in alive), gate.apart)
+
+    def _place_in_turn(self, ring: Ring, place: Reader) -> bool:
+        if not place.sink or (not place.rest and (place.dropping or place.at >= ring.position)):
+            return False
+        if not place.apart or not self.tell_idle:
+            return True
+        return not place.sink.failed and self._waits_for(place.sink.last, place.apart)
+
+    def _waits_for(self, last: int, apart: int) -> bool:
         self.idle = self.idle or self.now
-        until = (max(sink.last for sink in alive) or self.idle) + gate.apart
+        until = (last or self.idle) + apart
         if self.now >= until:
             return False
         self._wake_at(until)
@@ -265,10 +316,17 @@ class Model:
         self._tell("SOURCE_ENDED", "pipeline")
         return True
 
+    def _source_gives(self) -> bool:
+        head, source = self.nodes[0], self.source
+        if not source or self.source_ended or self.still or head.ended or head.refuses:
+            return False
+        return source.readable
+
     def _fill(self) -> bool:
         head, source = self.nodes[0], self.source
-        if not source or self.source_ended or head.ended or head.refuses or not source.readable:
+        if not self._source_gives():
             return False
+        assert source
         if source.copies:
             return self._fill_by_hand(head, source)
         moved = source.pipe.splice_to(head.pipe, PIECE)
@@ -568,21 +626,86 @@ class Model:
         if not ring.there:
             data = self._take(node, size)
             ring.stream += data
-            ring.start = ring.position
+            ring.start = ring.offered = ring.position
             return len(data)
         size = min(size, max(GIVEN // max(1, len(ring.readers)), FEWEST))
         room = ring.room
         if room < size and room < ring.size // 8:
             self._judge(ring)
             return 0
-        data = self._take(node, min(size, room, ring.size - ring.position % ring.size))
+        data = self._take(node, min(size, room, ring.behind(ring.position)))
         ring.stream += data
         self._judge(ring)
+        ring.offered = ring.position
         return len(data)
+
+    # -- scatter: the source straight into a ring
+
+    def _scatter(self, ring: Ring) -> bool:
+        if ring.base < ring.position and not ring.keep and ring.empty:
+            ring.base = ring.position
+        moved = self._fill_ring(ring)
+        self._offer_or_hold(ring)
+        if self.nodes[0].ended and not ring.ended:
+            self._offer(ring)
+            ring.ended = moved = True
+        return moved | self._give_readers(ring)
+
+    def _fill_ring(self, ring: Ring) -> bool:
+        source = self.source
+        if not self._source_gives():
+            return False
+        assert source
+        if ring.room < PIECE and ring.room < ring.size // 8:
+            self._judge(ring)
+            self._offer(ring)
+            return False
+        data = source.pipe.read(min(PIECE, ring.room, ring.behind(ring.position)))
+        self.calls += 1
+        if not data:
+            if source.pipe.ended:
+                return self._over()
+            source.readable = False
+            return False
+        passed = self.now - ring.window_at
+        if passed >= ring.hold:
+            if ring.window * ring.hold < ring.quick * passed:
+                ring.rush = 0
+            ring.window_at, ring.window = self.now, 0
+        ring.window += len(data)
+        ring.rush += len(data)
+        ring.stream += data
+        self._judge(ring)
+        self._read += len(data)
+        source.moved += len(data)
+        return True
+
+    @staticmethod
+    def _offer(ring: Ring) -> None:
+        ring.offered, ring.held = ring.position, 0
+
+    def _offer_or_hold(self, ring: Ring) -> None:
+        """In a rush nothing less than a batch is given out, but for what was held back for long enough."""
+        waiting = ring.position - ring.offered
+        if not waiting:
+            return
+        stops = not self.source or self.source_ended or self.still or self.nodes[0].ended
+        if not ring.batch or waiting >= ring.batch or ring.rush < ring.need or stops:
+            self._offer(ring)
+            if ring.rush >= 4 * ring.need and ring.need > ring.least:
+                ring.need //= 2
+                ring.rush = ring.need
+            return
+        ring.held = ring.held or self.now
+        if self.now - ring.held >= ring.hold:
+            self._offer(ring)
+            ring.rush = 0
+            if ring.need < PATIENT:
+                ring.need *= 2
 
     def _judge(self, ring: Ring) -> None:
         for reader in ring.readers:
-            if not reader.holding or ring.position - reader.at <= ring.full:
+            if not reader.holding or not reader.after or ring.position - reader.at <= ring.full:
                 continue
             reader.since = reader.since or self.now
             if reader.slow:
@@ -591,36 +714,42 @@ class Model:
                 self._wake_at(reader.since + reader.after)
             else:
                 reader.slow = True
-                self._tell("SLOW", reader.sink.name)
+                self._tell("SLOW", reader.name)
 
     def _give_readers(self, ring: Ring) -> bool:
         moved = False
         for reader in ring.readers:  # every reader has its turn, whatever moved before
-            if not (reader.sink.failed or reader.done):
-                moved |= self._reader_turn(ring, reader)
+            if not reader.sink:
+                reader.dropped += ring.position - reader.at + len(reader.rest)
+                reader.at, reader.rest, reader.since = ring.position, b"", 0
+                reader.dropping = reader.slow = False
+            elif not (reader.sink.failed or reader.done):
+                moved |= self._reader_turn(ring, reader, reader.sink)
         return moved
 
-    def _reader_turn(self, ring: Ring, reader: Reader) -> bool:
-        sink, moved = reader.sink, False
-        while sink.writable and sink.pipe:
+    def _reader_turn(self, ring: Ring, reader: Reader, sink: Sink) -> bool:
+        moved = False
+        while sink.writable:
             if not reader.rest and reader.dropping:
-                if not self._end_gap(reader, ring.border(ring.position, down=True)):
+                if not self._end_gap(reader, ring.border(ring.offered, reader.align, down=True)):
                     break
                 moved = True
                 continue
             if reader.rest:
                 data = reader.rest
-            elif reader.at < ring.position:
-                upto = min(ring.position, (reader.at // ring.size + 1) * ring.size)
+            elif reader.at < ring.offered:
+                upto = min(ring.offered, reader.at + ring.behind(reader.at))
                 data = bytes(ring.stream[reader.at : upto])
             else:
                 break
             self.calls += 1
-            if sink.pipe.orphaned:
+            if sink.pipe and sink.pipe.orphaned:
                 sink.failed, sink.writable = True, False
                 self._tell("SINK_FAILED", sink.name, EPIPE)
+                if reader.stays and not reader.hold:
+                    reader.sink, reader.since = None, 0
                 return True
-            given = sink.pipe.write(data)
+            given = sink.pipe.write(data) if sink.pipe else len(data)
             if not given:
                 sink.writable = False
                 break
@@ -635,7 +764,7 @@ class Model:
             moved = True
         if reader.dropping and not reader.rest and ring.ended:
             moved |= self._end_gap(reader, ring.position)
-        if reader.at >= ring.position and not reader.rest and not reader.dropping:
+        if reader.at >= ring.offered and not reader.rest and not reader.dropping:
             self._reader_kept_up(reader)
             if ring.ended:
                 reader.done = moved = True
@@ -658,4 +787,4 @@ class Model:
         reader.since = 0
         if reader.slow:
             reader.slow = False
-            self._tell("CAUGHT_UP", reader.sink.name)
+            self._tell("CAUGHT_UP", reader.name)

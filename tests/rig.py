@@ -23,12 +23,13 @@ from syscalls import Memory, readable
 
 from relay.kernel import core
 from relay.kernel.ring import Reader, Ring
+from relay.place import Place
 
 NAMES = {
     getattr(core, name): name
     for name in (
         *("SOURCE_ENDED", "SOURCE_FAILED", "SINK_DRAINED", "SINK_FAILED", "PEER_ENDED", "WANTS_COPY"),
-        *("SOURCE_COPIES", "SOURCE_DRY", "SLOW", "CAUGHT_UP", "IDLE", "DONE", "BROKEN", "SINK_BUSY"),
+        *("SOURCE_COPIES", "SOURCE_DRY", "SLOW", "CAUGHT_UP", "IDLE", "DONE", "BROKEN", "SINK_BUSY", "STILL"),
     )
 }
 EVENTS = 512
@@ -59,6 +60,18 @@ class Spec:
     keep: int = 0  # bytes that whoever joins it is given of what passed
 
 
+@dataclasses.dataclass(frozen=True)
+class Scatter:
+    """The ring through which a pipeline of tees and gates may cross: fields as in struct relay_ring."""
+
+    full: int = 20000
+    reserve: int = 4096
+    batch: int = 0
+    hold: int = 1_000_000
+    quick: int = 1
+    least: int = 1
+
+
 @dataclasses.dataclass(eq=False)
 class Step:
     """One node, twice: its struct with its pipe, and its model."""
@@ -86,6 +99,7 @@ class Outlet:
     reader: tuple[Reader, ModelReader] | None = None  # it is a subscriber of the tail's broadcast
     began: int = 0  # position of a subscriber's first byte
     alive: bool = True
+    place: tuple[Place, ModelReader] | None = None  # while the pipeline's bytes come out of a ring
 
 
 class Rig:
@@ -94,6 +108,7 @@ class Rig:
     def __init__(
         self, fds: Descriptors, specs: list[Spec], *, seed: int = 1, source_slots: int = 16,
         copy_source: bool = False, budget: int = 1 << 22, scratch: int = 65536, keep: bool = False,
+        scatter: Scatter | None = None,
     ) -> None:  # fmt: skip
         self.fds = fds
         self.bytes = random.Random(seed)
@@ -128,8 +143,16 @@ class Rig:
         self.pipeline.source = self.source
         self.trunk = [step for step in self.steps if not step.model.name.startswith("leaf")]
         self.ring: tuple[Ring, ModelRing] | None = None
+        self.changes = 0
+        self.scatter = scatter if all(self._may_read(spec) for spec in specs) else None
         if specs[-1].ring:
             self._broadcast(self.trunk[-1], specs[-1])
+
+    @staticmethod
+    def _may_read(spec: Spec) -> bool:
+        """Whether its sink could as well read a ring."""
+        plain = spec.kind != "plain" and not (spec.prefix or spec.rate or spec.skip or spec.ring)
+        return plain and spec.left < 0
 
     def _token(self, name: str) -> int:
         token = len(self.names) + 1
@@ -185,7 +208,7 @@ class Rig:
 
     def _broadcast(self, tail: Step, spec: Spec) -> None:
         ring = Ring(spec.ring, spec.keep, spec.align, spec.reserve)
-        self.ring = ring, ModelRing(ring.size, ring.full, spec.keep, spec.align)
+        self.ring = ring, ModelRing(ring.size, ring.full, spec.keep)
         if spec.keep:
             ring.open()
             self.ring[1].there = True
@@ -265,8 +288,11 @@ class Rig:
             return
         at = self.outlets.index(outlet)
         self._outlet(outlet.step, outlet.gate, outlet.gate.spec)
-        self.outlets[at] = self.outlets.pop()
-        self.outlets[at].second = True
+        another = self.outlets[at] = self.outlets.pop()
+        another.second, another.place = True, outlet.place
+        if another.place:
+            another.place[0].put(another.c)
+            another.place[1].sink = another.model
 
     def join(self, slots: int, after: int) -> Outlet:
         """A subscriber of the tail's broadcast: the reader of a pipe of `slots`, slow after `after` nanoseconds."""
@@ -274,17 +300,86 @@ class Rig:
         name, ends = f"subscriber {len(self.names)}", self.fds.pipe(slots * PAGESIZE)
         end = core.new_end(ends.w)
         end.token = self._token(name)
-        reader, model = Reader(end, 0), ModelReader(Sink(name, Pipe(slots)), after)
-        reader.c.after_ns = after
+        align = self.trunk[-1].spec.align
+        reader, model = Reader(end, 0, align), ModelReader(Sink(name, Pipe(slots)), after, align, name)
+        reader.c.after_ns, reader.c.token = after, end.token
         self.ring[0].join(reader)
         self.ring[1].join(model)
         tail = self.trunk[-1]
+        assert model.sink
         self.outlets.append(Outlet(end, ends, model.sink, tail, tail, reader=(reader, model), began=model.at))
         return self.outlets[-1]
 
+    def change(self) -> None:
+        """Once nothing is under way the bytes are to cross the other way."""
+        if self.scatter and not self.model.still:
+            self.pipeline.still = self.model.still = 1
+
+    def stay(self) -> None:
+        """They are not to, after all."""
+        self.pipeline.still = self.model.still = 0
+
+    def _change(self) -> None:
+        self.stay()
+        self.changes += 1
+        if self.model.ring:
+            self.leave_ring()
+            return
+        assert self.scatter
+        wanted = self.scatter
+        ring = Ring(wanted.full, 0, max(step.spec.align for step in self.steps), wanted.reserve)
+        ring.open()
+        c, fed = ring.c, int(self.pipeline.fed)
+        c.position = c.offered = c.start = c.oldest = c.base = fed
+        c.batch, c.hold_ns, c.quick, c.least, c.need = (
+            wanted.batch, wanted.hold, wanted.quick, wanted.least, wanted.least,
+        )  # fmt: skip
+        model = ModelRing(
+            ring.size, ring.full, 0, True, bytearray(fed), fed, offered=fed, base=fed, batch=wanted.batch,
+            hold=wanted.hold, quick=wanted.quick, least=wanted.least, need=wanted.least,
+        )  # fmt: skip
+        self.ring = ring, model
+        for outlet in self.outlets:
+            name = f"place of {outlet.step.model.name}"
+            place = Place(ring, outlet.step, outlet.gate, self._token(name))  # type: ignore[arg-type]
+            node, gate = outlet.step.model, outlet.gate.model
+            apart = gate.apart if node.gate is gate else 0
+            reader = ModelReader(
+                node.sink, gate.after, gate.align, name, stays=True, hold=node.hold, apart=apart
+            )
+            model.join(reader)
+            outlet.place = place, reader
+        self.pipeline.ring, self.model.ring = c, model
+
+    def leave_ring(self) -> None:
+        """The bytes go down the chain from here on, if they did not."""
+        if not self.model.ring or not self.ring:
+            return
+        for outlet in self.outlets:
+            assert outlet.place
+            place, reader = outlet.place
+            place.leave()
+            outlet.place = None
+            node, gate = outlet.step.model, outlet.gate.model
+            node.sink = reader.sink
+            at = int(self.model.ring.start)
+            lost = reader.dropped
+            for start, end in [*reader.runs, (self.model.ring.position, self.model.ring.position)]:
+                parts = [("dropped", start - at), ("passed", end - start)]
+                gate.history += [(became, size) for became, size in parts if size]
+                at = end
+            gate.dropped += lost
+            gate.passed += self.model.ring.position - self.model.ring.start - lost
+            gate.blocked += reader.blocked
+            if node is not gate:
+                node.passed += self.model.ring.position - self.model.ring.start - lost
+        self.pipeline.ring, self.model.ring = core.ffi.NULL, None
+        self.ring[0].close()
+        self.ring = None
+
     def leave(self, outlet: Outlet) -> None:
         """A subscriber goes."""
-        if not outlet.reader or not self.ring or outlet.reader[1] not in self.ring[1].readers:
+        if not outlet.reader or not self.ring or outlet.reader[1] not in self.ring[1].readers or outlet.place:
             return
         outlet.alive = False
         self.ring[0].leave(outlet.reader[0])
@@ -292,7 +387,7 @@ class Rig:
 
     def new_stream(self) -> None:
         """What comes to the broadcast from now on counts as another stream."""
-        if self.ring:
+        if self.ring and not self.model.ring:
             self.ring[0].new_stream()
             self.ring[1].new_stream()
             for outlet in self.outlets:
@@ -313,9 +408,16 @@ class Rig:
             if outlet.c.last_ns:
                 outlet.c.last_ns -= nanoseconds
                 outlet.model.last -= nanoseconds
-            if outlet.reader and outlet.reader[1].since:
-                outlet.reader[0].c.since_ns -= nanoseconds
-                outlet.reader[1].since -= nanoseconds
+            for reader in (outlet.reader, outlet.place):
+                if reader and reader[1].since:
+                    reader[0].c.since_ns -= nanoseconds
+                    reader[1].since -= nanoseconds
+        if self.model.ring and self.ring:
+            self.ring[0].c.window_ns -= nanoseconds
+            self.model.ring.window_at -= nanoseconds
+            if self.model.ring.held:
+                self.ring[0].c.held_ns -= nanoseconds
+                self.model.ring.held -= nanoseconds
         if self.pipeline.idle_ns:
             self.pipeline.idle_ns -= nanoseconds
             self.model.idle -= nanoseconds
@@ -355,11 +457,17 @@ class Rig:
         for what, name, _ in events:
             if what == "SLOW":
                 self._slow(name)
+            elif what == "STILL":
+                self._change()
         return events
 
     def _slow(self, name: str) -> None:
         """Whoever is slow drops."""
         for outlet in self.outlets:
+            if outlet.place and outlet.place[1].name == name and self.model.ring:
+                outlet.place[0].drop()
+                self.model.ring.drop(outlet.place[1])
+                return
             if outlet.reader and outlet.model.name == name and self.ring:
                 self.ring[0].drop(outlet.reader[0])
                 self.ring[1].drop(outlet.reader[1])
@@ -401,8 +509,14 @@ class Rig:
         for outlet in self.outlets:
             assert outlet.c.moved == outlet.model.moved, f"{outlet.model.name}: moved"
             assert outlet.c.last_ns == outlet.model.last, f"{outlet.model.name}: last"
-            if outlet.reader:
-                self._compare_reader(outlet.reader[0].c, outlet.reader[1])
+            for reader in (outlet.reader, outlet.place):
+                if reader:
+                    self._compare_reader(reader[0].c, reader[1])
+        if self.model.ring and self.ring:
+            c, ring = self.ring[0].c, self.model.ring
+            assert (c.offered, c.base, c.rush, c.need) == (ring.offered, ring.base, ring.rush, ring.need)
+            assert (c.held_ns, c.window_ns, c.window) == (ring.held, ring.window_at, ring.window)
+        assert self.pipeline.still == self.model.still
         assert (self.pipeline.idle_ns, bool(self.pipeline.tell_idle)) == (
             self.model.idle,
             self.model.tell_idle,
@@ -411,9 +525,10 @@ class Rig:
     def _compare_reader(self, c: Any, model: ModelReader) -> None:
         assert self.ring
         assert self.ring[0].c.position == self.ring[1].position
+        assert bool(c.sink) == bool(model.sink), f"{model.name}: sink"
         for field in ("at", "dropped"):
-            assert getattr(c, field) == getattr(model, field), f"{model.sink.name}: {field}"
+            assert getattr(c, field) == getattr(model, field), f"{model.name}: {field}"
         for field in ("slow", "dropping", "done"):
-            assert bool(getattr(c, field)) == getattr(model, field), f"{model.sink.name}: {field}"
-        assert (c.since_ns, c.blocked_ns) == (model.since, model.blocked), f"{model.sink.name}: blocked"
-        assert c.rest_left == len(model.rest), f"{model.sink.name}: rest"
+            assert bool(getattr(c, field)) == getattr(model, field), f"{model.name}: {field}"
+        assert (c.since_ns, c.blocked_ns) == (model.since, model.blocked), f"{model.name}: blocked"
+        assert c.rest_left == len(model.rest), f"{model.name}: rest"

@@ -17,7 +17,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as command
-from benchmarks import contender, table
+from benchmarks import contender, duplex, table
 from benchmarks.catalogue import catalogue
 from benchmarks.cell import GIB, MIB, Cell
 from benchmarks.contender import Contender, Part, Place
@@ -251,3 +251,15 @@ def test_command_end_to_end(tmp_path: Path) -> None:
     assert "![pipe-4pipes-unpinned](p/pipe-4pipes-unpinned.svg)" in done.stdout
     speeds = f"{tee['gib_s']['median']:.2f} ({tee['gib_s']['least']:.2f} to {tee['gib_s']['greatest']:.2f})"
     assert speeds in drawn["pipe-4pipes-unpinned.svg"]
+
+
+@pytest.mark.parametrize("name", ["ping-100-64", "connects", "idle", "bulk"])
+def test_conversations_through_relay_are_counted(load: Path, tmp_path: Path, name: str) -> None:
+    """Every job of the two-way benchmarks runs through relay and gives figures for each of its columns."""
+    job = replace(next(job for job in duplex.JOBS if job.name == name), connections=20)
+    if job.kind == "bulk":
+        job = replace(job, connections=1, size=64 * MIB)
+    with compiled(duplex.TALK) as talk:
+        figures = duplex.Trials(load, talk, tmp_path, 100).run(job, duplex.PROXIES[0])
+    assert {key for key, _title, _show in job.columns} <= figures.keys()
+    assert all(figures[key] > 0 for key in figures if key != "rss")

@@ -388,7 +388,7 @@ def test_an_alias_of_a_whole_value_is_fine() -> None:
 def test_a_problem_in_an_alias_is_shown_where_it_is_written_once() -> None:
     """Two routes share a wrong value: both are named, both point at the one place to mend."""
     assert problems("routes:\n  a: &a {source: '-', sink: 3}\n  b: *a\n") == [
-        f"f:2:29: routes.{name}.sink: expected an address or a mapping with one of listen, connect, file, fifo or fd, got the number 3"
+        f"f:2:29: routes.{name}.sink: expected an address or a mapping with one of listen, connect, file, fifo, fd or shared, got the number 3"
         for name in "ab"
     ]
 
@@ -481,7 +481,7 @@ SOURCE = "sink: 'null:'\nsource: "
         (SINK + "'{tim}.ts'", "2:7", "unknown placeholder '{tim}' in '{tim}.ts'; did you mean 'time'?"),
         (SINK + "'{time.ts'", "2:7", "a brace that belongs to no placeholder"),
         (SINK + "out/", "2:7", "'out/' is a directory"),
-        (SINK + "{}", "2:1", "a sink needs one of listen, connect, file, fifo or fd"),
+        (SINK + "{}", "2:1", "a sink needs one of listen, connect, file, fifo, fd or shared"),
         (SINK + "{file: x, fifo: y}", "2:17", "'file' is given already"),
         (SINK + "{plain: '-', file: x}", "2:8", "unknown key 'plain'"),
         (SINK + "{connect: x.bin}", "2:17", "'connect' takes a tcp or unix address, got 'x.bin'; write file: 'x.bin'"),

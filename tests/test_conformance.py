@@ -6,6 +6,7 @@ import os
 import socket
 from pathlib import Path
 
+import conformance
 import pytest
 from conformance import SINKS, SOURCES, FileGiver, SocketTaker, check_clogged, check_delivery, route_of
 from peers import accept, assert_same, eventually, payload, receive_all, receive_exactly, refused_address
@@ -14,6 +15,12 @@ from relays import Relay
 SIZES = [0, 1, 65535, 65536, 65537]
 LARGE = 5 << 20
 SPLICES = {"splice", "sendfile"}
+
+
+@pytest.fixture(params=["auto", "copy"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The routes of a test go down a chain, and once more by copying, where they can through a ring."""
+    monkeypatch.setattr(conformance, "METHOD", request.param)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +71,7 @@ def test_a_large_stream_to_every_sink(tmp_path: Path, sink: str) -> None:
             check_delivery(giver, [taker, last], [payload(5, LARGE)])
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("source", [name for name in SOURCES if "file" not in name])
 def test_single_bytes_from_every_source(tmp_path: Path, source: str) -> None:
     """2,000 segments of one byte arrive in order, more of them than a pipe has slots."""
@@ -72,6 +80,7 @@ def test_single_bytes_from_every_source(tmp_path: Path, source: str) -> None:
         check_delivery(giver, [taker], [data[i : i + 1] for i in range(len(data))])
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("sink", SINKS)
 def test_single_bytes_to_every_sink(tmp_path: Path, sink: str) -> None:
     """2,000 segments of one byte arrive in order at every kind of sink."""
@@ -151,6 +160,7 @@ CLOGGABLE = [
 ]
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("sink", CLOGGABLE)
 def test_a_clogged_sink_holds_the_source_and_loses_nothing(tmp_path: Path, sink: str) -> None:
     """Under policy block a reader that stalls holds the source, not for ever, and gets every byte."""
@@ -164,6 +174,7 @@ def test_a_clogged_sink_holds_the_source_and_loses_nothing(tmp_path: Path, sink:
         check_clogged(giver, clogged, sibling, 16 << 20)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(
     ("sink", "policy"),
     # a fifo cut off before anybody opened it, and a shared socket, show their reader no end
@@ -210,6 +221,7 @@ def test_a_lossy_policy_frees_the_sibling(tmp_path: Path, sink: str, policy: str
         assert len(clogged.got) < len(data)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("source", ["tcp4", "tcp6", "tcp-connect"])
 @pytest.mark.parametrize("sink", ["tcp4", "file"])
 def test_a_source_that_resets_fails_the_stream(tmp_path: Path, source: str, sink: str) -> None:
@@ -236,6 +248,7 @@ def test_a_source_that_resets_fails_the_stream(tmp_path: Path, source: str, sink
         assert record.sinks[0].path.endswith("out.part")
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("sink", ["tcp4", "tcp6", "unix", "fd-socket"])
 def test_a_sink_that_resets_fails_alone(tmp_path: Path, sink: str) -> None:
     """A receiver that breaks off is reported with its errno; its sibling gets everything."""
@@ -264,6 +277,7 @@ def test_a_sink_that_resets_fails_alone(tmp_path: Path, sink: str) -> None:
     assert not record.source_failed
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("sink", ["fifo", "fd-pipe", "fd-terminal"])
 def test_a_reader_that_goes_away_fails_alone(tmp_path: Path, sink: str) -> None:
     """A pipe, fifo or terminal whose reader leaves fails with an errno; its sibling gets everything."""
@@ -290,6 +304,7 @@ def test_a_reader_that_goes_away_fails_alone(tmp_path: Path, sink: str) -> None:
     assert any(name in record.sinks[0].reason for name in ("EPIPE", "EIO")), record.sinks[0].reason
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("sink", ["tcp4", "unix", "broadcast", "fd-socket"])
 @pytest.mark.parametrize("early", [True, False])
 def test_a_sink_that_talks_back_or_half_closes(tmp_path: Path, sink: str, early: bool) -> None:
@@ -329,6 +344,7 @@ def test_a_peer_that_half_closes_ends_the_sink_where_asked(tmp_path: Path) -> No
     assert "peer closed" in record.sinks[0].reason
 
 
+@pytest.mark.usefixtures("either_way")
 def test_the_source_ends_when_nobody_is_left(tmp_path: Path) -> None:
     """When every sink has failed the source is closed too, though it would give more."""
     with SOURCES["tcp4"](tmp_path) as giver, SINKS["tcp4"](tmp_path) as taker:

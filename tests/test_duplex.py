@@ -10,6 +10,7 @@ import os
 import random
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ from peers import (
 )
 
 from relay.endpoints import tcp
+from relay.endpoints.pacing import paced
 
 EXAMPLES = int(os.environ.get("RELAY_EXAMPLES", "12"))
 MIXES = [("tcp", "tcp"), ("unix", "unix"), ("tcp", "unix"), ("unix", "tcp")]
@@ -355,22 +357,80 @@ def test_descriptors_sent_along_do_no_harm(tmp_path: Path) -> None:
         assert receive_exactly(server, 140) == b"without" * 20
 
 
-def test_bytes_that_come_before_the_sink_is_connected_are_kept() -> None:
-    """A client that speaks, ends and even closes while the upstream is still being connected loses nothing."""
-    with tcp_listener(backlog=0) as (listening, address):
-        held = [connected(address), socket.socket()]
-        held[1].setblocking(False)
-        held[1].connect_ex(listening.getsockname())  # the backlog is full: a third waits
-        with Duplex({"listen": "tcp://127.0.0.1:0"}, {"connect": address}) as duplex:
-            client = connected(duplex.address)
-            client.sendall(payload(41, 100_000))
-            client.close()
-            own = {sock.getsockname() for sock in held}
-            found = [accept(listening) for _ in range(3)]
-            (server,) = (sock for sock in found if sock.getpeername() not in own)
-            assert_same(receive_all(server), payload(41, 100_000))
-            for sock in [*found, *held]:
+def test_bytes_that_come_before_the_sink_is_connected_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that speaks, ends and even closes while the upstream's name is looked up loses nothing."""
+    answer = threading.Event()
+    known = tcp.lookup
+    with tcp_listener() as (listening, _address):
+        place = (socket.AF_INET, listening.getsockname())
+
+        def slow(host: str, port: int, **more: Any) -> list[tuple[int, Any]]:
+            if host != "slow.test":
+                return known(host, port, **more)
+            assert answer.wait(PATIENCE)
+            return [place]
+
+        monkeypatch.setattr(tcp, "lookup", slow)
+        with Duplex({"listen": "tcp://127.0.0.1:0"}, {"connect": "tcp://slow.test:1"}) as duplex:
+            clients = [connected(duplex.address) for _ in range(3)]
+            for number, client in enumerate(clients):
+                client.sendall(payload(41 + number, 100_000))
+                client.close()
+            eventually(lambda: duplex.route.under_way, "the clients are there")
+            answer.set()
+            got = set()
+            for _ in clients:
+                with accept(listening) as server:
+                    got.add(receive_all(server))
+            assert got == {payload(41 + number, 100_000) for number in range(3)}
+            eventually(lambda: len(duplex.records) == 3, "all are over")
+            assert {record.result for record in duplex.records} == {"delivered"}
+
+
+def test_ipv6_on_both_sides() -> None:
+    """[::1] in front and behind; the record names the peer as [address]:port."""
+    try:
+        listening = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6 loopback: {error}")
+    with listening:
+        port = listening.getsockname()[1]
+        with Duplex({"listen": "tcp://[::1]:0"}, {"connect": f"tcp://[::1]:{port}"}) as duplex:
+            with connected(duplex.address) as client, accept(listening) as server:
+                client.sendall(b"six")
+                assert receive_exactly(server, 3) == b"six"
+                name = f"[::1]:{client.getsockname()[1]}"
+            assert duplex.record().peer == name
+
+
+def test_the_method_of_each_direction(tmp_path: Path) -> None:
+    """Unless told otherwise bulk is spliced into tcp and copied into unix; the record says what happened."""
+    with relayed("tcp", "unix", tmp_path) as (client, server, duplex):
+        for from_, to in ((client, server), (server, client)):
+            sender = in_background(from_.sendall, bytes(8 << 20))
+            assert len(receive_exactly(to, 8 << 20)) == 8 << 20
+            sender.join(PATIENCE)
+        client.close()
+        server.close()
+        record = duplex.record()
+        assert (record.method, record.back_method) == ("copy", "splice")
+
+
+@pytest.mark.skipif(not paced(), reason="tcp is not paced here: net.ipv4.tcp_congestion_control is not bbr")
+def test_connections_within_this_machine_are_not_paced() -> None:
+    """Where the system's tcp is paced, a duplex route's sockets on the loopback device are not."""
+    with relayed("tcp", "tcp", Path()) as (_client, _server, duplex):
+        engine = duplex.engines[0]
+
+        def look() -> list[bytes]:
+            found = []
+            for side in engine.exchange().sessions[0].sides:
+                sock = socket.socket(fileno=os.dup(side.fd))
+                found.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0"))
                 sock.close()
+            return found
+
+        assert engine.call(look) == [b"reno", b"reno"]
 
 
 # -- time and wake-ups
@@ -569,15 +629,11 @@ def test_drain_lets_sessions_go_on() -> None:
         with Duplex({"listen": "tcp://127.0.0.1:0"}, {"connect": address}) as duplex:
             with connected(duplex.address) as client, accept(listening) as server:
                 duplex.drain()
-
-                def refused() -> bool:
-                    try:
-                        connected(duplex.address).close()
-                    except ConnectionRefusedError:
-                        return True
-                    return False
-
-                eventually(refused, "it accepts nobody")
+                eventually(
+                    lambda: all(one.bound is None for one in duplex.route.reception), "it accepts nobody"
+                )
+                with pytest.raises(ConnectionRefusedError):
+                    connected(duplex.address)
                 client.sendall(b"still")
                 assert receive_exactly(server, 5) == b"still"
                 assert duplex.route.under_way

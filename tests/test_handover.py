@@ -31,7 +31,7 @@ RESOLVER = """
 import socket, threading
 ask = socket.getaddrinfo
 def slow(host, *words, flags=0, **more):
-    if host == "localhost" and not flags & socket.AI_NUMERICHOST:
+    if host in ("localhost", b"localhost") and not flags & socket.AI_NUMERICHOST:
         threading.Event().wait(SECONDS)
     return ask(host, *words, flags=flags, **more)
 socket.getaddrinfo = slow

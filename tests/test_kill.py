@@ -169,6 +169,7 @@ def test_nothing_that_is_in_the_log_is_lost(tmp_path: Path, capsys: pytest.Captu
             before = len(stream)
             with serving(config, tmp_path) as served:
                 port = served.port()
+                served.said("ready")
                 (log,) = [path for path in (tmp_path / "spill").iterdir() if path.is_dir()]
                 if mode != "down":
                     collector.up(stalled=mode == "stalled")

@@ -16,6 +16,7 @@ from peers import assert_same, payload, read_all
 
 from relay.engine import Engine
 from relay.kernel import core
+from relay.kernel.ring import Reader, Ring
 
 
 @pytest.fixture
@@ -99,8 +100,9 @@ def test_small_messages_are_seen_one_by_one(engine: Engine, fds: Descriptors) ->
     line.close()
 
 
+@pytest.mark.parametrize("way", ["chain", "ring"])
 @pytest.mark.parametrize("kind", ["tcp", "pipe"])
-def test_a_clogged_sink_wakes_nobody(engine: Engine, fds: Descriptors, kind: str) -> None:
+def test_a_clogged_sink_wakes_nobody(engine: Engine, fds: Descriptors, kind: str, way: str) -> None:
     """When nothing can move the loop sleeps, makes no call for payload, and wakes once for each edge."""
     source = fds.pipe(65536)
     if kind == "tcp":
@@ -110,6 +112,13 @@ def test_a_clogged_sink_wakes_nobody(engine: Engine, fds: Descriptors, kind: str
         ends = fds.pipe(4096)
         sink = ends.w
     line = Line(engine, fds, source.r, [sink])
+    if way == "ring":
+        ring = Ring.pooled(engine.rings, 0, 0)
+        assert ring
+        reader = Reader(line.sinks[0], 1e6)
+        reader.c.stays = 1
+        ring.join(reader)
+        line.c.ring = ring.c
     for _ in range(2000):
         before = line.source.moved
         fds.fill(source)
@@ -131,6 +140,9 @@ def test_a_clogged_sink_wakes_nobody(engine: Engine, fds: Descriptors, kind: str
     assert line.sinks[0].moved > 0
     assert engine.c.calls - calls < 60
     line.close()
+    if way == "ring":
+        line.c.ring = core.ffi.NULL
+        ring.leave(reader)
 
 
 def test_a_throttled_pipeline_wakes_in_time_and_seldom(engine: Engine, fds: Descriptors) -> None:
@@ -234,3 +246,23 @@ def test_more_ready_than_fits_one_turn_waits_for_the_next(engine: Engine, fds: D
     assert rounds > 1
     for line in lines:
         line.close()
+
+
+@pytest.mark.parametrize("coarse", [0, 1])
+def test_a_wait_ends_when_it_is_due_and_not_before(engine: Engine, coarse: int) -> None:
+    """Half a millisecond is waited for as half a one; without epoll_pwait2 it is rounded up, and nothing spins."""
+    engine.c.coarse = coarse
+    took, turns = [], 0
+    for _ in range(20):
+        fired: list[float] = []
+        began = time.monotonic()
+        engine.later(0.0005, lambda fired=fired: fired.append(time.monotonic()))  # type: ignore[misc]
+        while not fired:
+            engine.turn(engine._until_due())
+            turns += 1
+        took.append(fired[0] - began)
+    if engine.c.coarse != coarse:
+        pytest.skip("epoll_pwait2 is missing: Linux 5.11")
+    assert min(took) >= 0.0005
+    assert min(took) < (0.0009 if not coarse else 0.01)
+    assert turns <= 60

@@ -274,6 +274,48 @@ routes:
         assert said.get("dropped", 0) % 188 in (0, len(data) % 188)
 
 
+@pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
+def test_a_duplex_peer_that_vanishes_is_found_within_dead_after(
+    net: Network, tmp_path: Path, busy: bool
+) -> None:
+    """The sink's host of a duplex session vanishes, with bytes under way or without: the client is reset in time."""
+    with net.listener(SMALL) as listener:
+        config = route(listener.getsockname()[1], 2) + "    duplex: true\n"
+        with (
+            serving(config, tmp_path, prefix=net.prefix) as served,
+            net.connected(net.relay, served.port()) as client,
+            accept(listener) as server,
+        ):
+            client.sendall(b"hello")
+            assert receive_exactly(server, 5) == b"hello"
+            net.cut()
+            began = time.monotonic()
+            if busy:
+                client.sendall(payload(1, 100_000))
+            client.settimeout(PATIENCE)
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+            assert 1 < time.monotonic() - began < 2 * 2 + SLACK
+            (session,) = served.sessions(1)
+            assert session["result"] == "failed"
+            assert ("dead_after" if busy else "ETIMEDOUT") in session["reason"]
+
+
+def test_a_duplex_peer_with_its_window_shut_lives(net: Network, tmp_path: Path) -> None:
+    """A peer of a duplex session that reads nothing for longer than dead_after is slow, not dead."""
+    with net.listener(SMALL) as listener:
+        config = route(listener.getsockname()[1], 2) + "    duplex: true\n"
+        with (
+            serving(config, tmp_path, prefix=net.prefix) as served,
+            net.connected(net.relay, served.port()) as client,
+            accept(listener) as server,
+        ):
+            client.settimeout(5.0)
+            with pytest.raises(TimeoutError):
+                client.sendall(bytes(64 << 20))  # far more than all queues hold
+            assert receive_exactly(server, 1_000_000) == bytes(1_000_000)
+
+
 def test_nothing_is_left_of_the_network() -> None:
     """What the tests make is gone when they end, and the machine's own network is as it was."""
     own = Path("/proc/net/dev").read_text().split("\n", 2)[2].count("\n")

@@ -451,14 +451,43 @@ def test_json_has_stable_keys() -> None:
     assert list(data) == ["engines", "needs", "limits", "calls", "routes"]
     (route,) = data["routes"]
     assert list(route) == [
-        "name", "method", "turns", "duplex", "streams", "waiting", "source", "chain", "holds", "needs",
+        "name", "method", "crossing", "turns", "duplex", "streams", "waiting", "source", "chain", "holds", "needs",
     ]  # fmt: skip
     assert list(route["source"]) == [
         "role", "kind", "name", "address", "verb", "method", "reason", "sure", "entry", "policy", "branch",
     ]  # fmt: skip
+    assert list(route["crossing"]) == ["method", "reason", "chain_only", "measured"]
     assert list(route["holds"][0]) == ["who", "role", "policy", "seconds", "by", "then", "words"]
     assert list(route["needs"]) == ["standing", "stream", "subscriber", "at_limit"]
     assert list(data["needs"]) == ["descriptors", "pipes", "pipe_pages", "exact"]
+
+
+@pytest.mark.parametrize(
+    ("route", "says"),
+    [
+        (
+            "source: 'tcp://:1', sink: 'tcp://a:2', stages: [tee: {to: 'tcp://b:2'}]",
+            "a ring of memory is tried",
+        ),
+        ("source: 'tcp://:1', sink: 'tcp://a:2', method: copy", "through a ring of memory (asked for"),
+        (
+            "source: 'tcp://:1', sink: 'tcp://a:2', method: zero-copy",
+            "down a chain (asked for by method: zero-copy)",
+        ),
+        ("source: 'tcp://:1', sink: 'tcp://a:2', stages: [meter]", "down a chain only (the stage 'meter'"),
+        ("source: 'tcp://:1', sink: 'x.bin'", "down a chain only (a file is written by a thread"),
+        (
+            "source: 'tcp://:1', sink: {listen: 'tcp://:2'}",
+            "down a chain only (a broadcast has a ring of its own)",
+        ),
+        ("source: 'x.bin', sink: 'tcp://a:2'", "down a chain only (a file straight to one socket"),
+    ],
+)
+def test_the_plan_says_how_the_whole_stream_begins(route: str, says: str) -> None:
+    """Each route's plan names the way its stream begins, whether another is tried, and why not."""
+    text = drawing.as_text(planned(f"routes: {{r: {{{route}}}}}"))
+    (line,) = [line for line in text.splitlines() if "as a whole" in line]
+    assert says in line
 
 
 def test_mermaid_labels_cannot_break_out() -> None:
@@ -510,10 +539,18 @@ def test_a_duplex_route_takes_two_descriptors_a_connection() -> None:
     made = planned(f"routes: {{r: {route}}}}}")
     (found,) = made.routes
     assert (found.stream.descriptors, found.stream.pipes) == (2, 0)
-    assert found.at_limit.descriptors == 1 + 9 * 2
-    assert found.source.choice.method == found.chain[0].choice.method == "copy"
+    assert found.source.choice.method == found.chain[0].choice.method == "splice"
+    assert found.standing.at_most
     assert "<-->" in drawing.as_mermaid(made)
     assert "both ways" in drawing.as_text(made)
-    spliced = planned(f"routes: {{r: {route}, method: zero-copy}}}}")
-    assert spliced.routes[0].source.choice.method == "splice"
-    assert spliced.routes[0].standing.at_most
+    copied = planned(f"routes: {{r: {route}, method: copy}}}}").routes[0]
+    assert copied.source.choice.method == copied.chain[0].choice.method == "copy"
+    assert copied.at_limit.descriptors == 1 + 9 * 2
+    mixed = planned(
+        f"routes: {{r: {route.replace('sink: ' + chr(39) + 'tcp://127.0.0.1:2', 'sink: ' + chr(39) + 'unix:///x')}}}}}"
+    )
+    assert (mixed.routes[0].source.choice.method, mixed.routes[0].chain[0].choice.method) == (
+        "copy",
+        "splice",
+    )
+    assert "copy, back splice" in drawing.as_mermaid(mixed)

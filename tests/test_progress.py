@@ -158,7 +158,7 @@ def test_none_shows_nothing_but_results(data: Path) -> None:
 
 def test_rich_is_not_loaded_without_a_terminal(data: Path) -> None:
     """What draws bars is imported only where bars are drawn."""
-    code = "import sys, relay.send as s; s.send([sys.argv[1]], ['null:']); sys.exit('rich' in sys.modules)"
+    code = "import sys, relay.sending as s; s.send([sys.argv[1]], ['null:']); sys.exit('rich' in sys.modules)"
     assert peers.run([sys.executable, "-c", code, data]).returncode == 0
 
 

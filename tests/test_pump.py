@@ -15,7 +15,7 @@ from descriptors import Descriptors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model import Node, Ring
-from rig import NAMES, Outlet, Rig, Spec
+from rig import NAMES, Outlet, Rig, Scatter, Spec
 
 from relay.kernel import core
 
@@ -62,7 +62,19 @@ ACTIONS = st.one_of(
     st.tuples(st.just("join"), SLOTS, st.sampled_from([1, 1000, 10**8])),
     st.tuples(st.just("stream"), st.just(0), st.just(0)),
     st.tuples(st.just("leave"), st.integers(0, 9), st.just(0)),
+    st.tuples(st.just("change"), st.just(0), st.just(0)),
+    st.tuples(st.just("change"), st.just(0), st.just(0)),
+    st.tuples(st.just("stay"), st.just(0), st.just(0)),
     st.tuples(st.just("end"), st.just(0), st.just(0)),
+)
+SCATTERS = st.none() | st.builds(
+    Scatter,
+    full=st.sampled_from([4096, 20000, 300_000]),
+    reserve=st.sampled_from([0, 4096, 100_000]),
+    batch=st.sampled_from([0, 5000, 60_000]),
+    hold=st.sampled_from([1, 100_000, 10**9]),
+    quick=st.sampled_from([1, 10_000, 10**9]),
+    least=st.sampled_from([1, 30_000]),
 )
 STEPS = st.lists(st.tuples(ACTIONS, st.booleans()), min_size=1, max_size=40)
 
@@ -85,6 +97,13 @@ def sane(spec: Spec, *, tail: bool = False) -> Spec:
     return Spec(**{**spec.__dict__, **changed})
 
 
+def readable_spec(spec: Spec, *, tail: bool) -> Spec:
+    """`spec` without what only a chain can do."""
+    kind = "tee" if spec.kind == "plain" else spec.kind
+    plain = {"kind": kind, "rate": 0, "skip": 0, "left": -1, "prefix": 0, "ring": 0}
+    return sane(Spec(**{**spec.__dict__, **plain}), tail=tail)
+
+
 def act(rig: Rig, name: str, first: Any, second: int) -> None:
     """One step of a schedule."""
     which = rig.outlets[first % len(rig.outlets)] if isinstance(first, int) else None
@@ -98,12 +117,16 @@ def act(rig: Rig, name: str, first: Any, second: int) -> None:
         rig.kill(which)
     elif name == "again" and which:
         rig.again(which)
-    elif name == "join" and rig.ring and len(rig.outlets) < 8:
+    elif name == "join" and rig.ring and not rig.model.ring and len(rig.outlets) < 8:
         rig.join(first, second)
     elif name == "stream":
         rig.new_stream()
     elif name == "leave" and which:
         rig.leave(which)
+    elif name == "change":
+        rig.change()
+    elif name == "stay":
+        rig.stay()
     elif name == "end":
         rig.end()
 
@@ -111,6 +134,7 @@ def act(rig: Rig, name: str, first: Any, second: int) -> None:
 def finish(rig: Rig) -> None:
     """The source ends, every receiver reads on: nothing may stay behind."""
     rig.end()
+    rig.stay()
     for _ in range(20000):
         for outlet in rig.outlets:
             rig.again(outlet)
@@ -119,8 +143,10 @@ def finish(rig: Rig) -> None:
         rig.later(10**9)
         idle = not any(got) and not any(node.held for node in rig.model.nodes)
         if rig.ring:
-            idle = idle and all(reader.done or reader.sink.failed for reader in rig.ring[1].readers)
+            over = (not reader.sink or reader.done or reader.sink.failed for reader in rig.ring[1].readers)
+            idle = idle and all(over)
         if idle and ("DONE", "pipeline", 0) in rig.events:
+            rig.leave_ring()
             return
     pytest.fail("something is stuck")
 
@@ -160,13 +186,14 @@ def check_subscriber(outlet: Outlet, ring: Ring, stream: bytes) -> None:
 
     def is_border(at: int) -> bool:
         return any(
-            at == end or (begun <= at < end and (at - begun) % ring.align == 0)
+            at == end or (begun <= at < end and (at - begun) % align == 0)
             for begun, end in zip(ring.origins, [*ring.origins[1:], 1 << 62], strict=True)
         )
 
     assert ring.stream == stream
     assert outlet.reader
     reader, at, told = outlet.reader[1], outlet.began, b""
+    align = reader.align
     gaps = 0
     assert is_border(at)
     for start, end in reader.runs:
@@ -215,6 +242,7 @@ def check(rig: Rig, outlet: Outlet) -> None:
     copy_source=st.booleans(),
     budget=st.sampled_from([1, 5000, 1 << 22]),
     seed=st.integers(0, 2**32),
+    scatter=SCATTERS,
 )
 def test_every_schedule_ends_as_the_model_says(
     specs: list[Spec],
@@ -223,6 +251,7 @@ def test_every_schedule_ends_as_the_model_says(
     copy_source: bool,
     budget: int,
     seed: int,
+    scatter: Scatter | None,
 ) -> None:
     """In whatever order things happen, each sweep does what the model does, and every byte arrives."""
     with Descriptors() as fds:
@@ -233,6 +262,7 @@ def test_every_schedule_ends_as_the_model_says(
             source_slots=source_slots,
             copy_source=copy_source,
             budget=budget,
+            scatter=scatter,
         )
         for (name, first, second), then_sweep in steps:
             act(rig, name, first, second)
@@ -241,6 +271,94 @@ def test_every_schedule_ends_as_the_model_says(
         finish(rig)
         for outlet in rig.outlets:
             check(rig, outlet)
+
+
+@SEEDED
+@given(
+    specs=st.lists(SPECS, min_size=1, max_size=4),
+    steps=STEPS,
+    scatter=SCATTERS.filter(bool),
+    begins=st.booleans(),
+    budget=st.sampled_from([1, 5000, 1 << 22]),
+    seed=st.integers(0, 2**32),
+)
+def test_every_schedule_ends_as_the_model_says_through_a_ring(
+    specs: list[Spec],
+    steps: list[tuple[tuple[str, Any, int], bool]],
+    scatter: Scatter,
+    begins: bool,
+    budget: int,
+    seed: int,
+) -> None:
+    """Plain sinks read a ring as they are fed by a chain, whenever the bytes change from one way to the other."""
+    with Descriptors() as fds:
+        plain = [readable_spec(spec, tail=number == len(specs)) for number, spec in enumerate(specs, 1)]
+        rig = Rig(fds, plain, seed=seed, budget=budget, scatter=scatter)
+        if begins:
+            rig.change()
+            rig.sweep()
+            assert rig.changes == 1
+        for (name, first, second), then_sweep in steps:
+            act(rig, name, first, second)
+            if then_sweep:
+                rig.sweep()
+        finish(rig)
+        for outlet in rig.outlets:
+            check(rig, outlet)
+
+
+def drawn(chance: random.Random) -> Spec:
+    """A place of a chain that a ring can stand in for, with small pipes and, often, a sink that drops."""
+    slots = [chance.choice([1, 2, 4, 16]) for _ in range(3)]
+    return Spec(
+        kind=chance.choice(["tee", "gate"]),
+        slots=slots[0],
+        leaf_slots=slots[1],
+        sink_slots=slots[2],
+        after=chance.choice([0, 1, 1000]),
+        align=chance.choice([1, 4, 188, 3000]),
+        null=chance.random() < 0.1,
+        hold=chance.random() < 0.4,
+        tee_copies=chance.random() < 0.2,
+        out_copies=chance.random() < 0.2,
+    )
+
+
+@pytest.mark.parametrize("seed", range(max(10, EXAMPLES // 2)))
+def test_long_schedules_that_change_their_way(fds: Descriptors, seed: int) -> None:
+    """Over many changes between chain and ring, with slow, dying and new sinks, nothing is lost and all is counted."""
+    chance = random.Random(seed)
+    scatter = Scatter(
+        full=chance.choice([24000, 60_000, 300_000]),
+        reserve=4096,
+        batch=chance.choice([0, 10_000, 60_000]),
+        hold=chance.choice([1, 10**6, 10**9]),
+        quick=chance.choice([1, 10_000]),
+        least=chance.choice([1, 30_000]),
+    )
+    specs = [readable_spec(drawn(chance), tail=False) for _ in range(chance.randrange(4))]
+    specs.append(readable_spec(drawn(chance), tail=True))
+    rig = Rig(fds, specs, seed=seed, scatter=scatter, budget=chance.choice([5000, 1 << 22]))
+    greedy = chance.random() < 0.7
+    for _ in range(150):
+        what = chance.random()
+        if what < 0.4:
+            act(rig, "feed", chance.randrange(1, 60_000), chance.choice(PIECES))
+        elif what < 0.8 or greedy:
+            act(rig, "read", chance.randrange(len(rig.outlets)), chance.choice([1, 4096, 50_000, 1 << 20]))
+        elif what < 0.83:
+            act(rig, "later", chance.choice([1000, 10**7, 10**9]), 0)
+        elif what < 0.84:
+            act(rig, "kill", chance.randrange(len(rig.outlets)), 0)
+        elif what < 0.88:
+            act(rig, "again", chance.randrange(len(rig.outlets)), 0)
+        if chance.random() < 0.05:
+            act(rig, chance.choice(["change", "change", "stay"]), 0, 0)
+        if chance.random() < 0.7:
+            rig.sweep()
+    finish(rig)
+    for outlet in rig.outlets:
+        check(rig, outlet)
 
 
 def slow_gate(fds: Descriptors, **more: Any) -> tuple[Rig, Outlet]:

@@ -70,8 +70,16 @@ def test_a_route_without_yaml_needs_no_yaml_parser(tmp_path: Path) -> None:
     argv = [sys.executable, "-X", "importtime", "-m", "relay", "run", "in", "--to", "out"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, check=True, env=environment())
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.decode().splitlines() if "|" in line}
-    assert "relay.run" in loaded
-    assert not loaded & {"yaml", "rich", "asyncio", "relay.config.document", "relay.plan", "relay.send"}
+    assert "relay.running" in loaded
+    assert not loaded & {
+        "yaml",
+        "rich",
+        "asyncio",
+        "relay.config.document",
+        "relay.plan",
+        "relay.sending",
+        "numpy",
+    }
 
 
 def test_a_file_to_two_files(tmp_path: Path) -> None:

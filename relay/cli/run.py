@@ -25,7 +25,7 @@ def run(
 ) -> None:
     """Moves one stream from SOURCE to every SINK (stdout without --to); a listening source takes one connection."""
     from relay import logs
-    from relay.run import run_once
+    from relay.running import run_once
 
     logs.set_up("auto", "warning", records=True)  # what it listens on and what moved it says itself
     raise typer.Exit(run_once(source, to or ["-"], method.value))

@@ -75,7 +75,7 @@ def send(
     sink failed, 6 when the checksum is another.
     """
     from relay import logs
-    from relay.send import send as send_all
+    from relay.sending import send as send_all
 
     logs.set_up("json" if progress is ProgressKind.json else "text", "warning")
     raise typer.Exit(

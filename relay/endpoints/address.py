@@ -4,6 +4,7 @@
     unix:///path        unix://relative/path, unix://@name for an abstract socket
     file:///path        or a plain path; file://relative/path too
     fifo:///path        a named pipe
+    shared:///path      a sink: blocks of shared memory for who listens there; shared://@name, too
     fd://3              a descriptor that relay was started with
     null:               nothing: an empty source, a sink that forgets
     -                   stdin for a source, stdout for a sink
@@ -21,19 +22,20 @@ from typing import Any, Literal, get_args
 
 from relay.errors import RelayError, did_you_mean
 
-Scheme = Literal["tcp", "unix", "file", "fifo", "fd", "null", "stdio"]
+Scheme = Literal["tcp", "unix", "file", "fifo", "shared", "fd", "null", "stdio"]
 
 _FORMS = {
     "tcp": "tcp://host:port",
     "unix": "unix:///path or unix://@name",
     "file": "file:///path or the plain path",
     "fifo": "fifo:///path",
+    "shared": "shared:///path or shared://@name",
     "fd": "fd://N",
     "null": "null:",
     "stdio": "-",
 }
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-_SHORT_OF_SLASHES = re.compile(r"(tcp|unix|file|fifo|fd|null|stdio):(.*)", re.DOTALL)
+_SHORT_OF_SLASHES = re.compile(r"(tcp|unix|file|fifo|shared|fd|null|stdio):(.*)", re.DOTALL)
 _HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9.-]*):([0-9]{1,5})")
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 _LONGEST_UNIX = 107  # sun_path has 108 bytes: a path needs its closing NUL, an abstract name its leading one
@@ -90,16 +92,16 @@ class Address:
             case "tcp":
                 host, port = _host_and_port(text, rest)
                 return cls("tcp", host=host, port=port)
-            case "unix":
+            case "unix" | "shared":
                 name = rest.removeprefix("@")
                 if not name:
-                    raise AddressError(f"{text!r} names no socket", hint=f"write {_FORMS['unix']}")
+                    raise AddressError(f"{text!r} names no socket", hint=f"write {_FORMS[scheme]}")
                 if len(name.encode(errors="surrogateescape")) > _LONGEST_UNIX:
                     raise AddressError(
                         f"{text!r}: the kernel takes unix paths of at most {_LONGEST_UNIX} bytes",
                         hint="use a shorter path, or one relative to the working directory",
                     )
-                return cls("unix", path=rest)
+                return cls("unix" if scheme == "unix" else "shared", path=rest)
             case "file" | "fifo":
                 if not rest:
                     raise AddressError(f"{text!r} names no file", hint=f"write {_FORMS[scheme]}")
@@ -130,7 +132,7 @@ class Address:
             case "tcp":
                 host = f"[{self.host}]" if ":" in self.host else self.host
                 return f"tcp://{host}:{self.port}"
-            case "unix" | "fifo":
+            case "unix" | "fifo" | "shared":
                 return f"{self.scheme}://{self.path}"
             case "file":
                 try:

@@ -19,6 +19,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from relay.endpoints.pacing import unpace
 from relay.engine import Engine, Timer, Watch
 from relay.errors import KernelError
 
@@ -74,6 +75,8 @@ class Connecting:
             try:
                 sock = self._sock = socket.socket(family, socket.SOCK_STREAM)
                 sock.setblocking(False)
+                if family != socket.AF_UNIX:
+                    unpace(sock, place[0])
                 sock.connect(place)
             except BlockingIOError as error:
                 if error.errno == errno.EINPROGRESS:

@@ -18,6 +18,7 @@ from relay.endpoints import tcp, unix
 from relay.endpoints.address import Address
 from relay.endpoints.connecting import Place
 from relay.endpoints.liveness import LOOKS, RTO_MAX_MS, keepalive
+from relay.endpoints.pacing import paced, within
 from relay.engine import Engine
 from relay.kernel import core
 
@@ -43,6 +44,7 @@ def dial_of(place: Place, dead_after: float) -> core.Struct:
         )
     dial = core.new("dial", place_size=len(raw), family=family, tcp=int(family != socket.AF_UNIX))
     core.ffi.memmove(dial.place, raw, len(raw))
+    dial.unpaced = int(family != socket.AF_UNIX and paced() and within(where[0]))
     dial.idle, dial.interval, dial.count = keepalive(dead_after)
     low, high = RTO_MAX_MS
     dial.longest_ms = min(high, max(low, int(dead_after * 1000 / LOOKS)))

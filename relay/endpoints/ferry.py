@@ -102,6 +102,10 @@ class Ferry:
         if self._knock >= 0:
             core.lib.relay_ferry_end(self.c)
 
+    def join(self, timeout: float) -> None:
+        """Waits for the thread, which nothing may hold any more: what it returned is told on the engine soon."""
+        self._thread.join(timeout)
+
     def release(self) -> None:
         """The pipeline is going away: the thread's answers wake nobody any more."""
         self._answered.writes = core.ffi.NULL

@@ -104,7 +104,7 @@ class Listener:
     def _accept_many(self, listening: socket.socket, accepted: Crowd) -> bool:
         count = core.lib.relay_accept(listening.fileno(), self._room, AT_ONCE)
         if count < 0:
-            self._cannot_accept(-count)
+            self.cannot_accept(-count)
         elif count:
             self._can_accept()
             name = core.ffi.string
@@ -132,13 +132,13 @@ class Listener:
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as error:
-            self._cannot_accept(error.errno or 0)
+            self.cannot_accept(error.errno or 0)
             return False
         self._can_accept()
         self._accepted(sock, peer_name(sock, peer))
         return True
 
-    def _cannot_accept(self, code: int, advice: str = "") -> None:
+    def cannot_accept(self, code: int, advice: str = "") -> None:
         """No descriptor or no memory is left: newcomers wait in the kernel's backlog for a moment."""
         self._short_of = errno.errorcode.get(code, str(code))
         if count := self._complained():
@@ -166,7 +166,7 @@ class Listener:
         try:
             self._watch = self._engine.watch(self.bound.sock.fileno(), select.EPOLLIN, self._readable)
         except KernelError as error:
-            self._cannot_accept(error.errno, WATCH_HINTS.get(error.errno, ""))
+            self.cannot_accept(error.errno, WATCH_HINTS.get(error.errno, ""))
 
     def release(self) -> Bound | None:
         """Gives the socket away with all that waits in its backlog; None when it was closed."""

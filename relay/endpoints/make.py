@@ -84,6 +84,10 @@ def make_sink(
                     sidecar=settings.sidecar or "",
                 ),
             )
+        case "shared":
+            from relay.endpoints.shared import SharedSink  # few routes have one, and it brings a lot along
+
+            return SharedSink(engine, address, patience=patience)
         case "fifo":
             return FifoSink(engine, address.path)
         case "fd":

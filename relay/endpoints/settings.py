@@ -31,6 +31,7 @@ from relay.units import PositiveDuration, Size, show
 Algorithm = Literal["sha256", "blake3", "xxh3", "crc32c"]
 
 ENDS = ("listen", "connect", "file", "fifo", "fd")
+SINK_ENDS = (*ENDS, "shared")
 
 
 # What may stand behind each of the ENDS.
@@ -98,6 +99,16 @@ def _file_template(value: object) -> Address:
             f"{address.path!r} is a directory", hint="add a file name, such as {time}-{id}.bin"
         )
     return address
+
+
+def _shared(value: object) -> Address:
+    address = Address.of(value)
+    if address.scheme not in ("shared", "unix"):
+        raise AddressError(
+            f"'shared' takes the unix address that the consumer listens on, got {str(address)!r}",
+            hint="write unix:///path or unix://@name",
+        )
+    return Address("shared", path=address.path)
 
 
 def _fifo(value: object) -> Address:
@@ -173,6 +184,7 @@ class EndpointSettings(FrozenModel):
     }
     short_verb: ClassVar[Literal["listen", "connect"]]
     role: ClassVar[str]
+    ends: ClassVar[tuple[str, ...]] = ENDS
 
     listen: ListenAddress | None = Field(default=None, description="tcp or unix address to listen on")
     connect: ConnectAddress | None = Field(default=None, description="tcp or unix address to connect to")
@@ -201,7 +213,7 @@ class EndpointSettings(FrozenModel):
         """A plain address."""
         if not isinstance(value, str | Address):
             raise ValueError(
-                f"expected an address or a mapping with one of {list_of(ENDS)}, got {show(value)}"
+                f"expected an address or a mapping with one of {list_of(cls.ends)}, got {show(value)}"
             )
         address = Address.of(value)
         match address.scheme:
@@ -209,18 +221,22 @@ class EndpointSettings(FrozenModel):
                 return {cls.short_verb: address}
             case "file" | "fifo" | "fd":
                 return {address.scheme: address}
+            case "shared":
+                if "shared" not in cls.ends:
+                    raise ValueError(f"{str(address)!r} is a sink: relay reads nothing from it")
+                return {"shared": address}
         return {"plain": address}
 
     @classmethod
     def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
         """One end, and only the options of that kind of end."""
-        ends = [key for key in ENDS if key in given]
+        ends = [key for key in cls.ends if key in given]
         if not ends:
-            yield Problem(f"a {cls.role} needs one of {list_of(ENDS)}", at_key=True)
+            yield Problem(f"a {cls.role} needs one of {list_of(cls.ends)}", at_key=True)
             return
         for second in ends[1:]:
             yield Problem(
-                f"a {cls.role} has one of {list_of(ENDS)}; '{ends[0]}' is given already",
+                f"a {cls.role} has one of {list_of(cls.ends)}; '{ends[0]}' is given already",
                 (second,),
                 at_key=True,
             )
@@ -291,11 +307,17 @@ class SourceSettings(EndpointSettings):
 class SinkSettings(EndpointSettings):
     """Where bytes leave: a mapping, or a plain address."""
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": [end]} for end in SINK_ENDS]})
+
     short_verb = "connect"
     role = "sink"
+    ends = SINK_ENDS
 
     file: Annotated[Address, PlainValidator(_file_template), _PATH_JSON] | None = Field(
         default=None, description="path of a file; {route} {time} {peer} {id} {name} are filled in"
+    )
+    shared: Annotated[Address, PlainValidator(_shared), _SOCKET_JSON] | None = Field(
+        default=None, description="unix address of a consumer that is handed blocks of shared memory"
     )
     on_slow: OnSlow = Field(default=OnSlow(), description="what happens when this sink does not keep pace")
     burst: Size = Field(
@@ -366,6 +388,11 @@ class SinkSettings(EndpointSettings):
         looks = self.rotate is not None or isinstance(self.fsync, float) or self.direct
         backlog = self.slow.buffer or self.slow.policy == "spill"
         return self.address.scheme == "file" and not looks and not backlog
+
+    @property
+    def address(self) -> Address:
+        """Where the bytes go to."""
+        return self.shared or super().address
 
     @property
     def verb(self) -> Literal["listen", "connect", "write"]:

@@ -20,6 +20,7 @@ from relay.endpoints.connecting import Connecting, Place
 from relay.endpoints.listening import BACKLOG, Bound, Key
 from relay.endpoints.liveness import tune
 from relay.endpoints.options import DEAD_AFTER
+from relay.endpoints.pacing import unpace
 from relay.endpoints.socket import SocketSink, SocketSource
 from relay.engine import Engine
 from relay.errors import SourceError
@@ -229,6 +230,7 @@ def _listen_at(address: Address, family: int, place: Any, key: Key) -> Bound:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1 if address.host else 0)
+        unpace(sock, str(place[0]))
         sock.bind(place)
         sock.listen(BACKLOG)
     except OSError as error:

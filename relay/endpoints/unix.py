@@ -5,9 +5,11 @@ Facts (man 7 unix):
 - bind() gives the file the mode of the socket's own inode, less the umask; the umask is the whole process's.
 - An abstract name has no file and no permissions; it is gone with its last descriptor.
 - connect() on a nonblocking socket says EAGAIN when the listener's backlog is full, and tells nothing later.
+- What waits between two ends counts as the sender's: 208 KiB unless it asks for more, so a pipe of 1 MiB would go out
+  in five pieces, each with a wake-up of the receiver and one of the sender.
 
 What this means here: a stale socket file (nobody answers) is replaced; anything else that exists is refused
-and left as it is; the file is removed at the end if it is still ours.
+and left as it is; the file is removed at the end if it is still ours. A sink asks for room for a whole pipe.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from relay.endpoints.listening import BACKLOG, Bound, Key
 from relay.endpoints.socket import SocketSink, SocketSource
 from relay.engine import Engine
 from relay.errors import SourceError
+from relay.kernel.pipe import LARGEST_CAPACITY
 
 
 def place(address: Address) -> str:
@@ -54,6 +57,9 @@ class UnixSink(SocketSink):
     def _connected(self, sock: socket.socket | None, code: int) -> None:
         self._connecting = None
         if sock is not None:
+            sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_CAPACITY
+            )  # as much as the system lets it
             self.adopt(sock)
         else:
             self.not_connected(code)

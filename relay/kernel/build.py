@@ -20,11 +20,13 @@ SOURCES = (
     "outflow.c",
     "loads.c",
     "ring.c",
+    "scatter.c",
     "duplex.c",
     "dial.c",
     "loop.c",
     "ferry.c",
     "feed.c",
+    "memory.c",
 )
 HEADERS = ("pump.h", "feed.h", "calls.h", "pass.h")
 

@@ -55,6 +55,8 @@ SINK_BUSY: Final = int(lib.RELAY_SINK_BUSY)
 NOT_CONNECTED: Final = int(lib.RELAY_NOT_CONNECTED)
 OVER: Final = int(lib.RELAY_OVER)
 WANTS_PIPE: Final = int(lib.RELAY_WANTS_PIPE)
+STILL: Final = int(lib.RELAY_STILL)
+GAUGED: Final = int(lib.RELAY_GAUGED)
 
 METHOD_NAMES: Final = {SPLICE: "splice", COPY: "copy", SENDFILE: "sendfile", VMSPLICE: "vmsplice"}
 

@@ -72,6 +72,8 @@ int dial_connect(const struct relay_dial *dial, int *connected)
         set(fd, IPPROTO_TCP, TCP_KEEPIDLE, dial->idle);
         set(fd, IPPROTO_TCP, TCP_KEEPINTVL, dial->interval);
         set(fd, IPPROTO_TCP, TCP_KEEPCNT, dial->count);
+        if (dial->unpaced)
+            setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
         if (dial->longest_ms)
             set(fd, IPPROTO_TCP, RTO_MAX_MS, dial->longest_ms);
     }

@@ -25,6 +25,7 @@
 
 #define GRACE_NS 2000000000LL
 #define LOOK_NS 50000000LL
+#define SHARE (1 << 20)       /* most bytes at once while somebody else waits for his turn */
 
 int64_t relay_duplex_waits(const struct relay_side *s) { return s->until - s->at + s->held; }
 
@@ -95,6 +96,8 @@ int relay_duplex_outstanding(const struct relay_duplex *d)
 {
     return (outstanding(&d->sides[0]) > 0) | (outstanding(&d->sides[1]) > 0) << 1;
 }
+
+static int others_wait(const struct relay_engine *e) { return e->exchange->first || e->ready_first; }
 
 static void cut(struct relay_engine *e, struct relay_duplex *d)
 {
@@ -229,7 +232,7 @@ static int flush(struct relay_engine *e, struct relay_duplex *d, struct relay_si
         else
             n = call_splice(from->pipe_r, NULL, to->fd, size, 0);
         if (!copies && not_this_way(n)) {
-            d->method = RELAY_COPY;
+            from->method = RELAY_COPY;
             if (!out_of_pipe(x, from))
                 break; /* memory will be there at another turn */
             continue;
@@ -293,7 +296,7 @@ static int64_t take(struct relay_engine *e, struct relay_duplex *d, struct relay
     struct relay_exchange *x = e->exchange;
     int64_t n, size;
     e->calls++;
-    if (from->bulk && d->method == RELAY_SPLICE && borrow_pipe(x, from)) {
+    if (from->bulk && from->method == RELAY_SPLICE && borrow_pipe(x, from)) {
         n = call_splice(from->fd, NULL, from->pipe_w, RELAY_PIECE, 0);
         if (n > 0) {
             from->held = (int32_t)n;
@@ -304,11 +307,13 @@ static int64_t take(struct relay_engine *e, struct relay_duplex *d, struct relay
         give_pipe_back(x, from);
         if (!not_this_way(n))
             return n;
-        d->method = RELAY_COPY;
+        from->method = RELAY_COPY;
     }
     if (!borrow(x, from, from->bulk))
         return peek(e, d, from, to);
     size = from->large ? x->large_size : x->small_size;
+    if (size > SHARE && others_wait(e))
+        size = SHARE;
     n = call_read(from->fd, 1, from->buffer, size);
     if (n <= 0) {
         give_back(x, from);
@@ -326,7 +331,7 @@ static int64_t take(struct relay_engine *e, struct relay_duplex *d, struct relay
 /* From one side to the other, as far as it goes; whether the budget stopped it. */
 static int pass(struct relay_engine *e, struct relay_duplex *d, struct relay_side *from, struct relay_side *to)
 {
-    int64_t left = e->budget;
+    int64_t left = others_wait(e) ? SHARE : e->budget;
     while (!to->error) {
         int64_t n;
         if (relay_duplex_waits(from) && !flush(e, d, from, to))
@@ -376,6 +381,7 @@ static int settled(struct relay_engine *e, struct relay_duplex *d)
             return over(e, d);
         if ((a_done || b_done) && !deaf->shut) {
             deaf->shut = 1;
+            d->last_ns = e->now_ns; /* it wants an answer, too */
             if (shutdown(deaf->fd, SHUT_WR) < 0)
                 broke(e, d, deaf, -errno);
         }
@@ -525,17 +531,17 @@ void duplex_turn(struct relay_engine *e, struct relay_event *out, int *count, in
 
 /* ---- its beginning and its end ------------------------------------------------------------------- */
 
-int relay_duplex_begin(struct relay_engine *e, struct relay_duplex *d, int fd, int tcp, int method, uint64_t token,
-                       uint32_t slot)
+int relay_duplex_begin(struct relay_engine *e, struct relay_duplex *d, int fd, int tcp, int method, int method_back,
+                       uint64_t token, uint32_t slot)
 {
     memset(d, 0, sizeof *d);
     d->token = token;
     d->slot = slot;
-    d->method = (uint8_t)method;
     for (int k = 0; k < 2; k++) {
         struct relay_side *side = &d->sides[k];
         side->kind = RELAY_SIDE;
         side->which = (uint8_t)k;
+        side->method = (uint8_t)(k ? method_back : method);
         side->fd = side->pipe_r = side->pipe_w = -1;
     }
     d->sides[0].fd = fd;

@@ -16,10 +16,10 @@ from relay.errors import KernelError
 from relay.kernel import core
 from relay.kernel.pipe import Pipe
 
-SMALL: Final = 16 << 10  # bytes of a buffer for messages
+SMALL: Final = 64 << 10  # bytes of a buffer for messages
 LARGE: Final = 4 << 20  # bytes of a buffer for bulk: what a send queue takes at most
-SMALL_BUFFERS: Final = 512
-LARGE_BUFFERS: Final = 24
+SMALL_BUFFERS: Final = 256
+LARGE_BUFFERS: Final = 16
 PIPES: Final = 8  # of 1 MiB each; bulk that finds none free is copied
 SLAB: Final = 64  # sessions' structs that are allocated together
 

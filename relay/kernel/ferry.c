@@ -9,7 +9,7 @@
 #include <poll.h>
 #include <sys/vfs.h>
 
-/* A folio of the page cache is at most as large as the write that makes it. Beyond 512 KiB it must come from memory
+/* A folio of the page cache is at most as large as the write that makes it. Large ones mostly come from memory
  * that was whole blocks of 2 MiB before, which a virtual machine may have given back to its host (free page
  * reporting): first touching those again costs ten times the copy. */
 #define RELAY_PUT (128 << 10)

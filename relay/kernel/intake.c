@@ -124,15 +124,12 @@ static int fill_by_hand(struct pass *s, struct relay_node *head)
     return source_took(s, moved);
 }
 
-int fill_from_source(struct pass *s)
+/* Whether the source may be asked for bytes now; -1 when it was found at its end. */
+int source_gives(struct pass *s)
 {
     struct relay_pipeline *p = s->p;
-    struct relay_node *head = p->head;
     struct relay_end *source = p->source;
-    int64_t most = RELAY_PIECE, moved;
-    loff_t offset;
-
-    if (!source || p->source_ended || p->paused || head->ended || refuses(head))
+    if (!source || p->source_ended || p->paused || p->still || p->head->ended || refuses(p->head))
         return 0;
     if (source->left == 0 && source->waits) {
         if (source->readable) {
@@ -143,12 +140,22 @@ int fill_from_source(struct pass *s)
     }
     if (source->left == 0) {
         source_over(s, RELAY_SOURCE_ENDED, 0);
-        return 1;
+        return -1;
     }
-    if (source->fd < 0 && !source->memory)
-        return 0;
-    if (!source->readable)
-        return 0;
+    return source->readable && (source->fd >= 0 || source->memory);
+}
+
+int fill_from_source(struct pass *s)
+{
+    struct relay_pipeline *p = s->p;
+    struct relay_node *head = p->head;
+    struct relay_end *source = p->source;
+    int64_t most = RELAY_PIECE, moved;
+    loff_t offset;
+    int gives = source_gives(s);
+
+    if (gives <= 0)
+        return gives < 0;
     if (source->left > 0 && most > source->left)
         most = source->left;
     if (source->method == RELAY_COPY)

@@ -6,7 +6,7 @@
  * (SO_RCVLOWAT); the peer's end, a shut window and the timer still do (tcp_data_ready).
  *
  * A file is filled by copying whichever way its bytes come: splice copies out of the pages of the pipe, page by page.
- * So a socket whose only taker is a file is read straight into memory that the thread writes from: no pipe, two
+ * So a tcp socket whose only taker is a file is read straight into memory that the thread writes from: no pipe, two
  * large copies, of which the second finds the bytes in the cache. Loads end at multiples of their size in the
  * stream, since aligned writes are cheaper. */
 #include "pass.h"

@@ -3,14 +3,17 @@
  * Facts (man 7 epoll): edge-triggered registration tells of changes only, so a pipeline that stopped by its
  * budget stays on the ready list, since no new edge will come for what is already there. The events of one
  * wait are all turned into flags before any pipeline is swept and before Python runs, so a struct that
- * Python frees afterwards is named by no pending event. */
+ * Python frees afterwards is named by no pending event. epoll_pwait2 (Linux 5.11) waits for nanoseconds;
+ * where it is missing or forbidden, milliseconds are rounded up. */
 #include "calls.h"
 
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/syscall.h>
 #include <time.h>
 
 #define BATCH 256
+#define LONGEST 3600000000000LL
 
 static int64_t clock_ns(void)
 {
@@ -111,7 +114,8 @@ void relay_forget(struct relay_engine *e, struct relay_pipeline *p)
     p->ready_next = NULL;
 }
 
-static int wait_ms(struct relay_engine *e, int64_t timeout_ns)
+/* How long to wait: nanoseconds, -1 for ever. */
+static int64_t wait_ns(struct relay_engine *e, int64_t timeout_ns)
 {
     int64_t now = clock_ns(), wait = timeout_ns;
     if (e->ready_first || (e->exchange && e->exchange->first))
@@ -126,10 +130,19 @@ static int wait_ms(struct relay_engine *e, int64_t timeout_ns)
         if (wait < 0 || until < wait)
             wait = until;
     }
-    if (wait < 0)
-        return -1;
-    wait = (wait + 999999) / 1000000;
-    return wait > 3600000 ? 3600000 : (int)wait;
+    return wait < 0 ? -1 : wait > LONGEST ? LONGEST : wait;
+}
+
+static int wait_for(struct relay_engine *e, struct epoll_event *got, int room, int64_t wait)
+{
+    if (wait > 0 && !e->coarse) {
+        struct timespec time = { .tv_sec = wait / 1000000000LL, .tv_nsec = wait % 1000000000LL };
+        long n = syscall(SYS_epoll_pwait2, e->epoll, got, room, &time, NULL, 0);
+        if (n >= 0 || !(errno == ENOSYS || errno == EPERM))
+            return (int)n;
+        e->coarse = 1;
+    }
+    return epoll_wait(e->epoll, got, room, (int)(wait < 0 ? -1 : (wait + 999999) / 1000000));
 }
 
 static void note(struct relay_engine *e, struct relay_end *end, uint32_t mask)
@@ -154,7 +167,7 @@ int relay_poll(struct relay_engine *e, int64_t timeout_ns, struct relay_event *o
     struct epoll_event got[BATCH];
     struct relay_pipeline *p, *next, *last;
     int count = 0, room = max < BATCH ? max : BATCH;
-    int n = epoll_wait(e->epoll, got, room, wait_ms(e, timeout_ns));
+    int n = wait_for(e, got, room, wait_ns(e, timeout_ns));
     if (n < 0)
         return errno == EINTR ? 0 : -errno;
     e->wakeups++;

@@ -4,7 +4,8 @@
  *     outflow.c   out of a node: tee, splice or copy to the next node, a sink, a ferry, or nowhere
  *     loads.c     loads for a ferry's thread: which bytes are in them, and when they are handed over
  *     gate.c      how much may leave a node: rates, slow ways out, gaps
- *     ring.c      the readers of a broadcast
+ *     ring.c      memory that many read
+ *     scatter.c   the source straight into a ring that all sinks read
  *     pump.c      a node's turn, the sweep over all nodes
  *
  * What the accounting knows, the kernel is never asked: a node holds fed - drained bytes. So
@@ -128,9 +129,13 @@ static inline int ferry_is_empty(struct relay_ferry *f)
     return ferry_has(f, 0) && ferry_has(f, 1) && !f->load[0] && !f->load[1];
 }
 
+/* Where in a ring's memory a position lies. */
+static inline int64_t place(const struct relay_ring *ring, int64_t at) { return (at - ring->base) % ring->size; }
+
 /* intake.c: whether anything moved; read_source: bytes, 0 when none came. */
 int fill_prefix(struct pass *s, struct relay_node *n);
 int fill_from_source(struct pass *s);
+int source_gives(struct pass *s);
 int64_t read_source(struct pass *s, char *to, int64_t most);
 int source_took(struct pass *s, int64_t moved);
 
@@ -163,6 +168,13 @@ int ring_give(struct pass *s, struct relay_ring *ring);
 int ring_gave_enough(const struct pass *s);
 void ring_hear(struct pass *s, struct relay_ring *ring);
 void ring_retry(struct relay_ring *ring);
+int64_t ring_room(struct pass *s, struct relay_ring *ring, int64_t wanted);
+int ring_is_empty(const struct relay_ring *ring);
+void ring_came(struct pass *s, struct relay_ring *ring, int64_t moved);
+
+/* scatter.c */
+int scatter(struct pass *s);
+int scatter_settle(struct pass *s, int *empty, int *calm);
 
 /* pump.c: 0, or why the end failed */
 int64_t read_and_discard(struct pass *s, struct relay_end *sink);

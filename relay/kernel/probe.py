@@ -70,7 +70,7 @@ def machine() -> Machine:
     content = b"relay" * 100
     with Pipe(65536) as one, Pipe(65536) as two, open(os.memfd_create("relay-probe"), "wb") as file:
         arena = Arena(content)
-        vmsplice = _try(lambda: arena.lend(one))
+        vmsplice = _try(lambda: arena.lend(one, copy=False))
         if vmsplice:
             os.write(one.write_fd, content)
         arena.close()

@@ -1,5 +1,18 @@
-/* The pump: one sweep moves all that can move through one pipeline, head to tail. See pass.h. */
+/* The pump: one sweep moves all that can move through one pipeline, head to tail. See pass.h.
+ *
+ * Facts (man 3 clock_gettime): a thread's CPU clock stands still while it waits, and goes on in system calls, so
+ * what a sweep takes of it is what moving those bytes cost, the kernel's part included. It is read by a system
+ * call of its own, so only while a pipeline is measured. */
 #include "pass.h"
+
+#include <time.h>
+
+static int64_t cpu_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (int64_t)now.tv_sec * 1000000000LL + now.tv_nsec;
+}
 
 static void pass_end_on(struct pass *s, struct relay_node *n)
 {
@@ -144,7 +157,7 @@ static int sweep(struct pass *s)
 {
     struct relay_pipeline *p = s->p;
     struct relay_node *n;
-    int moved, empty = 1, open = 0;
+    int moved, empty = 1, calm = 1, open = 0;
 
     p->wake_ns = 0;
     if (p->retry) {           /* an answer contradicted what was known: believe nothing remembered */
@@ -158,8 +171,14 @@ static int sweep(struct pass *s)
             if (n->ring)
                 ring_retry(n->ring);
         }
+        if (p->ring)
+            ring_retry(p->ring);
     }
     do {
+        if (p->ring) {
+            moved = scatter(s);
+            continue;
+        }
         moved = fill_from_source(s);
         for (n = p->head; n; n = n->after) {
             moved |= turn(s, n);
@@ -167,10 +186,14 @@ static int sweep(struct pass *s)
                 moved |= ring_give(s, n->ring);
         }
     } while (moved && s->read < s->e->budget && !ring_gave_enough(s));
-    for (n = p->head; n; n = n->after) {
+    if (p->ring)
+        open = scatter_settle(s, &empty, &calm);
+    for (n = p->ring ? NULL : p->head; n; n = n->after) {
         struct relay_end *sink = n->sink;
         if (holds(n) && in_turn(s, n))
             empty = 0;
+        if (holds(n) || n->dropping || n->ring)
+            calm = 0;
         if (n->ring)
             ring_hear(s, n->ring);
         if (!sink || sink->failed)
@@ -181,8 +204,11 @@ static int sweep(struct pass *s)
                 sink_failed(s, n, sink->ferry->error);
                 continue;
             }
-            if (!ferry_is_empty(sink->ferry) && in_turn(s, n))  /* its answer wakes this pipeline */
-                empty = 0;
+            if (!ferry_is_empty(sink->ferry)) {     /* its answer wakes this pipeline */
+                calm = 0;
+                if (in_turn(s, n))
+                    empty = 0;
+            }
         } else if (sink->discard && sink->readable && sink->fd >= 0) {
             int64_t error = read_and_discard(s, sink);
             if (error) {
@@ -192,6 +218,10 @@ static int sweep(struct pass *s)
         }
         if (!n->done)
             open++;
+    }
+    if (calm && p->still == 1 && !p->head->ended) {
+        p->still = 2;
+        tell(s, p->token, RELAY_STILL, 0);
     }
     pace_source(s);
     if (empty && p->tell_idle && (p->source_ended || !p->source)) {
@@ -209,7 +239,16 @@ static int sweep(struct pass *s)
 int relay_pump(struct relay_engine *e, struct relay_pipeline *p, struct relay_event *out, int *count, int max)
 {
     struct pass s = { .e = e, .p = p, .out = out, .count = *count, .max = max };
+    int64_t fed = p->fed, began = p->gauge_until && fed >= p->gauge_from ? cpu_ns() : 0;
     int more = sweep(&s);
+    if (began) {
+        p->cpu_ns += cpu_ns() - began;
+        p->gauged += p->fed - fed;
+    }
+    if (p->gauge_until && p->fed >= p->gauge_until && p->gauged) {
+        p->gauge_until = 0;
+        tell(&s, p->token, RELAY_GAUGED, 0);
+    }
     *count = s.count;
     return more;
 }

@@ -39,8 +39,8 @@ enum {                       /* relay_event.what */
     RELAY_PEER_ENDED = 6,    /* end: the peer of a one-way sink shut its write side, or hung up after that */
     RELAY_WANTS_COPY = 7,    /* node: the kernel refuses zero-copy here (`error`); give it a stash */
     RELAY_SOURCE_COPIES = 8, /* pipeline: the same for the source; it goes on by itself */
-    RELAY_SLOW = 9,          /* node, or a reader's end: its way out was full for `after_ns` */
-    RELAY_CAUGHT_UP = 10,    /* node, or a reader's end: emptied again */
+    RELAY_SLOW = 9,          /* node or reader: its way out was full for `after_ns` */
+    RELAY_CAUGHT_UP = 10,    /* node or reader: emptied again */
     RELAY_IDLE = 11,         /* pipeline: nothing is under way between the source and the sinks */
     RELAY_DONE = 12,         /* pipeline: every sink has ended or failed */
     RELAY_BROKEN = 13,       /* node: moving bytes between pipes failed with `error` */
@@ -48,7 +48,9 @@ enum {                       /* relay_event.what */
     RELAY_SINK_BUSY = 15,    /* end: bytes went out after Python had set `rouse` */
     RELAY_NOT_CONNECTED = 16, /* session `mask`: connecting its second side failed with `error` */
     RELAY_OVER = 17,         /* session `mask`: nothing is left to be moved; its descriptors are Python's to close */
-    RELAY_WANTS_PIPE = 18    /* exchange: bulk would go through a pipe, and none is free */
+    RELAY_WANTS_PIPE = 18,   /* exchange: bulk would go through a pipe, and none is free */
+    RELAY_STILL = 19,        /* pipeline: `still` was asked for, and nothing is under way */
+    RELAY_GAUGED = 20        /* pipeline: `gauge_until` bytes have come */
 };
 
 enum {                       /* relay_duplex.state */
@@ -127,13 +129,15 @@ struct relay_end {
     struct relay_pipeline *reads, *writes;   /* whom its readiness wakes */
 };
 
-/* One subscriber of a broadcast. What there is to tell goes to the token of its end. */
+/* One who reads a ring: a subscriber of a broadcast, or (`stays`) the place of one of a pipeline's sinks. */
 struct relay_reader {
-    struct relay_end *sink;
+    uint64_t token;
+    struct relay_end *sink;  /* of a place: NULL when there is none, and what comes is dropped */
     struct relay_reader *after;
     int64_t at;              /* position of the next byte it gets */
     int64_t dropped;         /* bytes it was not given by policy */
-    int64_t after_ns;        /* how long it may be full before it is slow */
+    int64_t align;           /* its gaps start and end at multiples of it */
+    int64_t after_ns;        /* how long it may be full before it is slow; 0: never judged */
     int64_t since_ns;        /* full since, 0: is not */
     int64_t blocked_ns;      /* for how long in all */
     int slow;
@@ -141,16 +145,20 @@ struct relay_reader {
     int done;
     char *rest;              /* of the piece that was under way when the gap began */
     int64_t rest_left;
+    int stays;
+    int hold;                /* as a node's: a failed sink will be replaced */
+    int64_t apart_ns;        /* as a node's */
 };
 
-/* The end of a chain that many read, each at its own position (ring.c). */
+/* Memory that many read, each at its own position (ring.c): the end of a chain, or in place of all of it. */
 struct relay_ring {
     char *memory;            /* NULL: nobody reads and nothing is kept, bytes pass by */
-    int64_t size;            /* at least 8 * align */
+    int64_t size;            /* at least 8 * align of each reader */
     int64_t full;            /* bytes behind at which a reader is full: at most 7 / 8 of the size */
     int64_t keep;            /* bytes before the present ones that a newcomer gets */
-    int64_t align;
     int64_t position;        /* bytes that ever came */
+    int64_t offered;         /* up to here they are given out; what is behind is held back for larger sends */
+    int64_t base;            /* the byte at position x lies at (x - base) % size */
     int64_t start;           /* what came before it is not in memory */
     int64_t oldest;          /* no reader that holds is behind it */
     int64_t origins[8];      /* where the last streams began */
@@ -158,6 +166,15 @@ struct relay_ring {
     int ended;
     int count;
     struct relay_reader *readers;
+    /* holding back (scatter.c) */
+    int64_t batch;           /* no less is given out while more is coming; 0: nothing is held back */
+    int64_t hold_ns;         /* but for no longer than this */
+    int64_t held_ns;         /* since when, 0: nothing is */
+    int64_t quick;           /* bytes in hold_ns above which a stream is a rush, */
+    int64_t least;           /* once it was one for so many bytes */
+    int64_t need;            /* or for so many, after holding back was in vain */
+    int64_t rush;            /* bytes for which it is one now */
+    int64_t window_ns, window; /* bytes that came since then */
 };
 
 struct relay_node {
@@ -216,7 +233,12 @@ struct relay_pipeline {
     int64_t idle_ns;           /* since when all but what is apart is empty */
     int done;
     int paused;                /* 1: the source is not read */
-    int64_t fed;               /* bytes that entered the head */
+    int still;                 /* 1: nor is it now, and RELAY_STILL is told once nothing is under way; then 2 */
+    struct relay_ring *ring;   /* scatter: the source is read into it and the sinks read it; the nodes stand empty */
+    int64_t fed;               /* bytes that entered the head, or the ring */
+    int64_t gauge_until;       /* RELAY_GAUGED is told once fed is there; 0: nothing is measured */
+    int64_t gauge_from;        /* from there on sweeps of this pipeline are measured: */
+    int64_t gauged, cpu_ns;    /* the bytes they read, and what they took of the engine's thread's CPU time */
     /* the engine's */
     int queued, timed, retry;
     int64_t wake_ns;
@@ -239,6 +261,7 @@ struct relay_side {
     uint8_t ended;           /* gave its end of stream, or broke: nothing more comes from it */
     uint8_t shut;            /* was told the end of the other's stream */
     uint8_t bulk;            /* reads fill whole buffers */
+    uint8_t method;          /* of bulk that comes from here: RELAY_SPLICE or RELAY_COPY */
     int error;               /* errno by which it broke */
     int64_t moved;           /* bytes that came from here */
     int64_t given;           /* of these, taken by the other side's kernel */
@@ -256,7 +279,6 @@ struct relay_duplex {
     uint64_t token;          /* whom events go to, with `slot` as their mask */
     uint32_t slot;
     uint8_t state;
-    uint8_t method;          /* of bulk: RELAY_SPLICE or RELAY_COPY; small messages are copied */
     uint8_t first;           /* 1 + the side that ended or broke first; 0: none has */
     uint8_t queued, timed;
     int64_t last_ns;         /* monotonic time of the last byte */
@@ -296,6 +318,7 @@ struct relay_dial {
     int place_size;
     int family;
     int tcp;
+    int unpaced;             /* reno, whatever the system's choice is */
     int idle, interval, count, longest_ms;
 };
 
@@ -308,6 +331,7 @@ struct relay_engine {
     int64_t now_ns;
     int64_t calls;             /* system calls made for payload */
     int64_t wakeups;
+    int coarse;                /* the kernel waits for whole milliseconds only */
     struct relay_pipeline *ready_first, *ready_last;
     struct relay_pipeline *timed;
     struct relay_exchange *exchange;   /* NULL: no duplex session was ever here */
@@ -326,7 +350,8 @@ int relay_poll(struct relay_engine *e, int64_t timeout_ns, struct relay_event *o
 /* One sweep of one pipeline, without waiting: for tests. */
 int relay_sweep(struct relay_engine *e, struct relay_pipeline *p, struct relay_event *out, int max);
 
-/* A newcomer, with `sink` and `after_ns` set, begins `keep` bytes back at a border. Between sweeps, like all below. */
+/* A newcomer, with `sink` and `after_ns` set, begins `keep` bytes back at a border; one that stays, at what comes
+ * next. Between sweeps, like all below. */
 void relay_ring_join(struct relay_ring *ring, struct relay_reader *reader);
 void relay_ring_leave(struct relay_ring *ring, struct relay_reader *reader);
 /* A gap begins: `rest` has room for align - 1 bytes and stays until the gap has ended. */
@@ -346,8 +371,8 @@ void relay_ferry_end(struct relay_ferry *f);
 int relay_reserving_pays(int fd);
 
 /* Duplex sessions (duplex.c). `d` becomes a new session of the connection `fd`, unconnected so far: 0 or -errno. */
-int relay_duplex_begin(struct relay_engine *e, struct relay_duplex *d, int fd, int tcp, int method, uint64_t token,
-                       uint32_t slot);
+int relay_duplex_begin(struct relay_engine *e, struct relay_duplex *d, int fd, int tcp, int method, int method_back,
+                       uint64_t token, uint32_t slot);
 /* Its second side connects, for `timeout_ns` at most, in place of one that did not: 0 or -errno. */
 int relay_duplex_dial(struct relay_engine *e, struct relay_duplex *d, const struct relay_dial *dial, int64_t timeout_ns);
 /* It may move again: Python has put pipes or buffers there, or changed its mind. */
@@ -368,3 +393,11 @@ void relay_refuse(int fd);
 int64_t relay_lend(int pipe_w, const char *memory, int64_t size);
 int64_t relay_tee(int pipe_r, int pipe_w, int64_t size);
 int64_t relay_splice(int from, int64_t offset, int to, int64_t size, int more);
+
+/* Memory that is lent (memory.c). What is mapped at `from` moves to `to`, read-only unless `writable`; `from` stays
+ * mapped, and empty where it is private: 0 or -errno. Both are whole pages, `to` private anonymous ones. */
+int relay_cut(char *from, char *to, int64_t size, int writable);
+/* Lends up to 1024 pieces in order, each an offset from base and a length: bytes lent, or -errno. */
+int64_t relay_lend_pieces(int pipe_w, const char *base, const int64_t *pieces, int count);
+/* Whole pages of the file `fd` (-1: fresh private ones) take the place of the mapping at `at`: 0 or -errno. */
+int relay_map_over(char *at, int64_t size, int fd, int64_t offset, int writable);

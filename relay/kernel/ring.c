@@ -1,9 +1,9 @@
-/* A broadcast: one read into a ring of memory, one send a reader out of it. See pass.h.
+/* A ring: one read into memory, one send a reader out of it. See pass.h.
  *
  * Positions count the bytes that ever came to the ring; a reader's is that of the next byte it gets, and the byte
- * at position x lies at x % size. So a newcomer that wants the last bytes begins at an earlier position, and
+ * at position x lies at (x - base) % size. So a newcomer that wants the last bytes begins at an earlier position, and
  * nothing can be doubled or missing at the seam. The ring is every reader's backlog at once: its size is the
- * memory that a broadcast takes, however many read. A reader that is more than `full` behind is full, and its time
+ * memory that it takes, however many read. A reader that is more than `full` behind is full, and its time
  * runs; what the ring has beyond that is reserve, so that it need not hold the source meanwhile. It does when the
  * ring has no room. One that drops holds nobody: it skips to a later position.
  *
@@ -19,7 +19,7 @@
 
 /* The first border at or behind `at`, or (down) the last at or before it. Before the oldest stream that is
  * remembered the next border known is that stream's beginning. */
-static int64_t border(const struct relay_ring *ring, int64_t at, int down)
+static int64_t border(const struct relay_ring *ring, const struct relay_reader *r, int64_t at, int down)
 {
     int64_t origin = 0, next = -1, over;
     int known = ring->turns < TURNS ? ring->turns : TURNS;
@@ -31,14 +31,17 @@ static int64_t border(const struct relay_ring *ring, int64_t at, int down)
     }
     if (origin > at)
         return origin;
-    over = (at - origin) % ring->align;
+    over = (at - origin) % r->align;
     if (down || !over)
         return at - over;
-    at += ring->align - over;
+    at += r->align - over;
     return next >= 0 && next < at ? next : at;
 }
 
-static int holding(const struct relay_reader *r) { return !r->sink->failed && !r->done && !r->dropping; }
+static int holding(const struct relay_reader *r)
+{
+    return r->sink && (!r->sink->failed || r->hold) && !r->done && !r->dropping;
+}
 
 static void find_oldest(struct relay_ring *ring)
 {
@@ -46,6 +49,15 @@ static void find_oldest(struct relay_ring *ring)
     for (struct relay_reader *r = ring->readers; r; r = r->after)
         if (holding(r) && r->at < ring->oldest)
             ring->oldest = r->at;
+}
+
+/* Whether nobody has anything to get of what has come. */
+int ring_is_empty(const struct relay_ring *ring)
+{
+    for (const struct relay_reader *r = ring->readers; r; r = r->after)
+        if (r->dropping || (holding(r) && r->at < ring->position))
+            return 0;
+    return 1;
 }
 
 /* Readers tell only into room that no node needs; what finds none is told in the next sweep. */
@@ -65,7 +77,7 @@ static void no_longer_full(struct pass *s, struct relay_reader *r)
     r->since_ns = 0;
     if (r->slow) {
         r->slow = 0;
-        tell(s, r->sink->token, RELAY_CAUGHT_UP, 0);
+        tell(s, r->token, RELAY_CAUGHT_UP, 0);
     }
 }
 
@@ -73,7 +85,7 @@ static void no_longer_full(struct pass *s, struct relay_reader *r)
 static void judge(struct pass *s, struct relay_ring *ring)
 {
     for (struct relay_reader *r = ring->readers; r; r = r->after) {
-        if (!holding(r) || ring->position - r->at <= ring->full)
+        if (!holding(r) || !r->after_ns || ring->position - r->at <= ring->full)
             continue;
         if (!r->since_ns)
             r->since_ns = s->e->now_ns;
@@ -83,48 +95,65 @@ static void judge(struct pass *s, struct relay_ring *ring)
             wake_at(s, r->since_ns + r->after_ns);
         } else if (may_tell(s)) {
             r->slow = 1;
-            tell(s, r->sink->token, RELAY_SLOW, 0);
+            tell(s, r->token, RELAY_SLOW, 0);
         }
     }
 }
 
-/* Bytes moved from the node into its ring, 0 when there is no room, -errno. Room that is little is none: else one
- * reader that takes little at a time would have all others served in dribbles. */
+/* Bytes of `wanted` that there is room for, in one piece. Room that is little is none: else one reader that takes
+ * little at a time would have all others served in dribbles. */
+int64_t ring_room(struct pass *s, struct relay_ring *ring, int64_t wanted)
+{
+    int64_t room = ring->size - (ring->position - ring->oldest), behind;
+    if (room < wanted) {
+        find_oldest(ring);
+        room = ring->size - (ring->position - ring->oldest);
+    }
+    if (room < wanted && room < ring->size / 8) {
+        judge(s, ring);
+        return 0;
+    }
+    behind = ring->size - place(ring, ring->position);
+    if (wanted > room)
+        wanted = room;
+    return wanted < behind ? wanted : behind;
+}
+
+/* Bytes came into the ring, at its position. */
+void ring_came(struct pass *s, struct relay_ring *ring, int64_t moved)
+{
+    ring->position += moved;
+    if (ring->position - ring->oldest > ring->full) {
+        find_oldest(ring);
+        judge(s, ring);
+    }
+}
+
+/* Bytes moved from the node into its ring, 0 when there is no room, -errno. */
 int64_t ring_take(struct pass *s, struct relay_node *n, int64_t amount)
 {
     struct relay_ring *ring = n->ring;
     int64_t stashed = n->stash_len - n->stash_out, most = ring->count ? GIVEN / ring->count : GIVEN;
-    int64_t room, place, moved;
+    int64_t moved;
+    char *to;
 
     if (!ring->memory) {                /* nobody reads and nothing is kept */
         moved = stashed ? (amount < stashed ? amount : stashed) : throw_away(s, n, amount);
         if (moved > 0)
-            ring->start = ring->oldest = ring->position += moved;
+            ring->start = ring->oldest = ring->offered = ring->position += moved;
         return moved;
     }
     if (most < FEWEST)
         most = FEWEST;
-    if (amount > most)
-        amount = most;
-    room = ring->size - (ring->position - ring->oldest);
-    if (room < amount) {
-        find_oldest(ring);
-        room = ring->size - (ring->position - ring->oldest);
-    }
-    if (room < amount && room < ring->size / 8) {
-        judge(s, ring);
+    amount = ring_room(s, ring, amount < most ? amount : most);
+    if (!amount)
         return 0;
-    }
-    place = ring->position % ring->size;
-    if (amount > room)
-        amount = room;
-    if (amount > ring->size - place)
-        amount = ring->size - place;
+    to = ring->memory + place(ring, ring->position);
     if (stashed) {
         moved = amount < stashed ? amount : stashed;
-        memcpy(ring->memory + place, n->stash + n->stash_out, (size_t)moved);
+        memcpy(to, n->stash + n->stash_out, (size_t)moved);
     } else {
-        moved = call_read(n->pipe_r, 0, ring->memory + place, amount);
+        moved = call_read(n->pipe_r, 0, to, amount);
         s->e->calls++;
         if (moved == -EAGAIN) {
             look_again(s);
@@ -134,11 +163,8 @@ int64_t ring_take(struct pass *s, struct relay_node *n, int64_t amount)
             return -EIO;
     }
     if (moved > 0) {
-        ring->position += moved;
-        if (ring->position - ring->oldest > ring->full) {
-            find_oldest(ring);
-            judge(s, ring);
-        }
+        ring_came(s, ring, moved);
+        ring->offered = ring->position;
     }
     return moved;
 }
@@ -148,6 +174,20 @@ static void reader_failed(struct pass *s, struct relay_reader *r, int64_t error)
     r->sink->failed = 1;
     r->sink->readable = r->sink->writable = 0;
     tell(s, r->sink->token, RELAY_SINK_FAILED, error);
+    if (r->stays && !r->hold) {
+        r->sink = NULL;
+        r->since_ns = 0;
+    }
+}
+
+/* A place without a sink: what comes for it goes by. */
+static void go_by(const struct relay_ring *ring, struct relay_reader *r)
+{
+    r->dropped += ring->position - r->at + r->rest_left;
+    r->at = ring->position;
+    r->rest_left = 0;
+    r->dropping = r->slow = 0;
+    r->since_ns = 0;
 }
 
 /* The gap is over: the reader goes on at the last border that has come. */
@@ -169,30 +209,30 @@ static int reader_turn(struct pass *s, struct relay_ring *ring, struct relay_rea
     struct relay_end *sink = r->sink;
     int any = 0;
 
-    while (sink->writable) {
+    while (sink->writable && sink->fd >= 0) {
         const char *from;
         int64_t amount, moved;
         if (r->rest_left) {
             from = r->rest;
             amount = r->rest_left;
         } else if (r->dropping) {
-            if (!end_gap(s, ring, r, border(ring, ring->position, 1)))
+            if (!end_gap(s, ring, r, border(ring, r, ring->offered, 1)))
                 break;
             any = 1;
             continue;
-        } else if (r->at < ring->position) {
-            int64_t place = r->at % ring->size;
-            from = ring->memory + place;
-            amount = ring->position - r->at;
-            if (amount > ring->size - place)
-                amount = ring->size - place;
+        } else if (r->at < ring->offered) {
+            int64_t lies = place(ring, r->at);
+            from = ring->memory + lies;
+            amount = ring->offered - r->at;
+            if (amount > ring->size - lies)
+                amount = ring->size - lies;
         } else {
             break;
         }
         moved = call_write(sink->fd, sink->is_socket, from, amount);
         s->e->calls++;
         if (moved == -EAGAIN || !moved) {
-            if (says_ready(sink->fd, POLLOUT))
+            if (sink->kind == RELAY_INSTANT || says_ready(sink->fd, POLLOUT))
                 look_again(s);
             sink->writable = 0;
             break;
@@ -213,7 +253,7 @@ static int reader_turn(struct pass *s, struct relay_ring *ring, struct relay_rea
     }
     if (r->dropping && !r->rest_left && ring->ended)
         any |= end_gap(s, ring, r, ring->position);
-    if (r->at >= ring->position && !r->rest_left && !r->dropping) {
+    if (r->at >= ring->offered && !r->rest_left && !r->dropping) {
         no_longer_full(s, r);
         if (ring->ended) {
             r->done = 1;
@@ -229,9 +269,13 @@ int ring_give(struct pass *s, struct relay_ring *ring)
 {
     int moved = 0;
     for (struct relay_reader *r = ring->readers; r; r = r->after) {
-        if (r->sink->failed || r->done || r->sink->fd < 0)
+        if (!r->sink) {
+            go_by(ring, r);
             continue;
-        if (r->at >= ring->position && !r->dropping && !r->since_ns && !ring->ended)
+        }
+        if (r->sink->failed || r->done || (r->sink->fd < 0 && !(r->stays && ring->ended)))
+            continue;
+        if (r->at >= ring->offered && !r->dropping && !r->since_ns && !ring->ended)
             continue;                   /* nothing to do, which most of them have most of the time */
         if (!may_tell(s))
             return moved;
@@ -247,7 +291,7 @@ void ring_hear(struct pass *s, struct relay_ring *ring)
 {
     for (struct relay_reader *r = ring->readers; r; r = r->after) {
         int64_t error;
-        if (!r->sink->readable || !r->sink->discard || r->sink->failed || r->sink->fd < 0)
+        if (!r->sink || !r->sink->readable || !r->sink->discard || r->sink->failed || r->sink->fd < 0)
             continue;
         if (!may_tell(s))
             return;
@@ -261,7 +305,7 @@ void ring_hear(struct pass *s, struct relay_ring *ring)
 void ring_retry(struct relay_ring *ring)
 {
     for (struct relay_reader *r = ring->readers; r; r = r->after)
-        if (!r->sink->failed)
+        if (r->sink && !r->sink->failed)
             r->sink->writable = 1;
 }
 
@@ -272,7 +316,7 @@ void relay_ring_join(struct relay_ring *ring, struct relay_reader *r)
         from = ring->start;
     if (from < ring->position - ring->size)
         from = ring->position - ring->size;
-    r->at = border(ring, from, 0);
+    r->at = r->stays ? ring->position : border(ring, r, from, 0);
     if (r->at < ring->oldest)
         ring->oldest = r->at;
     r->after = ring->readers;
@@ -292,7 +336,7 @@ void relay_ring_leave(struct relay_ring *ring, struct relay_reader *gone)
 
 void relay_ring_drop(struct relay_ring *ring, struct relay_reader *r, char *rest)
 {
-    int64_t from = r->at, to = border(ring, from, 0);
+    int64_t from = r->at, to = border(ring, r, from, 0);
     if (r->dropping)
         return;
     if (to > ring->position)
@@ -300,7 +344,7 @@ void relay_ring_drop(struct relay_ring *ring, struct relay_reader *r, char *rest
     r->rest = rest;
     r->rest_left = to - from;
     for (int64_t at = from; at < to; at++)
-        rest[at - from] = ring->memory[at % ring->size];
+        rest[at - from] = ring->memory[place(ring, at)];
     r->at = to;
     r->dropping = 1;
 }

@@ -1,4 +1,4 @@
-"""A broadcast's ring: memory that the stream passes through, read by many, each at its own position.
+"""A ring: memory that a stream passes through, read by many, each at its own position.
 
 Nothing of it is ever lent: it is written again and again. Every reader is sent its bytes out of it by copying,
 which for several sockets is cheaper than references are, and takes neither pipes nor descriptors.
@@ -6,28 +6,72 @@ which for several sockets is cheaper than references are, and takes neither pipe
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 from relay.errors import KernelError
 from relay.kernel import core
 
+SIZE = 4 << 20  # bytes of a pool's rings: four batches, so that one is read while others are under way
+MOST = 8  # rings of one engine at a time
+KEPT = 2  # of these, how many keep their memory when nobody uses them
+BATCH = 1 << 20  # bytes: no less is given out while more is coming
+HOLD = 1_000_000  # nanoseconds for which something may be held back
+QUICK = 128 << 10  # bytes in that time: a stream that is faster is a rush
+LEAST = 2 << 20  # bytes that it must last for before anything is held back
+
 
 class Reader:
     """One reader's place in a ring: its struct, and room for the piece under way when a gap begins.
 
-    `sink` is the struct of its end, which must live as long.
+    `sink` is the struct of its end, which must live as long. `align`: gaps start and end at multiples of it.
     """
 
-    def __init__(self, sink: core.Struct, after: float) -> None:
-        self.c = core.new("reader", sink=sink, after_ns=max(1, int(after * 1e9)))
+    def __init__(self, sink: core.Struct, after: float, align: int = 1) -> None:
+        self.c = core.new("reader", sink=sink, after_ns=max(1, int(after * 1e9)), align=align)
         self._sink = sink
         self._rest: core.Struct = None
 
-    def give_rest(self, size: int) -> core.Struct:
-        """At least one byte of memory that lives as long as the reader."""
+    def give_rest(self) -> core.Struct:
+        """At least one byte of memory that lives as long as the reader, and room for an unfinished piece."""
         if self._rest is None:
-            self._rest = core.buffer(max(1, size))
+            self._rest = core.buffer(max(1, int(self.c.align)))
         return self._rest
+
+
+class Pool:
+    """Memory for the rings of one engine's pipelines: SIZE bytes each, MOST of them at a time."""
+
+    def __init__(self) -> None:
+        self._free: list[mmap.mmap] = []
+        self._out = 0
+
+    def take(self) -> mmap.mmap | None:
+        """A ring's memory; None when all are out, or the system has none."""
+        if self._out >= MOST:
+            return None
+        memory = self._free.pop() if self._free else _anonymous(SIZE)
+        self._out += memory is not None
+        return memory
+
+    def give_back(self, memory: mmap.mmap) -> None:
+        """Nobody uses it any more."""
+        self._out -= 1
+        if len(self._free) < KEPT:
+            self._free.append(memory)
+        else:
+            memory.close()
+
+    def close(self) -> None:
+        """Unmaps what is not out. Safe to call again."""
+        while self._free:
+            self._free.pop().close()
+
+
+def _anonymous(size: int) -> mmap.mmap | None:
+    with contextlib.suppress(OSError):
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return None
 
 
 class Ring:
@@ -41,10 +85,28 @@ class Ring:
     def __init__(self, full: int, keep: int, align: int, reserve: int) -> None:
         size = max(full + max(reserve, full // 7 + 1), 8 * align)
         size += -size % mmap.PAGESIZE
-        self.c = core.new("ring", size=size, full=full, keep=keep, align=align, turns=1)
+        self.c = core.new("ring", size=size, full=full, keep=keep, turns=1)
         self._readers: set[Reader] = set()
         self._map: mmap.mmap | None = None
+        self._pool: Pool | None = None
         self._pointer: core.Struct = None
+
+    @classmethod
+    def pooled(cls, pool: Pool, position: int, origin: int) -> Ring | None:
+        """A ring for a stream of which `position` bytes have passed, counted as its first byte's `origin` is; its
+        memory is the pool's until `close`, and it holds back what comes in a rush. None when there is none."""
+        memory = pool.take()
+        if memory is None:
+            return None
+        ring = cls(SIZE * 7 // 8, 0, 1, SIZE // 8)
+        ring._pool = pool
+        ring._use(memory)
+        c = ring.c
+        c.size = SIZE
+        c.position = c.offered = c.start = c.oldest = c.base = position
+        c.origins[0] = origin
+        c.batch, c.hold_ns, c.quick, c.least, c.need = BATCH, HOLD, QUICK, LEAST, LEAST
+        return ring
 
     @property
     def size(self) -> int:
@@ -60,16 +122,19 @@ class Ring:
         """Makes the memory, if it is not there. Raises KernelError where there is none."""
         if self._map is not None:
             return
-        try:
-            self._map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
+        memory = _anonymous(self.size)
+        if memory is None:
             raise KernelError(
-                f"mmap of {self.size} bytes: {error.strerror}",
+                f"mmap of {self.size} bytes failed",
                 hint="a smaller buffer or burst needs less memory, or raise its limit (ulimit -v)",
-            ) from error
-        self._pointer = core.ffi.from_buffer("char[]", self._map)
+            )
+        self._use(memory)
+        self.c.start = self.c.oldest = self.c.offered = self.c.position
+
+    def _use(self, memory: mmap.mmap) -> None:
+        self._map = memory
+        self._pointer = core.ffi.from_buffer("char[]", memory)
         self.c.memory = self._pointer
-        self.c.start = self.c.oldest = self.c.position
 
     def join(self, reader: Reader) -> None:
         """It reads from here on, and the kept bytes before. Raises KernelError where there is no memory."""
@@ -86,7 +151,7 @@ class Ring:
 
     def drop(self, reader: Reader) -> None:
         """A gap begins for this reader, behind the piece that is under way; it ends when its way is free."""
-        core.lib.relay_ring_drop(self.c, reader.c, reader.give_rest(int(self.c.align)))
+        core.lib.relay_ring_drop(self.c, reader.c, reader.give_rest())
 
     def new_stream(self) -> None:
         """What comes from now on is another stream: `align` is counted anew."""
@@ -98,5 +163,8 @@ class Ring:
             self.c.memory = core.ffi.NULL
             core.ffi.release(self._pointer)
             self._pointer = None
-            self._map.close()
+            if self._pool is not None:
+                self._pool.give_back(self._map)
+            else:
+                self._map.close()
             self._map = None

@@ -33,11 +33,16 @@ ENDING = 1.5  # seconds that lanes have to end after a signal
 
 
 class Sending:
-    """One order carried out. `run` returns the exit code; it is called on the main thread, once."""
+    """One order carried out. `run` returns the exit code; it is called once, on the main thread if `signals` are its.
 
-    def __init__(self, order: Order, progress: Progress) -> None:
+    `records` are those of the streams that are over, in the order of their ends.
+    """
+
+    def __init__(self, order: Order, progress: Progress, *, signals: bool = True) -> None:
+        self.records: list[SessionRecord] = []
         self._order = order
         self._progress = progress
+        self._signals = signals
         self._news: News[Callable[[], None]] = News()
         self._documents = [Document(path, order) for path in order.files]
         self._receivers = [Receiver(settings) for settings in order.to]
@@ -56,8 +61,8 @@ class Sending:
 
     def run(self) -> int:
         """Sends everything, prints a line for each stream and address; see the exit codes of `relay send`."""
-        self._news.listen()
-        previous = self._catch_signals()
+        self._news.listen(signals=self._signals)
+        previous = self._catch_signals() if self._signals else {}
         try:
             first = True
             for documents in self._runs():
@@ -72,6 +77,14 @@ class Sending:
                 self._stop_lanes()
                 self._before += len(documents)
             self._wait(lambda: bool(self._unsummed) and not self._signalled)
+        except (
+            BaseException
+        ):  # KeyboardInterrupt, or whoever is told of the progress: nothing is left running
+            self._progress = Progress(sys.stderr)
+            self._end(signal.SIGINT, "the program that sends failed")
+            self._wait(lambda: self._running > 0)
+            self._stop_lanes()
+            raise
         finally:
             self._checksums.stop()
             self._progress.stop()
@@ -145,6 +158,7 @@ class Sending:
         self._running -= 1
 
     def _tell_over(self, document: Document, record: SessionRecord) -> None:
+        self.records.append(record)
         if record.source_failed:
             self._source_failed = True
             if not record.method and not document.complained:
@@ -202,6 +216,10 @@ class Sending:
 
     # -- ending
 
+    def cancel(self) -> None:
+        """From any thread: as SIGINT would end it."""
+        self._news.tell(lambda: self._end(signal.SIGINT, "cancelled"))
+
     def _catch_signals(self) -> dict[int, Any]:
         """SIGPIPE is ignored: splice has no MSG_NOSIGNAL. The others are news."""
 
@@ -215,13 +233,13 @@ class Sending:
             found[ignored] = signal.signal(ignored, signal.SIG_IGN)
         return found
 
-    def _end(self, number: int) -> None:
+    def _end(self, number: int, why: str = "") -> None:
         if self._signalled:
             return
         self._signalled = number
         self._deadline = time.monotonic() + ENDING
         for lane in self._lanes:
-            lane.abort(f"interrupted by {signal.Signals(number).name}")
+            lane.abort(why or f"interrupted by {signal.Signals(number).name}")
         for document in list(self._unsummed):
             self._tell_summed(document)  # delivered, and nobody waits for the checksum any more
 

@@ -1,0 +1,136 @@
+"""Which of two ways is cheaper, by measuring while both are at work.
+
+    chain       references: splice and tee
+    ring        one copy into memory, one out of it a sink
+
+Theory of operation. A stream begins the way that is expected to be cheaper. From time to time a piece of it goes the
+other way, and the CPU time of a byte is compared. The other way is taken when it was cheaper by a margin TAKES
+times in a row, each time than the sample just before it: what else the machine does weighs on both. Each change
+makes the next one need a larger margin, so two ways that cost the same do not take turns for ever. What may be
+spent on trying is a share of the stream: SHARE at first, half of it after each trial that did not pay, and never more
+than RARE of it for a way that costs, or is expected to cost, twice as much. When what the way in force costs has
+changed a good deal, sizes or sinks have: it is looked at again as at the beginning.
+
+Pure: what is measured is told to it, it answers what to do.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+Way = Literal["chain", "ring"]
+
+MIB: Final = 1 << 20
+OWN: Final = 16 * MIB  # bytes of a sample of the way in force
+REST: Final = 7 * OWN  # between two of them, once there are enough: measuring costs, too
+TRIAL: Final = 8 * MIB  # bytes of a sample of the other one,
+TRIAL_DEAR: Final = MIB  # of one that costs at least
+DEAR: Final = 2.0  # times as much
+SETTLES: Final = MIB // 2  # bytes after a change that are not measured: they fill pipes, windows and caches
+SHARE: Final = 0.02  # of a stream may go the other way for samples
+RARE: Final = 0.001  # at the least, and for a dear way at the most
+MARGIN: Final = 0.07  # by so much the other way must be cheaper,
+WIDEST: Final = 0.25  # and after some changes by so much,
+TAKES: Final = 3  # so many times in a row
+ENOUGH: Final = 3  # samples of the way in force before anything is tried
+CHANGED: Final = 1.5  # times what it cost: sizes or sinks have changed
+
+
+def median(samples: deque[float]) -> float:
+    """The one in the middle, or the upper of two: the standard library's takes as long to load as a pipeline."""
+    return sorted(samples)[len(samples) // 2]
+
+
+def other(way: Way) -> Way:
+    """The one that it is not."""
+    return "ring" if way == "chain" else "chain"
+
+
+@dataclass
+class Balance:
+    """`way` is in force; `expected` is what the other way is thought to cost, as a multiple of it."""
+
+    way: Way
+    expected: float
+    changes: int = 0
+    tried: int = 0
+    samples: dict[Way, int] = field(default_factory=lambda: {"chain": 0, "ring": 0})
+    _costs: dict[Way, deque[float]] = field(
+        default_factory=lambda: {"chain": deque(maxlen=5), "ring": deque(maxlen=5)}
+    )
+    _share: float = field(default_factory=lambda: SHARE)
+    _streak: int = 0
+    _last: Way | None = None
+    _margin: float = MARGIN
+    _not_before: int = 0  # bytes that must have come before the next trial
+    _then: float = 0.0  # what the way in force cost at the last trial
+
+    def next(self, fed: int) -> tuple[Way, int]:
+        """The way to measure next, and over how many bytes; `fed` have come so far."""
+        own = self._costs[self.way]
+        if fed < self._not_before:
+            return self.way, OWN
+        if self._streak:  # in pairs: what else the machine does weighs on both alike
+            return (other(self.way), self.trial) if self._last == self.way else (self.way, OWN)
+        size = self.trial
+        share = min(self._share, RARE) if self.expected >= DEAR else self._share
+        if len(own) >= ENOUGH and self.tried + size + SETTLES <= share * fed:
+            return other(self.way), size
+        return self.way, OWN
+
+    @property
+    def pause(self) -> int:
+        """Bytes that need not be measured before the next sample of the way in force."""
+        return SETTLES if self._streak or len(self._costs[self.way]) < ENOUGH else REST
+
+    @property
+    def trial(self) -> int:
+        """Bytes of a sample of the other way."""
+        return TRIAL_DEAR if self.expected >= DEAR else TRIAL
+
+    def spent(self, size: int) -> None:
+        """So many bytes went the other way that is not in force."""
+        self.tried += size
+
+    def measured(self, way: Way, cost: float) -> None:
+        """A sample: CPU nanoseconds a byte."""
+        self._costs[way].append(cost)
+        self.samples[way] += 1
+        self._last = way
+        if way == self.way:
+            own = median(self._costs[way])
+            if self._then and not self._then / CHANGED < own < self._then * CHANGED:
+                self._share, self._then, self.expected = SHARE, 0.0, min(self.expected, DEAR - 0.1)
+            return
+        own = self._costs[self.way][-1] if self._costs[self.way] else cost  # measured just before
+        self.expected = cost / own if own else self.expected
+        if cost < own * (1 - self._margin):
+            self._streak += 1
+            if self._streak >= TAKES:
+                self._take()
+            return
+        self._streak = 0
+        self._share = max(self._share / 2, RARE)
+        self._then = median(self._costs[self.way]) if self._costs[self.way] else 0.0
+
+    def _take(self) -> None:
+        before = self.way
+        self.way = other(before)
+        self.changes += 1
+        self._streak = 0
+        self._share, self._margin = SHARE / 2, min(self._margin * 2, WIDEST)
+        own = median(self._costs[self.way])
+        self.expected = median(self._costs[before]) / own
+        self._then = own
+
+    def gave_up(self, fed: int) -> None:
+        """The other way could not be tried when `fed` bytes had come: nor is it before a good part more has."""
+        self._streak = 0
+        self._not_before = max(fed + TRIAL, fed * 5 // 4)
+
+    def costs(self) -> Mapping[Way, float]:
+        """What each way cost when it was last measured: CPU nanoseconds a byte."""
+        return {way: median(found) for way, found in self._costs.items() if found}

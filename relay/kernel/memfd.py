@@ -1,0 +1,154 @@
+"""Files that are only memory: made, sealed, judged and mapped.
+
+Facts (man 2 memfd_create, fcntl; mm/memfd.c, mm/shmem.c; pinned by tests/facts/test_facts_memfd.py):
+- Seals can be added and never taken away. SHRINK and GROW fix the size for good, so no mapping of it can fault
+  (SIGBUS) because the file became shorter. WRITE makes the bytes final for everybody; it is EBUSY while a
+  writable mapping exists anywhere or a page is in use by a device. FUTURE_WRITE leaves the mappings that exist
+  writable and forbids new ones, write(2), and punching holes.
+- A file that was sealed with holes in it costs whoever reads a hole a page of his own memory.
+- Files of hugetlbfs can be sealed too; reading one faults (SIGBUS) when the system has no huge page left.
+- Any other descriptor (a file on disk, a pipe, a directory, memfd_secret) answers EINVAL to F_GET_SEALS.
+- Python's mmap duplicates the descriptor it is given, and keeps it as long as the mapping.
+
+So: what came from elsewhere is mapped only when it has its seals, its exact size, all of its pages, and pages
+of the ordinary size. A mapping here keeps no descriptor: shared pages are put over a private mapping that
+Python owns.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from typing import Final
+
+from relay.errors import KernelError, ShareError, name_of
+from relay.kernel import core
+from relay.kernel.arena import whole_pages
+
+PAGE: Final = mmap.PAGESIZE
+
+SEAL: Final = fcntl.F_SEAL_SEAL
+SIZE: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+WRITE: Final = fcntl.F_SEAL_WRITE
+FUTURE_WRITE: Final = 0x10  # fcntl has it from Python 3.13 on
+
+_NAMES: Final = {
+    fcntl.F_SEAL_SHRINK: "SHRINK",
+    fcntl.F_SEAL_GROW: "GROW",
+    WRITE: "WRITE",
+    FUTURE_WRITE: "FUTURE_WRITE",
+}
+_NOEXEC_SEAL: Final = 0x8  # MFD_NOEXEC_SEAL, Linux 6.3: some systems refuse memfds without it
+_PIECE: Final = 1 << 30  # most bytes of one write
+
+
+def make(name: str) -> int:
+    """A new, empty memfd, which the caller closes. `name` shows in /proc. KernelError when there is none."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        try:
+            return os.memfd_create(name, flags | _NOEXEC_SEAL)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        return os.memfd_create(name, flags)
+    except OSError as error:
+        raise KernelError(
+            f"memfd_create: {error.strerror} ({name_of(error.errno or 0)})",
+            hint="raise the limit of open files (ulimit -n), or close what is not needed any more",
+        ) from error
+
+
+def fill(fd: int, content: memoryview) -> None:
+    """Writes all of `content`, flat bytes, from the beginning. KernelError when memory runs out."""
+    at = 0
+    try:
+        while at < len(content):
+            at += os.pwrite(fd, content[at : at + _PIECE], at)
+    except OSError as error:
+        raise _out_of_memory(len(content), error) from error
+
+
+def reserve(fd: int, size: int) -> None:
+    """Gives the file `size` bytes with a page behind each. KernelError when memory runs out."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        raise _out_of_memory(size, error) from error
+
+
+def _out_of_memory(size: int, error: OSError) -> KernelError:
+    return KernelError(
+        f"memfd of {size} bytes: {error.strerror} ({name_of(error.errno or 0)})",
+        hint="share less at once, or allow more memory (the container's limit, ulimit -f)",
+    )
+
+
+def seal(fd: int, seals: int) -> None:
+    """Adds `seals`. KernelError with EBUSY when somebody may still write to it."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except OSError as error:
+        hint = ""
+        if error.errno == errno.EBUSY:
+            hint = "a writable mapping of it exists, in this process or in one that was forked from it"
+        raise KernelError(
+            f"sealing a memfd: {error.strerror} ({name_of(error.errno or 0)})", hint=hint
+        ) from error
+
+
+def judge(fd: int, size: int, needed: int) -> None:
+    """ShareError unless `fd` is a memfd of exactly `size` bytes, all there, with the seals `needed` and SIZE.
+
+    WRITE stands for FUTURE_WRITE as well. After this no mapping of it can fault, and reading it takes no memory.
+    """
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise ShareError(f"what came is no memfd: its mode is {stat.filemode(status.st_mode)}")
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise ShareError(f"what came is no memfd: F_GET_SEALS says {name_of(error.errno or 0)}") from error
+    if seals & WRITE:
+        seals |= FUTURE_WRITE
+    missing = [name for bit, name in _NAMES.items() if (needed | SIZE) & bit & ~seals]
+    if missing:
+        raise ShareError(
+            f"the memfd that came lacks the seals {', '.join(missing)}: it could change or shrink"
+        )
+    if status.st_size != size:
+        raise ShareError(f"the memfd that came has {status.st_size} bytes and {size} were announced")
+    if os.fstatvfs(fd).f_bsize != PAGE:
+        raise ShareError("the memfd that came is made of huge pages, which can be missing when they are read")
+    if status.st_blocks * 512 < size:
+        raise ShareError(
+            f"the memfd that came has holes: {status.st_blocks * 512} of its {size} bytes are there"
+        )
+
+
+def place(memory: mmap.mmap, fd: int, offset: int = 0, *, writable: bool = False) -> None:
+    """Puts the pages of `fd` from `offset` on under `memory`, a private anonymous mapping of Python's.
+
+    The mapping goes on to belong to `memory`, and the descriptor may be closed. With -1 for `fd` the pages are
+    fresh private ones: whoever still looks at `memory` is cut off. KernelError when it cannot be.
+    """
+    with core.ffi.from_buffer("char[]", memory) as at:
+        core.check(
+            int(core.lib.relay_map_over(at, whole_pages(len(memory)), fd, offset, writable)),
+            f"mmap of {len(memory)} shared bytes",
+        )
+
+
+def cut_off(memory: mmap.mmap) -> mmap.mmap:
+    """A new mapping of the shared pages under `memory`, still writable; whoever looks at `memory` is cut off.
+
+    A seal FUTURE_WRITE forbids to map them anew, so the mapping moves. KernelError before Linux 5.13.
+    """
+    fresh = mmap.mmap(-1, len(memory), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with core.ffi.from_buffer("char[]", memory) as old, core.ffi.from_buffer("char[]", fresh) as new:
+        core.check(int(core.lib.relay_cut(old, new, whole_pages(len(memory)), 1)), "moving a shared mapping")
+    place(memory, -1, writable=True)
+    return fresh

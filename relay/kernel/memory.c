@@ -1,0 +1,58 @@
+/* Memory: the cut that makes pages final, gathering lends, and shared pages put in place of private ones.
+ *
+ * Facts (man 2 mremap, vmsplice):
+ * - mremap with MREMAP_DONTUNMAP (Linux 5.7) takes the pages of a private anonymous mapping elsewhere and
+ *   leaves the old addresses mapped and empty: whoever still holds one reads zeros and writes to fresh pages.
+ *   It happens at one instant for all threads, and works on locked memory. From Linux 5.13 on shared mappings
+ *   move as well, and the old addresses then go on to show the same file.
+ * - vmsplice takes at most 1024 pieces a call, and each costs a slot of the pipe for every page it touches. */
+#include "calls.h"
+
+#include <sys/mman.h>
+
+#ifndef MREMAP_DONTUNMAP
+#define MREMAP_DONTUNMAP 4
+#endif
+
+#define PIECES 1024
+
+int relay_cut(char *from, char *to, int64_t size, int writable)
+{
+    void *moved = mremap(from, (size_t)size, (size_t)size, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, to);
+
+    if (moved == MAP_FAILED)
+        return -errno;
+    /* What is final is read-only as well: a stray pointer faults rather than changing what was lent. The pages have
+     * moved already, so a refusal is no failure: nobody knows where they are. */
+    if (!writable)
+        (void)mprotect(to, (size_t)size, PROT_READ);
+    return 0;
+}
+
+int64_t relay_lend_pieces(int pipe_w, const char *base, const int64_t *pieces, int count)
+{
+    struct iovec vector[PIECES];
+    ssize_t n;
+    int i;
+
+    if (count > PIECES)
+        count = PIECES;
+    for (i = 0; i < count; i++) {
+        vector[i].iov_base = (void *)(uintptr_t)(base + pieces[2 * i]);
+        vector[i].iov_len = (size_t)pieces[2 * i + 1];
+    }
+    do n = vmsplice(pipe_w, vector, (size_t)count, SPLICE_F_NONBLOCK);
+    while (n < 0 && errno == EINTR);
+    return result(n);
+}
+
+int relay_map_over(char *at, int64_t size, int fd, int64_t offset, int writable)
+{
+    int protection = PROT_READ | (writable ? PROT_WRITE : 0);
+    int kind = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+    void *mapped = mmap(at, (size_t)size, protection, kind | MAP_FIXED, fd, (off_t)offset);
+
+    if (mapped == MAP_FAILED && errno == EPERM && !writable)    /* before Linux 6.7 a seal on writing forbids MAP_SHARED */
+        mapped = mmap(at, (size_t)size, protection, MAP_PRIVATE | MAP_FIXED, fd, (off_t)offset);
+    return mapped == MAP_FAILED ? -errno : 0;
+}

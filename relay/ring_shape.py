@@ -1,0 +1,72 @@
+"""Which routes may go through a ring: those whose sinks could all be written to from one piece of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from relay.endpoints.options import OnSlow
+from relay.endpoints.settings import SinkSettings
+from relay.kernel.ring import SIZE
+from relay.stages.base import StageSettings
+from relay.stages.tee import Settings as Tee
+from relay.ways import Choice, Ways
+
+PLAIN = (
+    "tcp",
+    "unix",
+    "fifo",
+    "null",
+    "stdio",
+    "fd",
+)  # ends that may be written to out of memory, without a thread
+
+
+def chained(stages: Sequence[StageSettings], sink: SinkSettings) -> str:
+    """Why these stages and sinks need a chain; empty if the sinks may read one ring instead."""
+    for stage in stages:
+        if not isinstance(stage, Tee):
+            return f"the stage '{stage.kind}' works on a chain"
+        if stage.stages:
+            return "a branch has stages, which work on a chain"
+    for each, slow in sinks_of(stages, sink):
+        if each.verb == "listen":
+            return "a broadcast has a ring of its own"
+        if each.sidecar:
+            return "a checksum sees the bytes beside the chain"
+        if slow.policy == "spill" or slow.buffer:
+            return "a log is fed by a chain"
+        if each.address.scheme not in PLAIN:
+            return "a file is written by a thread, which is handed pipes"
+        if slow.align > SIZE // 8:
+            return f"pieces of {slow.align} bytes are too large for a ring"
+    return ""
+
+
+def sinks_of(stages: Sequence[StageSettings], sink: SinkSettings) -> Iterator[tuple[SinkSettings, OnSlow]]:
+    """Every sink of a row of plain tees, with the policy in force there."""
+    for stage in stages:
+        if isinstance(stage, Tee):
+            yield stage.to, stage.slow
+    yield sink, sink.slow
+
+
+@dataclass(frozen=True)
+class Across:
+    """How the whole of a stream crosses. `only` says why it needs a chain; without that there is a ring as well, the
+    stream begins by `choice`, and `measured` says whether it may change on its way."""
+
+    choice: Choice
+    measured: bool
+    only: str = ""
+
+
+def across(stages: Sequence[StageSettings], sink: SinkSettings, ways: Ways, source: Choice) -> Across:
+    """For a plan; `source` is how bytes would enter the chain."""
+    only = chained(stages, sink)
+    if source.method in ("sendfile", "vmsplice"):
+        only = source.reason
+    if only:
+        return Across(source, False, only)
+    choice = ways.across(1 + len(stages))
+    return Across(choice, ways.forced == "auto" and choice.method == "splice")

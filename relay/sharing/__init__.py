@@ -1,0 +1,5 @@
+"""Memory from one process to another: the same pages, sealed, handed over through a unix socket.
+
+`shared`: something final, given to anybody, for ever. `sink` and `source`: a stream of blocks through slots that are
+used again when they were given back. `wire`: what is said on the socket. `content`: what the bytes are.
+"""

@@ -1,0 +1,201 @@
+"""The sink `shared`: a stream handed to a local consumer in blocks of shared memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peers import payload
+
+import relay
+from relay.config.load import loads
+from relay.errors import ConfigErrors
+from relay.sharing.source import ShareSource
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+class Consumer:
+    """Listens at `path` and takes one stream; `most` blocks are kept at once, `stop` bytes are enough."""
+
+    def __init__(self, path: str, *, stop: int | None = None) -> None:
+        self.got = bytearray()
+        self.ended = ""
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen(1)
+        self._listener.settimeout(20)
+        self._stop = stop
+        self._thread = threading.Thread(target=self._take)
+        self._thread.start()
+
+    def _take(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            connection, _ = self._listener.accept()
+            try:
+                with ShareSource(connection) as source:
+                    for block in source:
+                        with block.view() as view:
+                            self.got += view
+                        if self._stop is not None and len(self.got) >= self._stop:
+                            block.release()
+                            self.ended = "left"
+                            return
+                self.ended = "end"
+            except ConnectionResetError:
+                self.ended = "broken"
+
+    def wait(self) -> bytes:
+        """What was received when the stream was over."""
+        self._thread.join(20)
+        self._listener.close()
+        return bytes(self.got)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A file of 9 MiB and a bit."""
+    path = tmp_path / "source"
+    path.write_bytes(payload(3, (9 << 20) + 13))
+    return path
+
+
+def test_a_stream_arrives_in_shared_blocks(file: Path, tmp_path: Path) -> None:
+    """What a route hands to a consumer is its stream, whole and in order, beside its other sinks."""
+    consumer = Consumer(str(tmp_path / "app"))
+    route = relay.Route(
+        source=str(file),
+        stages=[{"tee": {"to": {"shared": f"unix://{tmp_path}/app"}}}],
+        sink=str(tmp_path / "out"),
+    )
+    outcome = relay.run(route)
+    assert consumer.wait() == file.read_bytes() == (tmp_path / "out").read_bytes()
+    assert consumer.ended == "end"
+    record = outcome.records[0].sinks[0]
+    assert (record.bytes, record.result, record.method) == (file.stat().st_size, "delivered", "copy")
+    assert record.address == f"shared://{tmp_path}/app"
+
+
+def test_send_to_a_consumer(file: Path, tmp_path: Path) -> None:
+    """A plain address of the scheme works as well, for an empty stream too."""
+    for content in (file, b""):
+        consumer = Consumer(str(tmp_path / "app"))
+        assert relay.send(content, f"shared://{tmp_path}/app").code == 0
+        assert consumer.wait() == (file.read_bytes() if content else b"")
+        assert consumer.ended == "end"
+        (tmp_path / "app").unlink()
+
+
+def test_a_consumer_that_leaves_is_a_failure(file: Path, tmp_path: Path) -> None:
+    """A consumer that goes away in mid-stream fails its sink; the others get everything."""
+    consumer = Consumer(str(tmp_path / "app"), stop=1)
+    with pytest.raises(relay.TransferError, match=r"shared://.*no receiver is left|Broken pipe") as failed:
+        relay.send(file, [f"shared://{tmp_path}/app", tmp_path / "out"])
+    consumer.wait()
+    assert consumer.ended == "left"
+    assert (tmp_path / "out").read_bytes() == file.read_bytes()
+    outcome: Any = failed.value.outcome
+    assert outcome.code == 1
+
+
+def test_nobody_there_is_told(file: Path, tmp_path: Path) -> None:
+    """No consumer is a failure that names the address, after as long as was asked to wait."""
+    with pytest.raises(relay.TransferError, match="connecting to shared://"):
+        relay.send(file, f"shared://{tmp_path}/nobody")
+    made: list[Consumer] = []
+    timer = threading.Timer(0.3, lambda: made.append(Consumer(str(tmp_path / "late"))))
+    timer.start()
+    assert relay.send(file, f"shared://{tmp_path}/late", wait=10).code == 0
+    timer.join()
+    assert made[0].wait() == file.read_bytes()
+
+
+def test_a_broken_stream_is_no_end(file: Path, tmp_path: Path) -> None:
+    """A stream that is cut off reaches the consumer as a broken connection."""
+    consumer = Consumer(str(tmp_path / "app"))
+    cancel = relay.Cancel()
+
+    def far(standings: Any) -> None:
+        if standings and standings[0].bytes:
+            cancel.cancel()
+
+    with pytest.raises(relay.TransferCancelled):
+        relay.send(file, f"shared://{tmp_path}/app", rate="1MB/s", progress=far, cancel=cancel)
+    got = consumer.wait()
+    assert consumer.ended == "broken"
+    assert file.read_bytes().startswith(got)
+
+
+def test_a_consumer_that_keeps_its_blocks_does_not_hold_the_end_up(file: Path, tmp_path: Path) -> None:
+    """A sink whose consumer gives nothing back can still be cancelled at once."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "app"))
+    listener.listen(1)
+    cancel = relay.Cancel()
+    timer = threading.Timer(0.3, cancel.cancel)
+    timer.start()
+    with pytest.raises(relay.TransferCancelled):
+        relay.send(file, f"shared://{tmp_path}/app", cancel=cancel)
+    timer.join()
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    ("sink", "said"),
+    [
+        ("{shared: 'tcp://127.0.0.1:1'}", "'shared' takes the unix address"),
+        ("{shared: 'unix:///a', append: true}", "'append' applies to files only"),
+        ("'shared://'", "names no socket"),
+    ],
+)
+def test_configuration(sink: str, said: str) -> None:
+    """What makes no sense is said at its place."""
+    with pytest.raises(ConfigErrors, match=said):
+        loads(f"routes: {{a: {{source: '-', sink: {sink}}}}}")
+
+
+def test_it_is_no_source() -> None:
+    """A source cannot be shared memory."""
+    with pytest.raises(ConfigErrors, match="is a sink"):
+        loads("routes: {a: {source: 'shared:///x', sink: '-'}}")
+
+
+@contextlib.contextmanager
+def example(*argv: str) -> Iterator[subprocess.Popen[str]]:
+    """An example at work."""
+    env = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=env)
+    try:
+        assert process.stdout is not None
+        assert "listening" in process.stdout.readline()
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("language", ["python", "c"])
+def test_the_examples_consume(language: str, file: Path, tmp_path: Path) -> None:
+    """The consumers under examples/ count the bytes of a stream and add them up."""
+    path = str(tmp_path / "app")
+    if language == "c":
+        program = str(tmp_path / "consume")
+        flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"]
+        subprocess.run(["cc", *flags, "-o", program, str(EXAMPLES / "consume.c")], check=True)
+        argv = [program, path]
+    else:
+        argv = [sys.executable, str(EXAMPLES / "consume.py"), path]
+    with example(*argv) as process:
+        relay.send(file, f"shared://{path}")
+        out, _ = process.communicate(timeout=20)
+    content = file.read_bytes()
+    assert f"{len(content)} bytes, their sum is {sum(content)}" in out
+    assert process.returncode == 0
