@@ -443,6 +443,30 @@ def test_a_source_that_would_connect_to_itself(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("o-*"))
 
 
+@pytest.mark.parametrize(
+    ("sinks", "back"),
+    [
+        (["tcp://127.0.0.1:{0}"], True),
+        (["tcp://localhost:{1}", "unix://{dir}/s", "tcp://127.0.0.1:{0}"], True),
+        (["tcp://127.0.0.1:{1}", "unix://{dir}/s", "null:"], False),
+    ],
+)
+def test_a_stream_that_would_come_back(tmp_path: Path, sinks: list[str], back: bool) -> None:
+    """Routes that feed each other in a circle are refused with their place; a row of routes is none."""
+    ports = [int(refused_address().rpartition(":")[2]) for _ in range(2)]
+    sources = [f"tcp://:{ports[0]}", f"tcp://:{ports[1]}", f"unix://{tmp_path}/s"]
+    text = "routes:\n"
+    for number, (source, sink) in enumerate(zip(sources, sinks, strict=False)):
+        where = sink.format(*ports, dir=tmp_path)
+        text += f"  r{number}: {{source: {{listen: '{source}', connections: each}}, sink: '{where}'}}\n"
+    (tmp_path / "c.yaml").write_text(text)
+    done = run_relay("check", tmp_path / "c.yaml", cwd=tmp_path)
+    assert done.returncode == (3 if back else 0), done.stderr
+    if back:
+        assert done.stderr.count(b"again and again") == len(sinks)
+        assert b"c.yaml:2:" in done.stderr
+
+
 def test_two_hundred_reloads_over_fifty_flows(tmp_path: Path) -> None:
     """Signals pour in while other routes change: fifty streams of a route that stays are each whole."""
     keep = '  r: {source: {listen: "tcp://127.0.0.1:0"}, sink: {file: "o-{id}"}}\n'
