@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -523,3 +524,104 @@ def test_two_relays_on_one_spill_directory(tmp_path: Path) -> None:
             sink.close()
             first.sessions()
             end(first)
+
+
+def test_five_thousand_connections_of_one_peer(tmp_path: Path) -> None:
+    """`per_peer: 50`: fifty are in and work, all others are reset, said at a bounded rate, and leave nothing behind."""
+    config = routes("{source: {listen: 'tcp://127.0.0.1:0', limits: {per_peer: 50}}, sink: 'null:'}")
+    with serving(config, tmp_path) as served:
+        port = served.port()
+        served.said("ready")
+        before = open_files(served)
+        inside = [socket.create_connection(("127.0.0.1", port)) for _ in range(50)]
+        for sock in inside:
+            sock.sendall(b"in")
+        eventually(lambda: open_files(served) >= before + 50, "all fifty are in")
+        for _ in range(99):
+            crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(50)]
+            for sock in crowd:
+                with pytest.raises(ConnectionResetError):
+                    sock.recv(1)
+                sock.close()
+        for sock in inside:
+            finish(sock)
+        assert {record["result"] for record in served.sessions(50)} == {"delivered"}
+        eventually(lambda: open_files(served) <= before + 1, "nothing is left of them")
+        late = socket.create_connection(("127.0.0.1", port))
+        late.sendall(b"again")
+        finish(late)
+        served.sessions(51)
+        end(served)
+    refused = [line for line in served.lines if line.get("event") == "refused"]
+    assert 0 < len(refused) < 60
+    assert refused[0]["count"] >= 1
+
+
+def open_files(served: Process) -> int:
+    """How many descriptors the process has."""
+    return len(os.listdir(f"/proc/{served.pid}/fd"))  # noqa: PTH208 - only their number
+
+
+@pytest.mark.parametrize("when", ["before the first byte", "in mid-stream", "before the end"])
+@pytest.mark.parametrize("policy", ["block", "drop", "disconnect", "spill"])
+def test_a_receiver_that_half_closes(tmp_path: Path, policy: str, when: str) -> None:
+    """A receiver that ends its own stream, at whatever moment, goes on receiving and gets every byte and the end."""
+    data = payload(8, 2 * MIB)
+    with tcp_listener() as (listening, address):
+        config = routes(
+            "{source: {listen: 'tcp://127.0.0.1:0', connections: each}, sink: 'all-{id}', "
+            f"stages: [{{tee: {{to: '{address}', on_slow: {policy}}}}}]}}"
+        )
+        with serving(config, tmp_path) as served, connect(served) as source, accept(listening) as sink:
+            got = b""
+            if when == "before the first byte":
+                sink.shutdown(socket.SHUT_WR)
+            sender = threading.Thread(target=send_all, args=(source, data))
+            sender.start()
+            if when == "in mid-stream":
+                got += receive_exactly(sink, MIB)
+                sink.shutdown(socket.SHUT_WR)
+            if when == "before the end":
+                got += receive_exactly(sink, len(data))
+                sink.shutdown(socket.SHUT_WR)
+            sender_end = threading.Thread(target=lambda: (sender.join(), source.shutdown(1)))
+            sender_end.start()
+            got += receive_all(sink)
+            sender_end.join()
+            sink.close()
+            (record,) = served.sessions()
+            end(served)
+    assert_same(got, data)
+    assert record["result"] == "delivered"
+    assert record["sinks"][0]["reconnects"] == 0
+
+
+@pytest.mark.parametrize("policy", ["block", "spill"])
+def test_a_fifo_whose_reader_comes_late(tmp_path: Path, policy: str) -> None:
+    """Under block and spill a fifo without a reader is waited for, also when the stream has ended long ago."""
+    os.mkfifo(tmp_path / "f")
+    data = payload(9, 300_000)
+    config = routes(
+        "{source: {listen: 'tcp://127.0.0.1:0', connections: each}, sink: 'all-{id}', "
+        f"stages: [{{tee: {{to: 'fifo://{tmp_path}/f', on_slow: {policy}}}}}]}}"
+    )
+    with serving(config, tmp_path) as served, connect(served) as source:
+        send_all(source, data)
+        source.shutdown(1)
+        if policy == "spill":
+            eventually(lambda: (tmp_path / "all-1").exists(), "the other has it whole")
+        assert_same((tmp_path / "f").read_bytes(), data)
+        (record,) = served.sessions()
+        end(served)
+    assert record["result"] == "delivered"
+
+
+def test_a_sidecar_does_not_stand_with_rotate(tmp_path: Path) -> None:
+    """One checksum for many files says nothing: refused with its line."""
+    text = routes(
+        "{source: 'tcp://127.0.0.1:0', sink: {file: 'o-{id}', rotate: {size: 1MiB}, sidecar: sha256}}"
+    )
+    (tmp_path / "c.yaml").write_text(text)
+    done = run_relay("check", tmp_path / "c.yaml", cwd=tmp_path)
+    assert done.returncode == 3
+    assert b"c.yaml:3:" in done.stderr
