@@ -22,6 +22,7 @@ is a whole prefix of it, and a torn tail heals by itself. A reader's position is
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -260,9 +261,20 @@ class Log:
         if self.largest and bounded:
             left = min(left, self.largest - (self._segments[-1].end - self._segments[0].start))
         if self.directory is not None:
-            space = os.statvfs(self.directory)
-            left = min(left, space.f_bavail * space.f_frsize - RESERVE)
+            left = min(left, self._free())
+            if left <= 0 and self._segments[-1].size and self._cursors and not self._backlog():
+                # nobody needs the last segment any more, and nothing else would ever make room
+                with contextlib.suppress(OSError):
+                    self._begin_segment(self._segments[-1].end)
+                    self._trim()
+                    self.on_append()  # who reads it lets go of it
+                    left = min(self._segment_size, self._free())
         return max(left, 0)
+
+    def _free(self) -> int:
+        """Bytes of the filesystem that are ours to take."""
+        space = os.statvfs(self.directory or ".")
+        return space.f_bavail * space.f_frsize - RESERVE
 
     def wait_for_room(self, stopped: Callable[[], bool], *, drain: bool = False, timeout: float = 0.2) -> int:
         """Blocks the writer until something fits; how many bytes do.
@@ -289,11 +301,9 @@ class Log:
             self._space.wait(timeout)
 
     def try_disk(self, pause: float = 0.2) -> bool:
-        """Whether a log on disk that could not be written can be again: tries it in a file that goes at once, from
-        where the next bytes will lie to the end of their segment. A full disk is none that fails. Blocks, and after
-        a failure `pause` seconds longer, or until somebody wakes the writer."""
-        if self.directory is None:
-            return True
+        """Whether a log on disk that could not be written can be again: tries it in a file that goes at once, where the
+        next bytes will lie and their segment ends. A full disk is none that fails. Blocks; `refused` when it fails."""
+        assert self.directory is not None
         with self._lock:
             start = self._segments[-1].size % self._segment_size
         try:
@@ -308,8 +318,7 @@ class Log:
         except OSError as error:
             if error.errno in FULL:
                 return True
-            with self._space:
-                self._space.wait(pause)
+            self.refused(pause)
             return False
         return True
 

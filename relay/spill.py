@@ -124,7 +124,7 @@ class SpillSink(Sink):
     def follows(self) -> None:
         """Another that broke left bytes in the log: they are delivered, and counted, from here on."""
         self._counts = self.delivery.position
-        self._untried = True
+        self._untried = self.log.directory is not None
 
     # -- its life
 

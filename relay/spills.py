@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from relay.delivery import Delivery
+from relay.endpoints.base import hint
 from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
 from relay.endpoints.template import fill_path
@@ -105,7 +106,15 @@ class Spills:
         name = prefix(turn.route, sink)
         with self._lock:
             if not persistent:
-                name = directory.free_name(f"{name}.{turn.time}-{turn.id}")
+                try:
+                    name = directory.free_name(f"{name}.{turn.time}-{turn.id}")
+                except OSError as error:  # too long a name, or a directory that may not be looked at
+                    raise SinkError(
+                        str(directory.path / name),
+                        "naming a log in",
+                        error.errno or 0,
+                        hint(error.errno or 0),
+                    ) from error
             key = (str(directory.path), name)
             lent = self._lent.get(key)
             if lent is not None and not lent[1].closed.is_set():

@@ -2,8 +2,9 @@
 
 While a stream runs a sink is slow when its backlog was full for `after`. At its end nothing fills the backlog any
 more, and a receiver that has stopped would be waited for without end. So from there on a sink under `drop` or
-`disconnect` is slow when it took nothing for `after`: it is ended, what it had still to get is dropped and counted,
-what was sent and not acknowledged is lost. Under `drop` the peer's kernel has a moment to take what was sent.
+`disconnect` is slow when it took nothing for `after`. `disconnect` ends it; `drop` drops what it had still to get, and
+gives it a moment to take what was sent and the end of the stream, or to come at all, before it is ended as well. What
+was dropped is counted, and what was sent and not acknowledged is lost.
 `block` and `spill` wait; so does whoever writes a file, whose disk is not stopped by a receiver.
 """
 
@@ -46,9 +47,7 @@ class Stragglers:
     def _watch(self, outlet: Outlet, slow: OnSlow) -> None:
         seen = _seen(outlet)
         wait = max(slow.after or 0.0, SHORTEST)
-        if (
-            seen[0] == "finishing" and slow.policy == "drop"
-        ):  # it has all: only its peer's kernel is waited for
+        if seen[0] != "open" and slow.policy == "drop":  # it has all that it will get, or is not there so far
             wait = max(wait, GRACE)
         self._timers[outlet] = self._engine.later(wait, lambda: self._look(outlet, slow, seen, wait))
 
@@ -62,9 +61,14 @@ class Stragglers:
             return
         reason = f"took nothing for {waited:.3g} s after the end of the stream"
         log.warning("%s: sink %s %s: it is not waited for", self._route, outlet.name, reason)
-        if sink.state == "open" and slow.policy == "drop" and sink.c.kind != core.FERRY:
+        torn = (int(outlet.gate.c.passed) - int(outlet.node.c.held)) % slow.align  # in the middle of a piece
+        if sink.state == "open" and slow.policy == "drop" and not (torn and sink.c.kind == core.FERRY):
             outlet.node.c.sink = core.ffi.NULL  # the pump discards what has nowhere to go, and counts it
-            sink.cut(reason)
+            if torn:
+                sink.cut(reason)
+            else:
+                sink.finish()
+                self._watch(outlet, slow)
         else:
             sink.abort(reason)
         self._wake()

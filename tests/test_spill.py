@@ -734,6 +734,23 @@ def test_a_disk_that_goes_on_failing_takes_nothing_more_under_block(tmp_path: Pa
     assert not list(tmp_path.glob("**/trial"))
 
 
+def test_a_full_disk_empties_when_its_sink_has_had_all(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk smaller than a segment is full again and again: what the sink has had makes room, and nobody hangs."""
+    monkeypatch.setattr(relay.log, "RESERVE", 1 << 20)
+    data = payload(13, 16 * MIB)
+    slow = {"policy": "spill", "directory": str(small_disk / "spill"), "then": "block", "after": "50ms"}
+    with Receiver() as receiver:
+        receiver.up()
+        with Relay(tee(receiver, slow, "null:")) as running, connected(running.bound[-1]) as source:
+            sender = sending(source, data)
+            assert_same(receiver.rest(), data)
+            sender.join()
+            record = branch_record(running)
+    assert (record.result, record.bytes, record.dropped, record.lost) == ("delivered", len(data), 0, 0)
+
+
 # --- streams that break off ---------------------------------------------------------------------------------
 
 

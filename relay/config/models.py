@@ -161,12 +161,17 @@ class Admin(FrozenModel):
     ) = Field(default=None, description="tcp address for metrics and health over HTTP")
 
 
+LONGEST_NAME = 100  # bytes: it is a part of the names of files, which have 255
+
+
 def _some(routes: dict[str, Route]) -> dict[str, Route]:
     if not routes:
         raise ValueError("there are no routes; a configuration needs at least one")
     for name in routes:
         if not name or not name.isprintable():
             raise ValueError(f"{name!r} is not a name for a route")
+        if len(name.encode()) > LONGEST_NAME:
+            raise ValueError(f"'{name[:20]}...' is too long for a route: {LONGEST_NAME} bytes at most")
     return routes
 
 
@@ -195,6 +200,7 @@ class Config(FrozenModel):
         except ValidationError:
             admin = None
         yield from _clashes(right, admin)
+        yield from _circles(right)
 
 
 def _clashes(routes: Mapping[str, Route], admin: Admin | None) -> Iterator[Problem]:
@@ -207,6 +213,34 @@ def _clashes(routes: Mapping[str, Route], admin: Admin | None) -> Iterator[Probl
                 yield Problem(f"{address} is listened on by {other} already{beside}", place)
                 break
         seen.append((what, address))
+
+
+def _circles(routes: Mapping[str, Route]) -> Iterator[Problem]:
+    """Sinks from which a stream comes back to its own route: one connection would breed others without end."""
+
+    def leads_to(name: str) -> Iterator[tuple[Place, str]]:
+        for place, sink in routes[name].sinks():
+            for other, route in routes.items():
+                if sink.connect and route.source.listen and _reaches(sink.connect, route.source.listen):
+                    yield ("routes", name, *place, "connect"), other
+
+    for name in routes:
+        for place, first in leads_to(name):
+            seen, ahead = {first}, [first]
+            while ahead and name not in seen:
+                fresh = {other for _place, other in leads_to(ahead.pop())} - seen
+                seen |= fresh
+                ahead += sorted(fresh)
+            if name in seen:
+                yield Problem(f"what goes to '{first}' comes back to '{name}', again and again", place)
+
+
+def _reaches(to: Address, listening: Address) -> bool:
+    """Whether who connects to the one gets to the other, as far as that can be told without looking up names."""
+    if to.scheme != listening.scheme or to.scheme == "unix":
+        return to == listening
+    here = listening.host in ("", "0.0.0.0", "::") and to.host in ("127.0.0.1", "::1", "localhost", "")
+    return to.port == listening.port and to.port != 0 and (to.host == listening.host or here)
 
 
 def _listeners(routes: Mapping[str, Route], admin: Admin | None) -> Iterator[tuple[Place, Address]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, PlainValidator, WithJsonSchema
@@ -36,12 +36,20 @@ def _network(value: object) -> Network:
         return value
     try:
         if isinstance(value, str):
-            return ip_network(value)
+            return _unmapped(ip_network(value))
     except ValueError as error:
         if "host bits" in str(error) and isinstance(value, str):
             outer = ip_network(value, strict=False)
             raise ValueError(f"{value!r} has bits beyond its prefix; did you mean '{outer}'?") from None
     raise ValueError(f"expected an IP address or a network such as 10.0.0.0/8, got {show(value)}")
+
+
+def _unmapped(network: Network) -> Network:
+    """IPv4 networks that are written as IPv4-mapped IPv6 are IPv4 networks, as their peers are IPv4 peers."""
+    first = network.network_address
+    if isinstance(first, IPv6Address) and first.ipv4_mapped is not None and network.prefixlen >= 96:
+        return IPv4Network((first.ipv4_mapped, network.prefixlen - 96))
+    return network
 
 
 def _account(value: object) -> str | int:
