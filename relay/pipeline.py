@@ -244,8 +244,7 @@ class Pipeline:
         )
         sink.wire(self.c)
         sink.on_open = lambda _sink: self._opened(outlet)
-        sink.on_finish = lambda _sink: self._settled(outlet, sink)
-        sink.on_fail = lambda _sink: self._settled(outlet, sink)
+        sink.on_finish = sink.on_fail = lambda _sink: self._settled(outlet, sink)
         outlet.stand(sink, self.ways)
         try:
             sink.open()
