@@ -371,8 +371,7 @@ class Pipeline:
         if sink.state == "failed" and not said:
             log.warning("%s: %s", self.route, sink.reason)
         outlet.gate.c.dropping = 0
-        if not self._closed:
-            self.engine.ready(self.c)
+        self._wake()
         visible = [o.sink for o in self.chain.outlets if not o.hidden]
         if not self.c.keep and all(s is not None and s.state == "failed" for s in visible):
             for other in self.chain.outlets:
@@ -393,9 +392,8 @@ class Pipeline:
         if everyone and self.intake is not None and not self.intake.over and not self.c.keep:
             self.intake.over = True
             self._ended_by = "sinks"
-        if not everyone or not self._over:
-            return
-        if any(group.members for group in self.subscribers) and not self.c.keep:
+        joined = any(group.members for group in self.subscribers) and not self.c.keep
+        if not everyone or not self._over or joined:
             return
         record = self._turn_over() if self.source is not None else None
         if not self.persistent or self._ending:

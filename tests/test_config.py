@@ -131,9 +131,9 @@ def test_the_default_is_one_of_the_configurations_and_binds_where_it_is_told(
 )
 def test_a_plain_address_is_a_short_form(text: str, source: str, sink: str) -> None:
     """A source listens on tcp and unix and reads the rest, a sink connects to tcp and unix and writes the rest."""
-    made = route(f"source: '{text}'\nsink: '{text}'")
-    assert (made.source.verb, made.sink.verb) == (source, sink)
-    assert made.source.address == made.sink.address == Address.parse(text)
+    first, second = route(f"source: '{text}'\nsink: 'null:'"), route(f"source: 'null:'\nsink: '{text}'")
+    assert (first.source.verb, second.sink.verb) == (source, sink)
+    assert first.source.address == second.sink.address == Address.parse(text)
 
 
 def test_mappings_of_files_fifos_and_descriptors() -> None:
