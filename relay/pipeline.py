@@ -186,8 +186,7 @@ class Pipeline:
         if self.source is None:
             for outlet in self.chain.outlets:
                 outlet.settled = outlet.sink is None or outlet.sink.state in ("failed", "finished")
-        self.c.head.ended = 1
-        self.c.source_ended = 1
+        self.c.head.ended = self.c.source_ended = 1
         self._absences.finish(self.chain.outlets)
         self._wake()
 
