@@ -69,7 +69,9 @@ def test_a_leaked_child_is_named(tmp_path: Path) -> None:
     """A child left running fails the test with its pid and command, and is ended."""
     said = outcome_of(tmp_path, "child")
     line = next(line for line in said.splitlines() if "was started and not waited for" in line)
-    assert "(sleep 1000)" in line or "([sleep])" in line  # the kernel's name for it, while it is still starting
+    assert (
+        "(sleep 1000)" in line or "([sleep])" in line
+    )  # the kernel's name for it, while it is still starting
     assert not Path(f"/proc/{line.split()[line.split().index('child') + 1]}").exists()
 
 
