@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -184,3 +185,12 @@ def test_a_plan_opens_nothing(tmp_path: Path) -> None:
     for command in ("plan", "check"):
         assert relay(command, "-", given=text).returncode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root is missing: a PID namespace of its own")
+def test_process_1_is_ended_while_it_starts() -> None:
+    """As process 1, for whom the kernel drops signals without a handler, relay obeys SIGTERM before it is ready."""
+    code = "import relay.cli, os; os.kill(1, 15); print('still there')"
+    argv = ["unshare", "--pid", "--fork", sys.executable, "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (143, ""), done.stderr
