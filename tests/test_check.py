@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from relay.config.load import loads
+from relay.config.load import load_to_run, loads
 from relay.kernel.probe import CAP_NET_BIND_SERVICE, Machine
 from relay.plan import make_plan
 from relay.preflight import Finding, findings
 
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 ROOMY = Machine(cpus=2, files=100_000, files_hard=100_000, pipe_pages=10_000_000)
 NOBODY = 65534
 
@@ -152,3 +153,9 @@ def test_unix_listeners(tmp_path: Path) -> None:
     said = only(f"source: {{{listen}, group: nobody-of-that-name}}, sink: 'null:'")
     assert said.endswith("groupadd --system nobody-of-that-name")
     assert found("source: 'unix://@name', sink: 'null:'") == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_what_is_shipped_can_be_run(path: Path) -> None:
+    """Every configuration that comes with relay is accepted as `relay serve` accepts it, no key of it refused."""
+    assert load_to_run(str(path)).routes
