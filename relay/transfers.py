@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from relay.config.data import from_data
 from relay.config.models import Config, Route
 from relay.errors import RelayError, TransferCancelled, TransferError
+from relay.journal.record import SessionRecord
 from relay.kernel import memfd
-from relay.order import order
-from relay.progress import Progress, Standing
-from relay.record import SessionRecord
-from relay.route import RunningRoute
-from relay.sending import Sending
-from relay.serve import Server
+from relay.sending.order import order
+from relay.sending.progress import Progress, Standing
+from relay.sending.sending import Sending
+from relay.serving.route import RunningRoute
+from relay.serving.server import Server
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -33,7 +33,7 @@ from peers import (
 from relays import Relay
 
 from relay.endpoints.address import Address
-from relay.record import SessionRecord, SinkRecord
+from relay.journal.record import SessionRecord, SinkRecord
 
 
 def connected(address: str, receive_buffer: int = 0) -> socket.socket:

@@ -15,12 +15,12 @@ from typing import Any
 from peers import PATIENCE, accept, eventually, tcp_listener, unix_listener
 
 from relay.config.data import from_data
-from relay.duplex_route import DuplexRoute
 from relay.endpoints.address import Address
 from relay.engine import Engine
+from relay.journal.record import SessionRecord
 from relay.kernel.exchange import Exchange
-from relay.record import SessionRecord
-from relay.spills import Spills
+from relay.serving.duplex_route import DuplexRoute
+from relay.spill.spills import Spills
 
 
 class Duplex:

@@ -17,9 +17,9 @@ from peers import PATIENCE, eventually, read_until, wait_for
 
 from relay.config.data import from_data
 from relay.engine import Engine
-from relay.record import SessionRecord
-from relay.route import RunningRoute
-from relay.spills import Spills
+from relay.journal.record import SessionRecord
+from relay.serving.route import RunningRoute
+from relay.spill.spills import Spills
 
 ROOT = Path(__file__).resolve().parent.parent
 RELAY = [sys.executable, "-m", "relay"]

@@ -23,7 +23,7 @@ from syscalls import Memory, readable
 
 from relay.kernel import core
 from relay.kernel.ring import Reader, Ring
-from relay.place import Place
+from relay.pipeline.place import Place
 
 NAMES = {
     getattr(core, name): name

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from relay.balance import DEAR, OWN, RARE, SETTLES, Balance, Way, other
+from relay.pipeline.balance import DEAR, OWN, RARE, SETTLES, Balance, Way, other
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -6,7 +6,7 @@ import pytest
 
 from relay.endpoints.options import OnSlow
 from relay.engine import Engine
-from relay.node import Node, guard
+from relay.pipeline.node import Node, guard
 
 
 @pytest.mark.parametrize("copies_first", [False, True])

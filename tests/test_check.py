@@ -13,8 +13,8 @@ import pytest
 
 from relay.config.load import load_to_run, loads
 from relay.kernel.probe import CAP_NET_BIND_SERVICE, Machine
-from relay.plan import make_plan
-from relay.preflight import Finding, findings
+from relay.planning.plan import make_plan
+from relay.planning.preflight import Finding, findings
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 ROOMY = Machine(cpus=2, files=100_000, files_hard=100_000, pipe_pages=10_000_000)

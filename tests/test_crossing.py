@@ -29,9 +29,9 @@ from peers import (
 from relays import Relay, serving
 from rig import Rig, Scatter, Spec
 
-from relay import balance, crossing
+from relay.journal.record import SessionRecord
 from relay.kernel import ring
-from relay.record import SessionRecord
+from relay.pipeline import balance, crossing
 
 MIB = 1 << 20
 

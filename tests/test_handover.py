@@ -18,8 +18,8 @@ from test_reload import KEPT, connect, each, end, finish, free_port, reload, rel
 
 from relay.config.data import from_data
 from relay.engine import Engine
-from relay.fleet import Fleet, NotExchanged
-from relay.record import SessionRecord
+from relay.journal.record import SessionRecord
+from relay.serving.fleet import Fleet, NotExchanged
 
 WAITING = 200
 

@@ -26,10 +26,10 @@ from forked import become, forked, needs_root
 from peers import assert_same, eventually, payload, receive_all, receive_exactly
 from relays import Process, Relay, serving
 
-from relay.admission import Admission, host_of
 from relay.endpoints.options import Limits
+from relay.journal.seldom import Seldom
 from relay.kernel.pipe import Pipe
-from relay.seldom import Seldom
+from relay.serving.admission import Admission, host_of
 
 FULL = os.environ.get("RELAY_CHURN") == "1"
 

@@ -16,7 +16,7 @@ from peers import eventually, payload, program
 
 from relay.errors import KernelError, SinkError
 from relay.log import RESERVE, Cursor, Log, segment_size
-from relay.spill_directory import SpillDirectory
+from relay.spill.directory import SpillDirectory
 
 SEGMENT = 4096
 

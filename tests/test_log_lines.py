@@ -15,7 +15,7 @@ from descriptors import Descriptors
 from peers import assert_same, eventually, payload, read_all, receive_all, wait_for
 from relays import RELAY, environment
 
-from relay.log_lines import LineWriter
+from relay.journal.lines import LineWriter
 
 
 def lost(count: int) -> str:

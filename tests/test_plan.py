@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from descriptors import Descriptors
 
-from relay import drawing, needs
+from relay import needs
 from relay.config.load import load_default, loads
 from relay.config.models import Route
 from relay.endpoints.broadcast import Broadcast
@@ -28,12 +28,13 @@ from relay.endpoints.digest import ALGORITHMS, new_digest
 from relay.endpoints.make import make_source
 from relay.endpoints.socket import SocketSource
 from relay.engine import Engine
+from relay.journal.record import SessionRecord
 from relay.kernel.pipe import F_GETPIPE_SZ
 from relay.kernel.probe import Machine, machine
-from relay.pipeline import Pipeline
-from relay.plan import Plan, RoutePlan, hops, make_plan
-from relay.record import SessionRecord
-from relay.spills import Spills
+from relay.pipeline.pipeline import Pipeline
+from relay.planning import drawing
+from relay.planning.plan import Plan, RoutePlan, hops, make_plan
+from relay.spill.spills import Spills
 from relay.stages.stage import Turn
 from relay.ways import Ways
 

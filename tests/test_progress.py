@@ -17,7 +17,16 @@ import peers
 import pytest
 from peers import PATIENCE, refused_address
 
-from relay.progress import Bars, JsonLines, Lines, Rates, Standing, make_progress, seconds_left, show_seconds
+from relay.sending.progress import (
+    Bars,
+    JsonLines,
+    Lines,
+    Rates,
+    Standing,
+    make_progress,
+    seconds_left,
+    show_seconds,
+)
 
 RELAY = [sys.executable, "-m", "relay", "send"]
 COLOUR = re.compile(rb"\x1b\[[0-9;]*(3[0-7]|9[0-7]|38;)[0-9;]*m")
@@ -158,7 +167,7 @@ def test_none_shows_nothing_but_results(data: Path) -> None:
 
 def test_rich_is_not_loaded_without_a_terminal(data: Path) -> None:
     """What draws bars is imported only where bars are drawn."""
-    code = "import sys, relay.sending as s; s.send([sys.argv[1]], ['null:']); sys.exit('rich' in sys.modules)"
+    code = "import sys, relay.sending.sending as s; s.send([sys.argv[1]], ['null:']); sys.exit('rich' in sys.modules)"
     assert peers.run([sys.executable, "-c", code, data]).returncode == 0
 
 

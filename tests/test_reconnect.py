@@ -42,8 +42,8 @@ from relay.endpoints.liveness import TcpState, keepalive
 from relay.endpoints.socket import unacknowledged
 from relay.endpoints.tcp import TcpSink
 from relay.engine import Engine
-from relay.record import SessionRecord
-from relay.route import RunningRoute
+from relay.journal.record import SessionRecord
+from relay.serving.route import RunningRoute
 
 
 def standing(sink: str, stages: str = "[]", more: str = "") -> str:

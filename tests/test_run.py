@@ -70,14 +70,14 @@ def test_a_route_without_yaml_needs_no_yaml_parser(tmp_path: Path) -> None:
     argv = [sys.executable, "-X", "importtime", "-m", "relay", "run", "in", "--to", "out"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, check=True, env=environment())
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.decode().splitlines() if "|" in line}
-    assert "relay.running" in loaded
+    assert "relay.serving.running" in loaded
     assert not loaded & {
         "yaml",
         "rich",
         "asyncio",
         "relay.config.document",
-        "relay.plan",
-        "relay.sending",
+        "relay.planning.plan",
+        "relay.sending.sending",
         "numpy",
     }
 

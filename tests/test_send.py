@@ -26,7 +26,7 @@ from peers import PATIENCE, accept, assert_same, payload, receive_all, refused_a
 
 from relay.endpoints.digest import new_digest
 from relay.errors import UsageError
-from relay.sending import send
+from relay.sending.sending import send
 
 MIB = 1 << 20
 RELAY = [sys.executable, "-m", "relay"]

@@ -38,8 +38,8 @@ from relays import Relay
 
 import relay.kernel.pipe
 import relay.log
+from relay.journal.record import SinkRecord
 from relay.kernel.pipe import F_GETPIPE_SZ, F_SETPIPE_SZ
-from relay.record import SinkRecord
 
 SCHEDULES = int(os.environ.get("RELAY_PROMISES", "30"))
 ALIGN = 188

@@ -32,12 +32,12 @@ from peers import (
 from relays import Relay, serving
 
 import relay.log
-import relay.spill_directory
+import relay.spill.directory
 from relay.config.load import load_to_run, loads
 from relay.endpoints.socket import unacknowledged
 from relay.errors import ConfigErrors
-from relay.record import SinkRecord
-from relay.spill_directory import SpillDirectory
+from relay.journal.record import SinkRecord
+from relay.spill.directory import SpillDirectory
 
 MIB = 1 << 20
 
@@ -452,14 +452,14 @@ def test_a_log_that_goes_while_logs_are_looked_for(tmp_path: Path, monkeypatch: 
         kept = relay.log.Log(tmp_path / name)
         kept.close(keep=True)
     directory = SpillDirectory(str(tmp_path))
-    look = relay.spill_directory.is_log
+    look = relay.spill.directory.is_log
 
     def gone_by_then(path: Path) -> bool:
         if path.name == "goes":
             shutil.rmtree(path)
         return look(path)
 
-    monkeypatch.setattr(relay.spill_directory, "is_log", gone_by_then)
+    monkeypatch.setattr(relay.spill.directory, "is_log", gone_by_then)
     assert directory.found() == ["stays"]
     directory.close()
 

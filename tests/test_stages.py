@@ -21,7 +21,7 @@ from faults import strace_inject
 from peers import assert_same, eventually, payload, run
 from relays import RELAY, ROOT, Relay, environment
 
-from relay.record import SessionRecord
+from relay.journal.record import SessionRecord
 
 
 def through(tmp_path: Path, data: bytes, stages: list[Any], sink: Any = None, **more: Any) -> SessionRecord:

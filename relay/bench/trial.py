@@ -26,11 +26,11 @@ from relay.endpoints.socket import SocketSource
 from relay.endpoints.stdio import InheritedSource
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError
+from relay.journal.record import SessionRecord
 from relay.kernel.arena import Arena
 from relay.kernel.pipe import LARGEST_CAPACITY, enlarge
 from relay.kernel.probe import machine
-from relay.pipeline import Pipeline
-from relay.record import SessionRecord
+from relay.pipeline.pipeline import Pipeline
 from relay.stages.stage import Turn
 from relay.stages.tee import Settings as TeeSettings
 from relay.ways import Ways

@@ -44,8 +44,8 @@ def bench(
     pipe, unix, tcp, file and memory into pipe, unix, tcp, file and null; 1, 4 and 16 sinks; 512 B, 64 KiB and 1 MiB.
     Exits with 1 when a cell failed.
     """
-    from relay import logs
     from relay.bench.survey import survey
+    from relay.journal import logs
 
     logs.set_up("auto", "warning")
     raise typer.Exit(

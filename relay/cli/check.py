@@ -23,7 +23,7 @@ def check(
     form: Annotated[Format, typer.Option("--format", help="How the answer looks.")] = Format.text,
 ) -> None:
     """Reports all errors of a configuration, and what this machine lacks for it."""
-    from relay.preflight import show_check
+    from relay.planning.preflight import show_check
 
     answer, warnings = show_check(config, form.value)
     for warning in warnings:

@@ -24,7 +24,7 @@ def plan(
     form: Annotated[Format, typer.Option("--format", help="How the plan looks.")] = Format.text,
 ) -> None:
     """Draws each route: the method of every hop and why, who can hold whom, what it needs."""
-    from relay.preflight import show_plan
+    from relay.planning.preflight import show_plan
 
     typer.echo(show_plan(config, form.value), nl=False)
 

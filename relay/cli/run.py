@@ -24,8 +24,8 @@ def run(
     method: Annotated[Method, typer.Option(help="How bytes cross.")] = Method.auto,
 ) -> None:
     """Moves one stream from SOURCE to every SINK (stdout without --to); a listening source takes one connection."""
-    from relay import logs
-    from relay.running import run_once
+    from relay.journal import logs
+    from relay.serving.running import run_once
 
     logs.set_up("auto", "warning", records=True)  # what it listens on and what moved it says itself
     raise typer.Exit(run_once(source, to or ["-"], method.value))

@@ -74,8 +74,8 @@ def send(
     Exits with 0 when all is done, 1 when some sinks failed, 4 when a source failed or changed, 5 when every
     sink failed, 6 when the checksum is another.
     """
-    from relay import logs
-    from relay.sending import send as send_all
+    from relay.journal import logs
+    from relay.sending.sending import send as send_all
 
     logs.set_up("json" if progress is ProgressKind.json else "text", "warning")
     raise typer.Exit(

@@ -36,10 +36,10 @@ def serve(
     log_level: Annotated[LogLevel, typer.Option(help="From which level on to log.")] = LogLevel.info,
 ) -> None:
     """Runs the routes; SIGTERM drains and ends, SIGHUP reloads and opens files anew."""
-    from relay import logs
     from relay.config.load import load_to_run, load_with_places
-    from relay.serve import Server
-    from relay.welcome import welcome
+    from relay.journal import logs
+    from relay.serving.server import Server
+    from relay.serving.welcome import welcome
 
     logs.set_up(log_format.value, log_level.value)
     server = Server(

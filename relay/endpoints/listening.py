@@ -25,8 +25,8 @@ from relay.endpoints.base import hint
 from relay.endpoints.socket import close_with_reset
 from relay.engine import WATCH_HINTS, Engine, Watch
 from relay.errors import KernelError
+from relay.journal.seldom import Seldom
 from relay.kernel import core
-from relay.seldom import Seldom
 
 log = logging.getLogger("relay.endpoints")
 

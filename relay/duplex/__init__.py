@@ -1,0 +1,1 @@
+"""Sessions that relay both ways: the connections of one duplex route on one engine, and the watch over their time."""

@@ -1,0 +1,1 @@
+"""What relay says: records of finished sessions, log lines, and how often something is worth a line."""

@@ -1,0 +1,255 @@
+"""How a pipeline's bytes cross: down the chain of pipes, or through one ring of memory that its sinks read.
+
+Theory of operation. Both ways are there for a pipeline whose stages are plain tees (ring_shape.py says why another has
+only its chain). It changes between them when nothing is under way: then the chain's pipes are empty and so is the
+ring, and there is nothing to carry over but counters. To get there the source is not read for a moment; where that
+takes longer than PATIENCE, because a sink is slow, the change is put off. A ring is there while it is used; its
+memory is one of few that an engine has, and where none is free the bytes go down the chain.
+
+With `method: auto` the stream begins the way that ways.py expects to be cheaper, and from then on is measured: the
+CPU time of a byte, by samples of each way (balance.py says when). What threads do that a pipeline hands bytes to
+would count as well; a pipeline that has any has only its chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from relay.endpoints.settings import SinkSettings
+from relay.engine import Engine, Timer
+from relay.kernel import core
+from relay.kernel.ring import Ring
+from relay.pipeline.balance import OWN, SETTLES, Balance, Way
+from relay.pipeline.chain import Chain
+from relay.pipeline.intake import METHODS, Intake
+from relay.pipeline.outlet import Outlet, judge
+from relay.pipeline.place import Place
+from relay.pipeline.ring_shape import chained
+from relay.stages.base import StageSettings
+from relay.ways import Choice, Ways
+
+READ = ("tcp", "unix", "fifo", "file", "stdio", "fd")  # ends that may be read into memory
+PATIENCE = 0.02  # seconds that the source waits for a change
+GIB = 1 << 30
+NAMES: dict[Way, str] = {"chain": "zero-copy", "ring": "copy"}
+
+
+class Crossing:
+    """Owns a pipeline's ring while there is one, and applies its sinks' policies there.
+
+    All calls on the engine's thread, between sweeps.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        route: str,
+        pipeline: core.Struct,
+        chain: Chain,
+        ways: Ways,
+        shape: tuple[Sequence[StageSettings], SinkSettings],
+    ) -> None:
+        self._engine = engine
+        self._route = route
+        self._pipeline = pipeline
+        self._chain = chain
+        self._ways = ways
+        self._needs_chain = chained(*shape)
+        self._ring: Ring | None = None
+        self._tokens: list[int] = []
+        self._intake: Intake | None = None
+        self._down: Choice | None = None  # how the source is read when the bytes go down the chain
+        self._begins: Choice | None = None
+        self._origin = 0
+        self._by: dict[Way, int] = {"chain": 0, "ring": 0}  # bytes of this turn
+        self._since = 0  # fed when they began to go the present way
+        self._balance: Balance | None = None
+        self._from = 0  # fed when what is measured began
+        self._timer: Timer | None = None
+
+    @property
+    def way(self) -> Way:
+        """How bytes cross now."""
+        return "chain" if self._ring is None else "ring"
+
+    def begin(self, intake: Intake) -> None:
+        """A stream begins; its sinks stand."""
+        self._intake, self._down = intake, intake.choice
+        self._origin = self._since = int(self._pipeline.fed)
+        self._by = {"chain": 0, "ring": 0}
+        if self._ring is not None:
+            self._ring.new_stream()
+        if self._needs_chain or not self._may():
+            return
+        self._begins = self._ways.across(len(self._chain.outlets))
+        wanted: Way = "ring" if self._begins.method == "copy" else "chain"
+        if self._balance is not None:
+            wanted = self._balance.way
+        if wanted != self.way and not self._waiting():
+            self._change()
+        if self._ways.forced == "auto":
+            self._sample()
+
+    @property
+    def _schemes(self) -> list[str]:
+        return [o.settings.address.scheme for o in self._chain.outlets if o.settings is not None]
+
+    def _may(self) -> bool:
+        """Whether this stream could go through a ring, as its ends turned out to be."""
+        assert self._intake is not None
+        source, choice = self._intake.source, self._intake.choice
+        if source.scheme not in READ or source.c.waits or choice.method in ("sendfile", "vmsplice"):
+            return False
+        sinks = [outlet.sink for outlet in self._chain.outlets]
+        return all(sink is not None and sink.c.kind != core.FERRY for sink in sinks)
+
+    def _waiting(self) -> bool:
+        held = any(node.c.held for node in self._chain.nodes)
+        return held or any(outlet.waiting for outlet in self._chain.outlets)
+
+    # -- changing
+
+    def _change(self) -> bool:
+        """From here on bytes go the other way; False if there is no ring. Nothing is under way."""
+        fed = int(self._pipeline.fed)
+        self._by[self.way] += fed - self._since
+        self._since = fed
+        if self._ring is not None:
+            self._leave()
+            return True
+        ring = Ring.pooled(self._engine.rings, fed, self._origin)
+        if ring is None:
+            return False
+        self._ring = ring
+        for outlet in self._chain.outlets:
+            token = self._engine.register(self._hears(outlet))
+            self._tokens.append(token)
+            outlet.place = Place(ring, outlet.node, outlet.gate, token)
+        self._pipeline.ring = ring.c
+        return True
+
+    def _hears(self, outlet: Outlet) -> Callable[[int, int, int], None]:
+        def heard(what: int, _error: int, _mask: int) -> None:
+            judge(self._route, outlet, self._chain.outlets, slow=what == core.SLOW)
+            self._engine.ready(self._pipeline)
+
+        return heard
+
+    def _leave(self) -> None:
+        if self._ring is None:
+            return
+        self._pipeline.ring = core.ffi.NULL
+        for outlet in self._chain.outlets:
+            if outlet.place is not None:
+                outlet.place.leave()
+                outlet.place = None
+        for token in self._tokens:
+            self._engine.forget_token(token)
+        self._tokens.clear()
+        self._ring.close()
+        self._ring = None
+
+    # -- measuring
+
+    def _measure(self, size: int, skip: int = SETTLES) -> None:
+        """The next `size` bytes are measured, after `skip` that are not."""
+        self._from = int(self._pipeline.fed)
+        self._pipeline.cpu_ns = self._pipeline.gauged = 0
+        self._pipeline.gauge_from = self._from + skip
+        self._pipeline.gauge_until = self._from + skip + size
+
+    def hear(self, what: int) -> None:
+        """The pump reports: nothing is under way, or what was to be measured has come."""
+        if what == core.STILL:
+            self._still()
+        else:
+            self._gauged()
+
+    def _gauged(self) -> None:
+        if self._intake is None or self._begins is None:
+            return
+        fed = int(self._pipeline.fed)
+        if self._balance is None:
+            self._balance = Balance(self.way, self._ways.odds(self._schemes, self.way))
+        if self.way != self._balance.way:
+            self._balance.spent(fed - self._from)
+        self._balance.measured(self.way, int(self._pipeline.cpu_ns) / int(self._pipeline.gauged))
+        way, size = self._balance.next(fed)
+        if way == self.way:
+            self._measure(size, self._balance.pause if way == self._balance.way else 0)
+        else:
+            self._pipeline.still = 1
+            self._timer = self._engine.later(PATIENCE, self._too_long)
+            self._engine.ready(self._pipeline)
+
+    def _still(self) -> None:
+        changed = self._change()
+        self._go_on()
+        if not changed and self._balance is not None:
+            self._balance.gave_up(int(self._pipeline.fed))
+        self._sample()
+
+    def _sample(self) -> None:
+        own = self._balance is None or self.way == self._balance.way
+        self._measure(OWN if own or self._balance is None else self._balance.trial)
+
+    def _too_long(self) -> None:
+        if self._balance is not None and self.way == self._balance.way:
+            self._balance.gave_up(int(self._pipeline.fed))
+        self._go_on()
+        self._sample()
+
+    def _go_on(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._pipeline.still = 0
+        self._engine.ready(self._pipeline)
+
+    # -- ending
+
+    def settle(self) -> dict[str, Any]:
+        """The stream is over: its source and its outlets know how their bytes crossed; the measurements, if any."""
+        self._go_on()
+        self._pipeline.gauge_until = 0
+        fed = int(self._pipeline.fed)
+        self._by[self.way] += fed - self._since
+        self._since = fed
+        by_ring = self._by["ring"] > self._by["chain"] or (fed == self._origin and self._ring is not None)
+        for outlet in self._chain.outlets:
+            outlet.by_ring = by_ring
+        if self._intake is None or self._down is None or self._begins is None:
+            return {}
+        choice = self._down
+        if by_ring:
+            choice = Choice("copy", self._begins.reason if self._begins.method == "copy" else "measured")
+        costs = self._balance.costs() if self._balance is not None else {}
+        if len(costs) == 2 and self._balance is not None:
+            told = ", ".join(f"{NAMES[way]} {cost * GIB / 1e9:.2f}" for way, cost in costs.items())
+            choice = Choice(choice.method, f"measured, in CPU-seconds per GiB: {told}")
+        self._intake.choice = choice
+        self._intake.source.c.method = METHODS[choice.method]
+        if self._balance is None or not costs:
+            return {}
+        return {
+            "way": NAMES[self._balance.way],
+            "began": NAMES["ring" if self._begins.method == "copy" else "chain"],
+            "changes": self._balance.changes,
+            "bytes": {NAMES[way]: count for way, count in self._by.items()},
+            "cpu_seconds_per_gib": {NAMES[way]: round(cost * GIB / 1e9, 4) for way, cost in costs.items()},
+            "samples": {NAMES[way]: count for way, count in self._balance.samples.items()},
+        }
+
+    def end_turn(self) -> None:
+        """Its account is made: memory that nobody needs now goes back."""
+        self._intake = self._begins = None
+        if self._ring is not None and not self._waiting():
+            self._leave()
+
+    def close(self) -> None:
+        """The pipeline is gone. Safe to call again."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._leave()

@@ -1,0 +1,98 @@
+"""Who may connect: limits of a listening source, and refusals that are counted and logged at a bounded rate."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from ipaddress import IPv6Address, ip_address
+
+from relay.endpoints.options import Limits
+from relay.journal.seldom import Seldom
+
+log = logging.getLogger("relay.serve")
+
+BETWEEN = 1.0  # seconds between two log lines about refusals of one route
+
+
+def host_of(peer: str) -> str:
+    """The host in a peer's name: `1.2.3.4:5` and `[::1]:5` without port; other names as they are."""
+    if peer.startswith("["):
+        return peer[1 : peer.index("]")]
+    host, colon, _port = peer.rpartition(":")
+    return host if colon and not peer.startswith("pid:") else peer
+
+
+class Admission:
+    """Counts the connections of one route, in all and by host. Lives on the route's home engine."""
+
+    def __init__(self, route: str, limits: Limits) -> None:
+        self._route = route
+        self._limits = limits
+        self._open: Counter[str] = Counter()
+        self.refused = 0
+        self._told = Seldom(BETWEEN)
+
+    @property
+    def connections(self) -> int:
+        """How many are admitted and not gone yet."""
+        return self._open.total()
+
+    def admit(self, peer: str) -> bool:
+        """Whether a connection from `peer` may come in; if so it counts until `leave`."""
+        host = host_of(peer)
+        reason = self._refusal(host)
+        if not reason:
+            self._open[host] += 1
+            return True
+        self.refused += 1
+        if count := self._told():
+            log.warning(
+                "%s: %s refused: %s (%d refused so far)",
+                self._route,
+                peer,
+                reason,
+                self.refused,
+                extra={
+                    "event": "refused",
+                    "route": self._route,
+                    "peer": peer,
+                    "reason": reason,
+                    "count": count,
+                },
+            )
+        return False
+
+    def leave(self, peer: str) -> None:
+        """A connection that was admitted is gone."""
+        host = host_of(peer)
+        self._open[host] -= 1
+        if self._open[host] <= 0:
+            del self._open[host]
+
+    def _refusal(self, host: str) -> str:
+        limits = self._limits
+        if limits.allow or limits.deny:
+            reason = self._by_network(host)
+            if reason:
+                return reason
+        if limits.connections is not None and self._open.total() >= limits.connections:
+            return f"{limits.connections} connections are open already (limits.connections)"
+        if limits.per_peer is not None and self._open[host] >= limits.per_peer:
+            return f"{limits.per_peer} connections from {host} are open already (limits.per_peer)"
+        return ""
+
+    def _by_network(self, host: str) -> str:
+        try:
+            address = ip_address(host.partition("%")[0])
+        except ValueError:
+            return ""  # a unix peer has no address
+        if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+            address = address.ipv4_mapped
+        for network in self._limits.deny:
+            if address.version == network.version and address in network:
+                return f"{network} is denied (limits.deny)"
+        if self._limits.allow and not any(
+            address.version == network.version and address in network for network in self._limits.allow
+        ):
+            return "it is in no network of limits.allow"
+        return ""
