@@ -69,6 +69,9 @@ class Route(FrozenModel):
                     )
 
         yield from self._shared_logs()
+        for place, sink in self.sinks():
+            if not self.duplex or place != ("sink",):
+                yield from (problem.within(*place) for problem in sink.one_way())
 
     def _shared_logs(self) -> Iterator[Problem]:
         """Two sinks of one address whose logs would have one name."""
@@ -221,7 +224,8 @@ def _circles(routes: Mapping[str, Route]) -> Iterator[Problem]:
     def leads_to(name: str) -> Iterator[tuple[Place, str]]:
         for place, sink in routes[name].sinks():
             for other, route in routes.items():
-                if sink.connect and route.source.listen and _reaches(sink.connect, route.source.listen):
+                here = route.source.listen
+                if sink.connect and here and any(_reaches(address, here) for address in sink.addresses):
                     yield ("routes", name, *place, "connect"), other
 
     for name in routes:

@@ -13,6 +13,7 @@ from relay.settings import FrozenModel, Problem
 from relay.units import Duration, PositiveDuration, PositiveSize, Size, parse_duration, parse_size, show
 
 Policy = Literal["block", "drop", "disconnect", "spill"]
+Balance = Literal["round_robin", "least_connections", "source_hash", "first"]
 Network = IPv4Network | IPv6Network
 
 DEAD_AFTER = 15.0  # seconds of silence after which a tcp peer is given up
@@ -194,3 +195,42 @@ def read_fsync(value: object) -> str | float:
 
 def read_sidecar(value: object) -> object:
     return {True: "sha256", False: None}[value] if isinstance(value, bool) else value
+
+
+LONGEST_QUESTION = 4096  # bytes: what any socket takes at once
+
+
+class Health(FrozenModel):
+    """How the upstreams of a duplex route are asked whether they are well. The short form is `every`."""
+
+    short_schema: ClassVar[dict[str, Any] | None] = {"type": ["string", "number"]}
+
+    every: PositiveDuration = Field(default=2.0, description="time between two checks of an upstream")
+    timeout: PositiveDuration = Field(default=1.0, description="how long a check may take")
+    fall: int = Field(
+        default=3, ge=1, le=1000, description="checks in a row that must fail before it is down"
+    )
+    rise: int = Field(default=2, ge=1, le=1000, description="checks in a row that must pass before it is up")
+    send: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=LONGEST_QUESTION,
+        description="what a check says once connected",
+    )
+    expect: str | None = Field(
+        default=None, min_length=1, description="what the answer must contain; without it a connect is enough"
+    )
+
+    @classmethod
+    def from_short(cls, value: object) -> Mapping[str, Any]:
+        """`health: 2s`."""
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return {"every": value}
+        return super().from_short(value)
+
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """A question whose answer nobody looks at."""
+        if "send" in given and "expect" not in given:
+            said = "'send' without 'expect' asks and does not listen; write what the answer must contain"
+            yield Problem(said, ("send",), at_key=True)
