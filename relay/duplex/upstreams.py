@@ -101,7 +101,7 @@ class Upstreams:
             asking = [name for name in self._names if now >= name.fresh_until and not name.looking]
             for name in asking:
                 name.looking = True
-            waits = any(name.holds_up(now) for name in self._names)
+            waits = self._hold_up(now)
             once = _Once(then)
             if waits:
                 self._waiting.append((engine, once))
@@ -109,9 +109,23 @@ class Upstreams:
             host, port = name.address.host, name.address.port
             self._home.work(partial(tcp.lookup, host, port), partial(self._answered, name))
         if waits:
-            engine.later(self._patience, once)
+            engine.later(self._patience, partial(self._out_of_patience, once))
         else:
             then()
+
+    def _hold_up(self, now: float) -> bool:
+        """Whether sessions wait for a look-up."""
+        if not self._upstreams:
+            return any(name.looking for name in self._names)
+        return any(name.holds_up(now) for name in self._names)
+
+    def _out_of_patience(self, once: _Once) -> None:
+        """On any engine: a resolver is slow. Where other upstreams are known nobody else waits for it."""
+        now = self._home.now
+        with self._lock:
+            for name in self._names if once.pending else ():
+                name.asked_at = now if name.looking else name.asked_at
+        once()
 
     def _answered(self, name: _Name, places: list[Place] | None, failed: BaseException | None) -> None:
         """On the home engine."""
@@ -127,7 +141,7 @@ class Upstreams:
                 name.failed, name.places, name.fresh_until = "", list(places), now + FRESH
             fresh, gone = self._list()
             waiting = []
-            if not any(one.holds_up(now) for one in self._names):
+            if not self._hold_up(now):
                 waiting, self._waiting = self._waiting, []
         if name.failed and not before:
             known = "; what it meant before is used" if name.places else ""
@@ -262,6 +276,11 @@ class _Once:
 
     def __init__(self, action: Callable[[], None]) -> None:
         self._action: Callable[[], None] | None = action
+
+    @property
+    def pending(self) -> bool:
+        """Whether it has not happened."""
+        return self._action is not None
 
     def __call__(self) -> None:
         action, self._action = self._action, None
