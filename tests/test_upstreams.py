@@ -15,12 +15,14 @@ from peers import eventually
 
 from relay.backoff import Backoff
 from relay.config.data import from_data
+from relay.config.load import loads
 from relay.duplex.balance import choose, client_of, passed_over
 from relay.duplex.upstream import Upstream
 from relay.duplex.upstreams import FRESH, STALE, Upstreams
 from relay.endpoints import tcp
 from relay.endpoints.options import Balance
 from relay.engine import Engine
+from relay.errors import ConfigErrors
 
 CLIENTS = [f"10.{number >> 8}.{number & 255}.7:40000" for number in range(3000)]
 
@@ -495,3 +497,67 @@ def test_a_resolver_that_is_silent_is_waited_for_only_so_long(
     assert set(names(upstreams)) == {"tcp://127.0.0.1:9"}
     answer.set()
     settled(engine, lambda: "no address" in upstreams.reason)
+
+
+# -- settings
+
+
+def problems(sink: str, more: str = "duplex: true") -> list[str]:
+    """What is wrong with a route to that sink, as `relay check` says it: line, column, where, what."""
+    text = f"routes:\n  r:\n    source: tcp://127.0.0.1:1\n    {more}\n    sink: {sink}\n"
+    try:
+        loads(text)
+    except ConfigErrors as error:
+        return [str(one).partition(":")[2] for one in error.errors]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("sink", "said"),
+    [
+        ("{connect: []}", "the list is empty"),
+        (
+            "{connect: [tcp://a:1, tcp://b:0]}",
+            "5:33: routes.r.sink.connect[1]: port 0 in 'tcp://b:0' is for listening",
+        ),
+        ("{connect: [tcp://a:1, tcp://a:1]}", "routes.r.sink.connect[1]: tcp://a:1 is in the list already"),
+        ("{connect: [tcp://a:1, x.bin]}", "'connect' takes a tcp or unix address, got 'x.bin'"),
+        ("{connect: tcp://a:1, balance: firts}", "got 'firts'; did you mean 'first'?"),
+        ("{connect: tcp://a:1, health: {send: x}}", "'send' without 'expect' asks and does not listen"),
+        ("{connect: tcp://a:1, health: {fall: 0}}", "must be at least 1"),
+        ("{connect: tcp://a:1, health: {evry: 1s}}", "did you mean 'every'?"),
+        ("{connect: tcp://a:1, health: [1s]}", "expected a mapping with every, timeout"),
+        ("{connect: tcp://a:1, tries: 0}", "must be at least 1"),
+        ("{listen: tcp://127.0.0.1:2, tries: 2}", "'tries' applies to sinks that connect only"),
+        ("{connect: [tcp://a:1, tcp://127.0.0.1:1]}", "comes back to 'r', again and again"),
+    ],
+)
+def test_settings_that_cannot_be(sink: str, said: str) -> None:
+    """Each is told at its place."""
+    assert any(said in problem for problem in problems(sink)), problems(sink)
+
+
+@pytest.mark.parametrize("key", ["balance: first", "health: 2s", "tries: 2", "connect_timeout: 2s"])
+def test_settings_that_mean_nothing_one_way(key: str) -> None:
+    """Keys of upstreams, and lists, are refused for sinks of one-way streams, those of tees on duplex routes too."""
+    (said,) = problems(f"{{connect: tcp://a:1, {key}}}", "duplex: false")
+    assert f"'{key.partition(':')[0]}' is for the sink of a duplex route" in said
+    (said,) = problems("{connect: [tcp://a:1, tcp://b:1]}", "duplex: false")
+    assert "one stream goes to many by 'tee'" in said
+    (said,) = problems("tcp://a:1", f"stages: [tee: {{to: {{connect: tcp://b:1, {key}}}}}]")
+    assert f"'{key.partition(':')[0]}' is for" in said
+
+
+def test_short_forms_mean_the_same() -> None:
+    """An address alone, a mapping with one, and a list of one are the same settings."""
+    routes = [
+        loads(f"routes: {{r: {{source: tcp://:1, duplex: true, sink: {sink}}}}}").routes["r"]
+        for sink in ("tcp://a:1", "{connect: tcp://a:1}", "{connect: [tcp://a:1]}")
+    ]
+    assert routes[0].sink == routes[1].sink == routes[2].sink
+    assert [str(one) for one in routes[2].sink.addresses] == ["tcp://a:1"]
+    assert routes[0].sink.balanced == "first"
+    more = "{connect: [tcp://a:1, unix:///b], health: 5s}"
+    sink = loads(f"routes: {{r: {{source: tcp://:1, duplex: true, sink: {more}}}}}").routes["r"].sink
+    assert [str(one) for one in sink.addresses] == ["tcp://a:1", "unix:///b"]
+    assert (sink.balanced, sink.health and sink.health.every) == ("round_robin", 5.0)

@@ -26,11 +26,14 @@ from relay.errors import name_of
 
 State = Literal["up", "down", "ejected", "leaving"]
 
-# Failures for which the upstream is not to blame: its backlog is full for a moment, or this machine is short.
+# Failures for which the upstream is not to blame: its backlog is full for a moment, or this machine is short of
+# something or may not connect so.
 BLAMELESS = frozenset(
     {
         errno.EAGAIN,
         errno.EADDRNOTAVAIL,
+        errno.EAFNOSUPPORT,
+        errno.EPERM,
         errno.EMFILE,
         errno.ENFILE,
         errno.ENOBUFS,
