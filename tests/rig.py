@@ -394,7 +394,7 @@ class Rig:
             self.ring[0].new_stream()
             self.ring[1].new_stream()
             for outlet in self.outlets:
-                if outlet.reader and not outlet.reader[1].runs and outlet.alive:
+                if outlet.reader and not outlet.reader[1].runs and outlet.reader[1] in self.ring[1].readers:
                     outlet.began = min(outlet.began, outlet.reader[1].at)
 
     def later(self, nanoseconds: int) -> None:

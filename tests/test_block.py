@@ -12,7 +12,6 @@ import pytest
 from peers import (
     accept,
     assert_same,
-    eventually,
     payload,
     receive_all,
     receive_exactly,
