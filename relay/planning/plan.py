@@ -184,10 +184,11 @@ class _Walk:
                 branch.stages, branch.to, branch.on_slow, gated=True, within=own + within, before=within
             )
         else:
-            backlog = branch.on_slow.policy != "block"
+            backlog = needs.has_backlog(branch.to, branch.on_slow)
+            block = branch.on_slow.policy == "block"
             need = self._node if backlog else needs.NOTHING
-            hop = self._sink(branch.to, branch.on_slow, stage.name, need, into if backlog else None, within)
-            if tee.method == "copy" and not backlog and hop.kind not in ("file", *INHERITED):
+            hop = self._sink(branch.to, branch.on_slow, stage.name, need, None if block else into, within)
+            if tee.method == "copy" and needs.passes_backlog(branch.to, branch.on_slow) and hop.sure:
                 hop = replace(hop, choice=tee)
             below = (hop,)
         return Hop("stage", stage.kind, stage.name, tee, self._node, detail=detail, entry=entry, branch=below)
