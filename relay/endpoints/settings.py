@@ -22,6 +22,7 @@ from relay.endpoints.options import (
     Mode,
     OnSlow,
     Rotate,
+    Trust,
     read_fsync,
     read_sidecar,
 )
@@ -79,8 +80,12 @@ _SCOPES = {
     **{key: _Scope(frozenset({"connect"}), _SOCKETS, "sinks that connect") for key in UPSTREAM_KEYS},
     "limits": _Scope(_LIVE, _SOCKETS, "sources that listen or connect"),
 }
+_TRUSTS = _Scope(_LISTEN, _SOCKETS, "sources that listen")
+_TELLS = _Scope(frozenset({"connect"}), _SOCKETS, "sinks that connect")
+_TRANSPARENT = _Scope(frozenset({"connect"}), frozenset({"tcp"}), "sinks that connect to tcp")
 _LIMIT_SCOPES = {
     "connections": _Scope(_LISTEN, _SOCKETS, "sources that listen"),
+    "rate": _Scope(_LISTEN, _SOCKETS, "sources that listen"),
     "per_peer": _Scope(_LISTEN, frozenset({"tcp"}), "sources that listen on tcp"),
     "allow": _Scope(_LISTEN, frozenset({"tcp"}), "sources that listen on tcp"),
     "deny": _Scope(_LISTEN, frozenset({"tcp"}), "sources that listen on tcp"),
@@ -204,10 +209,26 @@ class SourceSettings(EndpointSettings):
         description="each connection gets sinks of its own, or connections take turns on one pipeline",
     )
     limits: Limits = Field(default=Limits(), description="what a listening source lets in, and for how long")
+    proxy_protocol: Trust | None = Field(
+        default=None, description="connections from these networks begin with a PROXY header, version 1 or 2"
+    )
+
+    def check_made(self) -> Iterator[Problem]:
+        """Whom a PROXY header is believed from."""
+        if self.proxy_protocol is None or self.listen is None:
+            return
+        if self.listen.scheme == "tcp" and not self.proxy_protocol.trust:
+            said = "nobody is trusted: name the networks of the proxies, such as 10.0.0.0/8"
+            yield Problem(said, ("proxy_protocol",))
+        elif self.listen.scheme == "unix" and self.proxy_protocol.trust:
+            said = "peers of a unix socket have no network; write 'true', and say who may connect with 'mode'"
+            yield Problem(said, ("proxy_protocol",))
 
     @classmethod
     def _scoped(cls, given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], _Scope]]:
         yield from super()._scoped(given)
+        if "proxy_protocol" in given:
+            yield ("proxy_protocol",), _TRUSTS
         limits = given.get("limits")
         if isinstance(limits, Mapping) and ("listen" in given or "connect" in given):
             for key in limits:
@@ -261,6 +282,13 @@ class SinkSettings(EndpointSettings):
     peer_eof: Literal["note", "close"] = Field(
         default="note",
         description="what a one-way sink does when its peer ends its own stream: note it, or close",
+    )
+    proxy_protocol: Literal["v1", "v2"] | None = Field(
+        default=None, description="begin each connection with a PROXY header that names the source's peer"
+    )
+    transparent: bool = Field(
+        default=False,
+        description="with duplex: connect from the address of the source's peer (IP_TRANSPARENT)",
     )
     append: bool = Field(default=False, description="write at the end of the file that is there, in place")
     rotate: Rotate | None = Field(default=None, description="begin a new file by size or time")
@@ -326,9 +354,22 @@ class SinkSettings(EndpointSettings):
         """A policy that this kind of sink cannot have."""
         yield from (problem.within("on_slow") for problem in self.cannot(self.on_slow))
 
+    @classmethod
+    def _scoped(cls, given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], _Scope]]:
+        yield from super()._scoped(given)
+        for key, scope in (("proxy_protocol", _TELLS), ("transparent", _TRANSPARENT)):
+            if key in given:
+                yield (key,), scope
+
     def cannot(self, slow: OnSlow) -> Iterator[Problem]:
         """What in a policy that covers this sink it cannot have, each at its key in the policy."""
         scheme = self.address.scheme
+        if self.proxy_protocol and (slow.policy == "spill" or slow.buffer):
+            key = "buffer" if slow.buffer else "policy" if "policy" in slow.model_fields_set else ""
+            said = (
+                "a log may go to several connections, one after another, and none of them has one peer only"
+            )
+            yield Problem(f"{said}: leave 'proxy_protocol' out", (key,) if key else (), at_key=True)
         if slow.directory is not None and self.verb != "listen" and scheme not in ("tcp", "unix", "fifo"):
             said = f"a log on disk waits for a sink that can be reached again; {str(self.address)!r} is none"
             hint = "leave 'directory' out: the log is then in memory"

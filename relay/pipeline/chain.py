@@ -16,6 +16,7 @@ from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine
 from relay.kernel.pipe import DEFAULT_CAPACITY
+from relay.pipeline.introduction import Introduction
 from relay.pipeline.node import Node, guard
 from relay.pipeline.outlet import Outlet
 from relay.stages.base import StageSettings
@@ -126,7 +127,7 @@ class Chain:
             self._gates.append(node)
             self._into(node, self._build(branch.stages, branch.to, branch.on_slow, node))
             self._gates.pop()
-        elif branch.on_slow.policy != "block":
+        elif branch.on_slow.policy != "block" or branch.to.proxy_protocol:
             leaf = self._add()
             self._into(node, leaf)
             self._outlet(leaf, node, branch.to, branch.on_slow, None, name=stage.name)
@@ -172,6 +173,9 @@ class Chain:
         )
         if sink.verb != "listen":
             guard(gate, slow)
+        if sink.proxy_protocol:
+            self.stages.append(Introduction(sink.proxy_protocol))
+            self.stages[-1].wire(self._engine, node.c)
         self.outlets.append(outlet)
 
     def _set_apart(
