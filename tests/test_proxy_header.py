@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import struct
+import subprocess
+import sys
 from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from relays import environment
 
 from relay.endpoints.proxy_header import (
     FIXED,
@@ -203,3 +208,15 @@ def test_who_has_no_address_is_unknown(version: str, peer: str, local: str) -> N
 def test_a_scope_is_left_out() -> None:
     """A link-local peer is named without its interface, which means nothing elsewhere."""
     assert make("v1", "[fe80::1%eth0]:5", "[fe80::2%eth0]:6") == b"PROXY TCP6 fe80::1 fe80::2 5 6\r\n"
+
+
+def test_the_fuzzer_finds_nothing_in_a_moment(tmp_path: Path) -> None:
+    """What tests/fuzz/proxy_header.py says of any bytes holds for a few thousand inputs (see docs/testing.md)."""
+    if importlib.util.find_spec("atheris") is None:
+        pytest.skip("the fuzzer needs atheris: pip install atheris")
+    target = Path(__file__).parent / "fuzz" / "proxy_header.py"
+    argv = [sys.executable, str(target), "-runs=5000", "-seed=1", "-verbosity=0"]
+    ran = subprocess.run(
+        argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ran.returncode == 0, ran.stderr

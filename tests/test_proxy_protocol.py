@@ -270,7 +270,8 @@ def test_a_header_on_a_unix_socket(version: str, tmp_path: Path) -> None:
 def test_one_way_routes_accept_headers(version: str, tmp_path: Path) -> None:
     """The record, the file's name and its content are as if the client itself had connected."""
     data = payload(3, 300_000)
-    config = f'routes: {{r: {{source: {{listen: "tcp://127.0.0.1:0", proxy_protocol: ["{HERE}"]}}, sink: "got-{{peer}}"}}}}'
+    source = f'{{listen: "tcp://127.0.0.1:0", proxy_protocol: ["{HERE}"]}}'
+    config = f'routes: {{r: {{source: {source}, sink: "got-{{peer}}"}}}}'
     with serving(config, tmp_path) as served:
         with connected(served.addresses(1)[0]) as client:
             client.sendall(HEADERS[version] + data)
@@ -310,7 +311,7 @@ def test_connections_that_take_turns_introduce_themselves(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_the_header_goes_out_at_connect(version: str) -> None:
-    """A server that speaks first gets the header before the client has said anything; the record counts payload only."""
+    """A server that speaks first gets the header before the client has said anything; records count payload only."""
     with behind("tcp://127.0.0.1:0", proxy_protocol=version) as (duplex, listening):
         with connected(duplex.address) as client, accept(listening) as server:
             expected = make(version, name_of(client), peer_of(client))  # type: ignore[arg-type] # as given
@@ -468,7 +469,7 @@ TELLS = '"%[src]:%[src_port] %[dst]:%[dst_port]"'
 def haproxy(directory: Path, body: str, *listening: socket.socket) -> Iterator[None]:
     """HAProxy with that configuration; it inherits the sockets, `fd@{0}` and so on in it."""
     config = directory / "haproxy.cfg"
-    head = f"global\n  maxconn 50\ndefaults\n  timeout client 20s\n  timeout server 20s\n"
+    head = "global\n  maxconn 50\ndefaults\n  timeout client 20s\n  timeout server 20s\n"
     config.write_text(f"{head}  timeout connect 20s\n{body.format(*(sock.fileno() for sock in listening))}\n")
     argv = [program("haproxy"), "-db", "-f", str(config)]
     fds = [sock.fileno() for sock in listening]
