@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +19,8 @@ from relay.config.models import Route
 from relay.duplex.patrol import Patrol
 from relay.endpoints.base import hint
 from relay.endpoints.connecting import CONNECT_TIMEOUT
-from relay.endpoints.dial import Dials
+from relay.endpoints.dial import TRANSPARENT, Dials, sockaddr_from
+from relay.endpoints.proxy_header import local_of, make
 from relay.endpoints.tcp import CHECK_NAME
 from relay.engine import Engine
 from relay.errors import name_of
@@ -29,15 +30,20 @@ from relay.ways import Ways
 
 BACKLOG_FULL = 0.02  # seconds until a unix listener whose backlog was full is tried again
 
+NOT_FROM_THERE = {
+    errno.EPERM: TRANSPARENT,
+    errno.EAFNOSUPPORT: "'transparent' needs a sink of the peer's address family, IPv4 or IPv6",
+}
 SHORT = (-errno.EMFILE, -errno.ENFILE, -errno.ENOBUFS, -errno.ENOMEM)
 
 lib = core.lib
 
 
 class Session:
-    """One connection and its counterpart. `slot` is its number in the exchange, -1 once it is closed."""
+    """One connection and its counterpart. `slot` is its number in the exchange, -1 once it is closed. `ahead` is memory
+    that C sends from before all else."""
 
-    __slots__ = ("began", "c", "id", "peer", "slot")
+    __slots__ = ("ahead", "began", "c", "id", "peer", "slot")
 
     def __init__(self, slot: int, c: core.Struct, ident: int, peer: str, began: float) -> None:
         self.slot = slot
@@ -45,6 +51,7 @@ class Session:
         self.id = ident
         self.peer = peer
         self.began = began
+        self.ahead: core.Struct = None
 
 
 class Way(NamedTuple):
@@ -83,6 +90,8 @@ class Sessions:
         self._name = name
         self._source = str(route.source.address)
         self._sink = str(route.sink.address)
+        self._route_sink = route.sink
+        self._names_peers = route.sink.proxy_protocol is not None or route.sink.transparent
         self._ids = ids
         self._on_over = on_over
         self._on_short = on_short
@@ -101,12 +110,14 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._live)
 
-    def begin(self, connections: list[tuple[int, str]]) -> None:
-        """New sessions for accepted connections, nonblocking (descriptor, peer); they are this object's from here."""
+    def begin(self, connections: Sequence[tuple[int, str, str]]) -> None:
+        """New sessions for accepted connections, nonblocking (descriptor, peer, where that had connected to if it was
+        not here); they are this object's from here.
+        """
         now = self._engine.now
         exchange, live = self._exchange, self._live
         fresh = self._fresh
-        for fd, peer in connections:
+        for fd, peer, local in connections:
             slot = exchange.take()
             c = exchange.sessions[slot]
             session = live[slot] = Session(slot, c, next(self._ids), peer, now)
@@ -116,9 +127,23 @@ class Sessions:
             )
             if error:
                 self._fail(session, -error, "source", "registering")
+            elif self._names_peers:
+                self._name_peer(session, fd, local)
         while fresh:
             self._dials.get(partial(self._dial, fresh.popleft()))
         self._patrol.look_soon()
+
+    def _name_peer(self, session: Session, fd: int, local: str) -> None:
+        """The sink learns of the session's peer, by a PROXY header or by the address that connects to it."""
+        c = session.c
+        if self._route_sink.proxy_protocol is not None:
+            header = make(self._route_sink.proxy_protocol, session.peer, local or local_of(fd))
+            c.ahead = session.ahead = core.ffi.new("char[]", header)
+            c.ahead_size = len(header)
+        if self._route_sink.transparent:
+            address = sockaddr_from(session.peer)
+            core.ffi.memmove(c.origin, address, len(address))
+            c.origin_size = len(address)
 
     # -- connecting
 
@@ -201,6 +226,8 @@ class Sessions:
         """It never came to be a session of two."""
         if not words:
             advice = hint(code)
+            if self._route_sink.transparent and ended_by == "sinks":
+                advice = NOT_FROM_THERE.get(code, advice)
             words = f"{os.strerror(code)} ({name_of(code)})" + (f"; {advice}" if advice else "")
         whom = self._sink if ended_by == "sinks" else session.peer
         self._close(session, f"{operation} {whom}: {words}", ended_by)

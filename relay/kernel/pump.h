@@ -286,6 +286,10 @@ struct relay_duplex {
     int64_t last_ns;         /* monotonic time of the last byte */
     int64_t until_ns;        /* connecting: when it is given up; cutting: when the reset is due */
     int64_t seen;            /* cutting: bytes outstanding when last looked at */
+    const char *ahead;       /* goes to the second side before all else: `ahead_size` bytes, Python's until it is over */
+    int32_t ahead_size, ahead_at;
+    char origin[28];         /* a sockaddr of `origin_size` bytes that it connects from, perhaps not this machine's */
+    int32_t origin_size;     /* 0: one of this machine's own */
     struct relay_duplex *next;
     struct relay_duplex *timed_next, *timed_prev;
 };
