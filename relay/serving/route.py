@@ -335,6 +335,9 @@ class RunningRoute:
 
     # -- reload
 
+    def follow(self, old: RunningRoute) -> None:
+        """Before it is opened: it takes the place of `old`, from which it may take what both have."""
+
     def leave(self) -> None:
         """Another took its place: no newcomers of any kind, then as `drain`."""
         self.reception.finish(sources_only=False)
