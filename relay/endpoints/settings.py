@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
+from relay.endpoints import passed
 from relay.endpoints.address import Address, AddressError
 from relay.endpoints.options import (
     DEAD_AFTER,
@@ -51,7 +52,10 @@ def _socket(verb: str, value: object) -> Address:
 
 
 def _listening(value: object) -> Address:
-    return _socket("listen", value)
+    address = Address.of(value)
+    if address.scheme == "systemd":
+        return passed.meant(address)
+    return _socket("listen", address)
 
 
 def _connecting(value: object) -> Address:
@@ -126,12 +130,13 @@ def _descriptor(value: object) -> Address:
 
 
 _SOCKET_JSON = WithJsonSchema({"type": "string", "pattern": r"^(tcp|unix)://|\$\{"})
+_LISTEN_JSON = WithJsonSchema({"type": "string", "pattern": r"^(tcp|unix|systemd)://|\$\{"})
 _PATH_JSON = WithJsonSchema({"type": "string", "minLength": 1})
 _FD_JSON = WithJsonSchema(
     {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^fd://|\$\{"}]}
 )
 
-ListenAddress = Annotated[Address, PlainValidator(_listening), _SOCKET_JSON]
+ListenAddress = Annotated[Address, PlainValidator(_listening), _LISTEN_JSON]
 ConnectAddress = Annotated[Address, PlainValidator(_connecting), _SOCKET_JSON]
 
 
@@ -186,7 +191,9 @@ class EndpointSettings(FrozenModel):
     role: ClassVar[str]
     ends: ClassVar[tuple[str, ...]] = ENDS
 
-    listen: ListenAddress | None = Field(default=None, description="tcp or unix address to listen on")
+    listen: ListenAddress | None = Field(
+        default=None, description="tcp, unix or systemd address to listen on"
+    )
     connect: ConnectAddress | None = Field(default=None, description="tcp or unix address to connect to")
     file: Annotated[Address, PlainValidator(_file), _PATH_JSON] | None = Field(
         default=None, description="path of a file"
@@ -217,7 +224,7 @@ class EndpointSettings(FrozenModel):
             )
         address = Address.of(value)
         match address.scheme:
-            case "tcp" | "unix":
+            case "tcp" | "unix" | "systemd":
                 return {cls.short_verb: address}
             case "file" | "fifo" | "fd":
                 return {address.scheme: address}
@@ -240,14 +247,18 @@ class EndpointSettings(FrozenModel):
                 (second,),
                 at_key=True,
             )
-        verb, scheme, abstract = ends[0], ends[0], False
+        verb, scheme, abstract, handed = ends[0], ends[0], False, False
         if verb in _LIVE:
             try:
                 address = Address.of(given[verb])
+                handed = address.scheme == "systemd"
+                address = passed.meant(address)
             except AddressError:
                 scheme = ""  # reported with the address itself
             else:
                 scheme, abstract = address.scheme, address.abstract
+            if scheme == "systemd":
+                scheme = ""  # which kind of socket that is will be seen when it is passed
         kind = (
             f"{verb} on {scheme}"
             if verb == "listen"
@@ -258,7 +269,8 @@ class EndpointSettings(FrozenModel):
         kind = kind if scheme else verb
         for place, scope in cls._scoped(given):
             wrong_scheme = bool(scheme) and scheme not in scope.schemes
-            if verb not in scope.verbs or wrong_scheme or (abstract and scope is _UNIX_LISTEN):
+            mine = not abstract and not handed  # a file that relay makes
+            if verb not in scope.verbs or wrong_scheme or (scope is _UNIX_LISTEN and not mine):
                 said = f"'{place[-1]}' applies to {scope.words} only, this {cls.role} is '{kind}'"
                 yield Problem(said + " with an abstract name" * abstract, place, at_key=True)
 
