@@ -361,6 +361,12 @@ class RunningRoute:
         waiting = self._waiting or self._starting or self._resumed or self._introductions
         return bool(waiting) or any(p.busy for p in self._pipelines if not p.closed)
 
+    @property
+    def in_use(self) -> bool:
+        """Whether anything is under way or anybody watches."""
+        watched = any(group.members for pipeline in self._pipelines for group in pipeline.subscribers)
+        return self.under_way or watched
+
     def drain(self) -> None:
         """No new streams but those that wait in a backlog; those under way go on. What has none is finished at once."""
         self.reception.finish(sources_only=True)
