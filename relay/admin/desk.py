@@ -1,0 +1,200 @@
+"""The desk of a running relay: what it can be asked and told, on any thread.
+
+It opens before the routes do and closes after all of them: readiness is answered from the first moment to the last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import asdict
+from typing import Any
+
+from relay.admin.inquiry import Inquiry
+from relay.admin.ledger import Ledger
+from relay.admin.listeners import Client, Listeners
+from relay.admin.rates import Rates
+from relay.admin.status import Status
+from relay.admin.where import default_place
+from relay.config.models import Admin
+from relay.endpoints import tcp, unix
+from relay.endpoints.address import Address
+from relay.endpoints.listening import Bound
+from relay.errors import EndpointError, UsageError
+from relay.serving.server import Outcome, Server
+
+log = logging.getLogger("relay.admin")
+
+MODE = 0o600  # of the unix socket: whoever may connect may tell the relay to end
+FRESH = 0.1  # seconds for which a look is good
+PATIENT = 60.0  # seconds that a reload may take
+ANSWER = 0.5  # seconds within which a healthy engine answers
+STUCK = 10.0  # seconds without an answer after which an engine is not alive
+
+
+class NotDone(Exception):
+    """An order that was not obeyed: HTTP's `status`, and what to say."""
+
+    def __init__(self, status: int, **data: Any) -> None:
+        super().__init__(str(data.get("words", "")))
+        self.status = status
+        self.data = data
+
+
+class Desk:
+    """What `server` can be asked and told. `remote`: it may be asked from other machines. Close it last."""
+
+    def __init__(self, server: Server, ledger: Ledger, config: str, *, remote: bool = False) -> None:
+        self.remote = remote
+        self._server = server
+        self._inquiry = Inquiry(server, ledger, config)
+        self._rates = Rates()
+        self._looking = threading.Lock()
+        self._last: tuple[float, Status] | None = None
+        self._pinged: dict[str, float] = {}  # engines that owe an answer, and since when
+        self._listeners: Listeners | None = None
+
+    # -- asked
+
+    def status(self) -> Status:
+        """How everything stands, with rates: of the time since somebody looked, or of a moment."""
+        with self._looking:
+            if self._rates.stale(time.monotonic()):
+                self._rates.rated(self._inquiry.look())
+                time.sleep(Rates.LEAST)  # of the client's own thread
+            return self._look()
+
+    def _look(self) -> Status:
+        if self._last is None or time.monotonic() - self._last[0] > FRESH:
+            self._last = (time.monotonic(), self._rates.rated(self._inquiry.look()))
+        return self._last[1]
+
+    def figures(self) -> Status:
+        """How everything stands; rates may be missing."""
+        with self._looking:
+            return self._look()
+
+    def live(self) -> tuple[bool, str]:
+        """Whether every engine answers; and in words. An engine that is late is given STUCK seconds."""
+        if self._server.state not in ("ready", "draining"):
+            return True, self._server.state
+        now = time.monotonic()
+        answered = threading.Event()
+        waiting = {engine.name for engine in self._server.engines}
+        for engine in self._server.engines:
+            since = self._pinged.setdefault(engine.name, now)
+
+            def here(name: str = engine.name) -> None:
+                self._pinged.pop(name, None)
+                waiting.discard(name)
+                if not waiting:
+                    answered.set()
+
+            if since == now or now - since > ANSWER:
+                engine.post(here)
+        answered.wait(ANSWER)
+        stuck = [name for name in list(waiting) if now - self._pinged.get(name, now) > STUCK]
+        if stuck and self._server.state in ("ready", "draining"):
+            return False, f"{', '.join(sorted(stuck))} has not answered for more than {STUCK:g} s"
+        return True, "alive"
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether streams may come: from when all routes are open until a drain begins."""
+        state = self._server.state
+        return state == "ready", state
+
+    # -- told
+
+    def reload(self) -> dict[str, Any]:
+        """Reads the configuration again; what came of it. NotDone when it was refused."""
+        told: Future[Outcome] = Future()
+        self._server.reload(told.set_result)
+        try:
+            outcome = told.result(PATIENT)
+        except FutureTimeout:
+            said = f"no outcome within {PATIENT:g} s: names are still being looked up, see the log"
+            raise NotDone(504, result="waiting", words=said, problems=()) from None
+        if outcome.result in ("refused", "draining"):
+            raise NotDone(409, **asdict(outcome))
+        return asdict(outcome)
+
+    def drain(self) -> dict[str, Any]:
+        """Streams under way may end, no new ones come, then the relay ends."""
+        if self._server.state in ("draining", "ended"):
+            return {"words": "it is draining already"}
+        self._server.end("SIGTERM")
+        return {"words": f"draining, {self._server.config.drain:g} s at most"}
+
+    # -- its sockets
+
+    def listen(self, bounds: list[Bound]) -> None:
+        """Answers at these sockets, which it owns from here on."""
+        self._listeners = Listeners(bounds, self._talk)
+        self._listeners.start()
+        for address in self._listeners.addresses:
+            log.info("admin: listening on %s", address, extra={"event": "admin", "address": address})
+
+    def _talk(self, client: Client) -> None:
+        # HTTP comes with it, which a relay that nobody asks does without
+        from relay.admin.conversation import Conversation
+
+        Conversation(client, self)
+
+    def close(self) -> None:
+        """Answers nobody any more."""
+        if self._listeners is not None:
+            self._listeners.close()
+            self._listeners = None
+
+
+@contextlib.contextmanager
+def opened(server: Server, ledger: Ledger, config: str) -> Iterator[Desk]:
+    """The desk of `server`, at the sockets that its configuration names or at the default one; closed at the end.
+
+    Raises SourceError when a socket that is named cannot be had; the default one is done without then.
+    """
+    admin = server.config.admin
+    desk = Desk(server, ledger, config, remote=admin is not None and admin.remote)
+    bounds = _by_default() if admin is None else _named(admin)
+    if bounds:
+        desk.listen(bounds)
+    try:
+        yield desk
+    finally:
+        desk.close()
+
+
+def _named(admin: Admin) -> list[Bound]:
+    bounds: list[Bound] = []
+    try:
+        if admin.socket is not None:
+            bounds += unix.bind(admin.socket, mode=MODE)
+        if admin.http is not None:
+            bounds += tcp.bind(admin.http, tcp.places(admin.http))
+    except EndpointError:
+        for bound in bounds:
+            bound.close()
+        raise
+    return bounds
+
+
+def _by_default() -> list[Bound]:
+    try:
+        place: Address | None = default_place()
+        if place is None:
+            return []
+        if place.scheme == "tcp":
+            return _named(Admin(http=place))
+        return unix.bind(place, mode=MODE)
+    except (EndpointError, UsageError, ValueError) as error:
+        log.warning(
+            "there is no admin socket, relay goes on without: %s; give this one its own with 'admin: {socket: ...}'",
+            error,
+            extra={"event": "no_admin"},
+        )
+        return []
