@@ -64,7 +64,6 @@ class BoundedReader(io.RawIOBase):
 class Conversation(BaseHTTPRequestHandler):
     """One request of `client`, answered from `desk`."""
 
-
     def __init__(self, client: Client, desk: Desk) -> None:
         self._client = client
         self._desk = desk

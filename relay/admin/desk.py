@@ -1,15 +1,9 @@
-"""The desk of a running relay: what it can be asked and told, on any thread.
-
-It opens before the routes do and closes after all of them: readiness is answered from the first moment to the last.
-"""
+"""The desk of a running relay: what it can be asked and told, on any thread."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict
@@ -17,20 +11,10 @@ from typing import Any
 
 from relay.admin.inquiry import Inquiry
 from relay.admin.ledger import Ledger
-from relay.admin.listeners import Client, Listeners
 from relay.admin.rates import Rates
 from relay.admin.status import Status
-from relay.admin.where import default_place
-from relay.config.models import Admin
-from relay.endpoints import tcp, unix
-from relay.endpoints.address import Address
-from relay.endpoints.listening import Bound
-from relay.errors import EndpointError, UsageError
 from relay.serving.server import Outcome, Server
 
-log = logging.getLogger("relay.admin")
-
-MODE = 0o600  # of the unix socket: whoever may connect may tell the relay to end
 FRESH = 0.1  # seconds for which a look is good
 PATIENT = 60.0  # seconds that a reload may take
 ANSWER = 0.5  # seconds within which a healthy engine answers
@@ -47,7 +31,7 @@ class NotDone(Exception):
 
 
 class Desk:
-    """What `server` can be asked and told. `remote`: it may be asked from other machines. Close it last."""
+    """What `server` can be asked and told. `remote`: it may be asked from other machines."""
 
     def __init__(self, server: Server, ledger: Ledger, config: str, *, remote: bool = False) -> None:
         self.remote = remote
@@ -57,7 +41,6 @@ class Desk:
         self._looking = threading.Lock()
         self._last: tuple[float, Status] | None = None
         self._pinged: dict[str, float] = {}  # engines that owe an answer, and since when
-        self._listeners: Listeners | None = None
 
     # -- asked
 
@@ -129,72 +112,3 @@ class Desk:
             return {"words": "it is draining already"}
         self._server.end("SIGTERM")
         return {"words": f"draining, {self._server.config.drain:g} s at most"}
-
-    # -- its sockets
-
-    def listen(self, bounds: list[Bound]) -> None:
-        """Answers at these sockets, which it owns from here on."""
-        self._listeners = Listeners(bounds, self._talk)
-        self._listeners.start()
-        for address in self._listeners.addresses:
-            log.info("admin: listening on %s", address, extra={"event": "admin", "address": address})
-
-    def _talk(self, client: Client) -> None:
-        # HTTP comes with it, which a relay that nobody asks does without
-        from relay.admin.conversation import Conversation
-
-        Conversation(client, self)
-
-    def close(self) -> None:
-        """Answers nobody any more."""
-        if self._listeners is not None:
-            self._listeners.close()
-            self._listeners = None
-
-
-@contextlib.contextmanager
-def opened(server: Server, ledger: Ledger, config: str) -> Iterator[Desk]:
-    """The desk of `server`, at the sockets that its configuration names or at the default one; closed at the end.
-
-    Raises SourceError when a socket that is named cannot be had; the default one is done without then.
-    """
-    admin = server.config.admin
-    desk = Desk(server, ledger, config, remote=admin is not None and admin.remote)
-    bounds = _by_default() if admin is None else _named(admin)
-    if bounds:
-        desk.listen(bounds)
-    try:
-        yield desk
-    finally:
-        desk.close()
-
-
-def _named(admin: Admin) -> list[Bound]:
-    bounds: list[Bound] = []
-    try:
-        if admin.socket is not None:
-            bounds += unix.bind(admin.socket, mode=MODE)
-        if admin.http is not None:
-            bounds += tcp.bind(admin.http, tcp.places(admin.http))
-    except EndpointError:
-        for bound in bounds:
-            bound.close()
-        raise
-    return bounds
-
-
-def _by_default() -> list[Bound]:
-    try:
-        place: Address | None = default_place()
-        if place is None:
-            return []
-        if place.scheme == "tcp":
-            return _named(Admin(http=place))
-        return unix.bind(place, mode=MODE)
-    except (EndpointError, UsageError, ValueError) as error:
-        log.warning(
-            "there is no admin socket, relay goes on without: %s; give this one its own with 'admin: {socket: ...}'",
-            error,
-            extra={"event": "no_admin"},
-        )
-        return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from relay.admin.desk import opened
+from relay.admin.doors import opened
 from relay.admin.ledger import Ledger
 from relay.config.load import load_to_run, load_with_places
 from relay.journal import logs
