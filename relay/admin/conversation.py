@@ -92,6 +92,7 @@ class Conversation(BaseHTTPRequestHandler):
         show = {
             "/livez": self._live,
             "/readyz": self._ready,
+            "/metrics": self._metrics,
             "/api/v1/status": self._status,
             "/api/v1/routes": self._routes,
         }.get(path)
@@ -175,6 +176,10 @@ class Conversation(BaseHTTPRequestHandler):
         good, words = self._desk.ready()
         self._say(200 if good else 503, words)
 
+    def _metrics(self) -> None:
+        body, kind = self._desk.metrics(self.headers.get("Accept", ""))
+        self._answer(200, kind, body)
+
     def _status(self) -> None:
         self._answer(200, JSON, _encoded(plain(self._desk.status())))
 
@@ -214,6 +219,7 @@ class Conversation(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the library refuses, in the same form."""
         self.command = getattr(self, "command", None) or "GET"
+        self.request_version = "HTTP/1.0"  # one that could not be read is no older than that
         self._say(code, message or HTTPStatus(code).phrase)
 
     def log_message(self, format: str, *arguments: Any) -> None:

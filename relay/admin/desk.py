@@ -7,13 +7,16 @@ import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relay.admin.inquiry import Inquiry
 from relay.admin.ledger import Ledger
 from relay.admin.rates import Rates
 from relay.admin.status import Status
 from relay.serving.server import Outcome, Server
+
+if TYPE_CHECKING:
+    from relay.admin.metrics import Figures
 
 FRESH = 0.1  # seconds for which a look is good
 PATIENT = 60.0  # seconds that a reload may take
@@ -36,6 +39,8 @@ class Desk:
     def __init__(self, server: Server, ledger: Ledger, config: str, *, remote: bool = False) -> None:
         self.remote = remote
         self._server = server
+        self._ledger = ledger
+        self._figures: Figures | None = None
         self._inquiry = Inquiry(server, ledger, config)
         self._rates = Rates()
         self._looking = threading.Lock()
@@ -57,10 +62,17 @@ class Desk:
             self._last = (time.monotonic(), self._rates.rated(self._inquiry.look()))
         return self._last[1]
 
-    def figures(self) -> Status:
-        """How everything stands; rates may be missing."""
+    def metrics(self, accept: str) -> tuple[bytes, str]:
+        """What Prometheus is told, and its content type; rates may be missing at first."""
+        # loaded when it is scraped for the first time
+        from relay.admin.metrics import Figures
+
         with self._looking:
-            return self._look()
+            if self._figures is None:
+                self._figures = Figures()
+            status = self._look()
+            totals = self._ledger.totals(route.name for route in status.routes)
+            return self._figures.text(status, totals, accept)
 
     def live(self) -> tuple[bool, str]:
         """Whether every engine answers; and in words. An engine that is late is given STUCK seconds."""

@@ -16,13 +16,14 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from relay import __version__
 from relay.admin.ledger import Ledger, RouteTotals, SinkTotals
 from relay.admin.resources import resources
-from relay.admin.status import EngineStatus, RouteStatus, SinkStatus, Status, StreamStatus
+from relay.admin.status import EngineStatus, HopStatus, RouteStatus, SinkStatus, Status, StreamStatus
 from relay.admin.streams import combined, known_sinks, stream_of
 from relay.duplex.sessions import Session, Sessions
 from relay.engine import Engine
@@ -89,6 +90,7 @@ class Round:
 class Crowd:
     """What the duplex sessions of a route sum up to, so far."""
 
+    methods: tuple[str, str] = ("", "")  # to the sink, and back
     sessions: int = 0
     bytes: int = 0
     back: int = 0
@@ -204,7 +206,7 @@ def _pipeline(look: Look, pipeline: Pipeline) -> Callable[[], Iterator[None]]:
 
 def _sessions(look: Look, engine: Engine, sessions: Sessions) -> Callable[[], Iterator[None]]:
     def steps() -> Iterator[None]:
-        crowd = look.crowds[engine] = Crowd()
+        crowd = look.crowds[engine] = Crowd(sessions.methods)
         live: list[Session] = sessions.live()
         for number, session in enumerate(live):
             if session.slot >= 0:
@@ -252,11 +254,28 @@ def _route(look: Look, totals: RouteTotals | None) -> RouteStatus:
         bytes=totals.bytes + sum(stream.bytes for stream in live) + crowd.bytes,
         sessions=sessions,
         sinks=sinks,
+        hops=tuple(_hops(running, live, look.crowds.values())),
         details=tuple(streams[:DETAILS]),
         bytes_back=totals.back + crowd.back if duplex else None,
         resumed=facts.resumed if facts else 0,
         failed=facts.failed if facts else "",
     )
+
+
+def _hops(
+    running: RunningRoute, live: Iterable[StreamStatus], crowds: Iterable[Crowd]
+) -> Iterator[HopStatus]:
+    """How many streams cross where and how."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for stream in live:
+        counts.update((hop.hop, hop.method) for hop in stream.hops)
+    for crowd in crowds:
+        there, back = crowd.methods
+        counts[str(running.route.sink.address), there] += crowd.sessions
+        counts["source", back] += crowd.sessions
+    for (hop, method), count in sorted(counts.items()):
+        if count:
+            yield HopStatus(hop, method, count)
 
 
 def _sinks(

@@ -23,6 +23,7 @@ log = logging.getLogger("relay.admin")
 
 MOST = 16  # clients at a time
 LONGEST = 5.0  # seconds for a request to come, and for an answer to be taken
+LEFT = 1 << 20  # bytes that are read of somebody who goes on after the answer
 AGAIN = 0.2  # seconds until accepting is tried again when no descriptor is left
 PATIENCE = 1.0  # seconds for the threads to end
 
@@ -46,6 +47,13 @@ class Client:
     def answered(self) -> None:
         """It is given its answer from now on."""
         self.until = time.monotonic() + LONGEST
+
+    def leave(self) -> None:
+        """Its answer is given: what it still sends is read and thrown away, or closing would take the answer back."""
+        self.sock.shutdown(socket.SHUT_WR)
+        left = LEFT
+        while left > 0 and (piece := self.sock.recv(65536)):
+            left -= len(piece)
 
     def cut(self) -> None:
         """Whoever waits for it sees the end. From any thread."""
@@ -174,6 +182,7 @@ class Listeners:
     def _serve(self, client: Client) -> None:
         try:
             self._talk(client)
+            client.leave()
         except OSError:
             pass  # it went away, or was cut off
         except Exception:

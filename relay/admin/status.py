@@ -47,13 +47,19 @@ class SinkStatus:
     subscribers: int | None = None
     reason: str = ""
 
+    @property
+    def drops(self) -> bool:
+        """Whether its policy leaves bytes out."""
+        return self.policy in ("drop", "disconnect")
+
 
 @dataclass(frozen=True)
 class HopStatus:
-    """One place where bytes cross, and how: into relay (`source`), beside to a tee's branch, out to a sink."""
+    """One place where bytes cross, and how: into relay (`source`), or out to a sink; and how many streams do."""
 
     hop: str
     method: str
+    streams: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ class StreamStatus:
 class RouteStatus:
     """`state` is starting, waiting, flowing, held, draining, done or failed. `streams` counts those under way.
 
-    `sessions` counts those that are over, by result. `details` are some of the streams, the oldest first.
+    `sessions` counts those that are over, by result; `hops` how many streams cross where and how. `details` are
+    some of the streams, the oldest first.
     `unanswered`: an engine did not answer in time, what it knows is as it was before.
     """
 
@@ -91,6 +98,7 @@ class RouteStatus:
     bytes: int
     sessions: Mapping[str, int]
     sinks: tuple[SinkStatus, ...]
+    hops: tuple[HopStatus, ...]
     details: tuple[StreamStatus, ...]
     rate: float | None = None
     bytes_back: int | None = None

@@ -111,12 +111,12 @@ class Server:
             found = self._look_up()
             if found is None or not self._fleet.open(found, lambda: bool(self._interrupted)):
                 return self._not_opened()
-            self._on_ready(list(self._fleet))
             if self._signals and not self._once:  # the process is this server's
                 _keep_small()
             for engine in engines:
                 engine.start()
             self._ready = True
+            self._on_ready(list(self._fleet))
             if self._reload_asked:  # it came before there was anything to exchange
                 self._news.tell(self._reload)
             return self._serve_on()
