@@ -33,6 +33,7 @@ from relay.journal.record import SessionRecord
 from relay.kernel.probe import machine
 from relay.pipeline.pipeline import Pipeline
 from relay.serving.admission import Admission
+from relay.serving.facts import Facts
 from relay.serving.introductions import Introduced, Introductions
 from relay.serving.names import Found
 from relay.serving.reception import Reception, Take, nobody
@@ -211,6 +212,21 @@ class RunningRoute:
     def pipelines(self) -> tuple[Pipeline, ...]:
         """Those at work now."""
         return tuple(self._pipelines)
+
+    def facts(self) -> Facts:
+        """What there is to tell of it now. On its home engine."""
+        over = "done" if self._done else "draining" if self._ending else ""
+        return Facts(
+            state="failed" if self.failed else over or ("" if self.reception.accepting else "starting"),
+            listening=tuple(self.bound),
+            connections=self._admission.connections,
+            refused=self._admission.refused,
+            waiting=len(self._waiting),
+            resumed=sum(resumed.left for resumed in self._resumed),
+            pipelines=tuple(self._pipelines),
+            sessions=(),
+            failed=str(self.failed or ""),
+        )
 
     def _closed(self, pipeline: Pipeline) -> None:
         self._pipelines.discard(pipeline)
