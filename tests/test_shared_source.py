@@ -7,13 +7,14 @@ import os
 import random
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from peers import assert_same, eventually, payload
+from peers import assert_same, eventually, payload, run
 from test_shared_sink import Consumer
 
 import relay
@@ -120,6 +121,36 @@ def test_a_slot_that_was_given_back_can_be_written_again(tmp_path: Path) -> None
     assert_same(bytes(got), expected)
     near.close()
     far.close()
+
+
+@pytest.mark.parametrize("stages", [[], [{"meter": {}}]], ids=["straight", "through a pipe"])
+def test_to_a_slow_socket(tmp_path: Path, stages: list[Any]) -> None:
+    """A socket that takes little at a time gets every byte once, whether written from the slot or through a pipe."""
+    got = bytearray()
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+
+    def read() -> None:
+        generator = random.Random(3)
+        near, _ = listener.accept()
+        while piece := near.recv(generator.choice([100, 5000, 60_000])):
+            got.extend(piece)
+        near.close()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    sink_address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+    with Taking(tmp_path / "in", sink_address, stages=stages) as taking:
+        with ShareSink(taking.connect(), slots=3) as sink, relay.share(STREAM[:100_000]) as final:
+            for number, piece in enumerate(pieces(2)):
+                sink.send(piece)
+                if number == 3:
+                    sink.send(final)
+        at = sum(len(piece) for _number, piece in zip(range(4), pieces(2), strict=False))
+        assert taking.outcome().code == 0
+    reader.join(20)
+    listener.close()
+    assert_same(bytes(got), STREAM[:at] + STREAM[:100_000] + STREAM[at:])
 
 
 def test_final_memory_goes_by_reference(tmp_path: Path) -> None:
@@ -399,3 +430,14 @@ def test_what_a_listener_has_applies() -> None:
 def test_the_short_form(tmp_path: Path) -> None:
     """`shared:///path` listens as a source, as unix does."""
     assert loads("routes: {a: {source: 'shared:///x', sink: '-'}}").routes["a"].source.verb == "listen"
+
+
+def test_the_example_produces(tmp_path: Path) -> None:
+    """The producer under examples/ gives a route its stream."""
+    with Taking(tmp_path / "in", str(tmp_path / "out")) as taking:
+        program = Path(__file__).resolve().parent.parent / "examples" / "produce.py"
+        done = run([sys.executable, str(program), str(tmp_path / "in")])
+        assert taking.outcome().code == 0
+    content = (tmp_path / "out").read_bytes()
+    assert f"{len(content)} bytes" in done.stdout
+    assert content.endswith(struct.pack("<f", 99) * 1000 + b"the end")
