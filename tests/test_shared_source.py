@@ -439,5 +439,5 @@ def test_the_example_produces(tmp_path: Path) -> None:
         done = run([sys.executable, str(program), str(tmp_path / "in")])
         assert taking.outcome().code == 0
     content = (tmp_path / "out").read_bytes()
-    assert f"{len(content)} bytes" in done.stdout
+    assert f"{len(content)} bytes".encode() in done.stdout
     assert content.endswith(struct.pack("<f", 99) * 1000 + b"the end")
