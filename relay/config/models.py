@@ -264,9 +264,8 @@ def _circles(routes: Mapping[str, Route]) -> Iterator[Problem]:
     def leads_to(name: str) -> Iterator[tuple[Place, str]]:
         for place, sink in routes[name].sinks():
             for other, route in routes.items():
-                here = route.source.listen
-                if sink.connect and here and any(_reaches(address, here) for address in sink.addresses):
-                    yield ("routes", name, *place, "connect"), other
+                if _leads(sink, route.source):
+                    yield ("routes", name, *place, "shared" if sink.shared else "connect"), other
 
     for name in routes:
         for place, first in leads_to(name):
@@ -277,6 +276,13 @@ def _circles(routes: Mapping[str, Route]) -> Iterator[Problem]:
                 ahead += sorted(fresh)
             if name in seen:
                 yield Problem(f"what goes to '{first}' comes back to '{name}', again and again", place)
+
+
+def _leads(sink: SinkSettings, source: SourceSettings) -> bool:
+    """Whether what goes into the one comes out of the other."""
+    if sink.shared or source.shared:
+        return sink.shared == source.shared
+    return bool(sink.connect and source.listen) and any(_reaches(to, source.address) for to in sink.addresses)
 
 
 def _reaches(to: Address, listening: Address) -> bool:
@@ -293,8 +299,9 @@ def _listeners(routes: Mapping[str, Route], admin: Admin | None) -> Iterator[tup
         if address is not None:
             yield ("admin", key), address
     for name, route in routes.items():
-        if route.source.listen:
-            yield ("routes", name, "source", "listen"), route.source.listen
+        if route.source.verb == "listen":
+            key = "shared" if route.source.shared else "listen"
+            yield ("routes", name, "source", key), route.source.address
         for place, sink in route.sinks():
             if sink.listen:
                 yield ("routes", name, *place, "listen"), sink.listen
@@ -302,10 +309,10 @@ def _listeners(routes: Mapping[str, Route], admin: Admin | None) -> Iterator[tup
 
 def _overlap(one: Address, other: Address) -> bool:
     """Whether the kernel would refuse to listen on both; names are compared as they are written."""
+    if "tcp" not in (one.scheme, other.scheme):  # sockets with a path
+        return one.path == other.path
     if one.scheme != other.scheme:
         return False
-    if one.scheme in ("unix", "systemd"):
-        return one.path == other.path
     if one.port != other.port or one.port == 0:
         return False
     hosts = {one.host, other.host}

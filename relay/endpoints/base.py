@@ -148,6 +148,10 @@ class Source(End):
         """What changed under the reader while it was read; empty where nothing did."""
         return ""
 
+    def broke_off(self) -> str:
+        """Why what it gave is not the whole stream, where that is no errno of its descriptor; empty where it is."""
+        return ""
+
     def close(self, *, reset: bool = False) -> None:
         """Closes it; with `reset` its peer learns that the stream was not delivered. Safe to call again."""
         if not self.closed:

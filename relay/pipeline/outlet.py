@@ -246,7 +246,10 @@ class Outlet:
         assert self.settings is not None
         if sink is None:
             return SinkRecord(self.name, str(self.settings.address), 0, 0.0, "", "failed")
-        by_hand = "copy" if any(node.c.out_copies for node in self._givers) or self.by_ring else "splice"
+        written = (
+            any(node.c.out_copies for node in self._givers) or self.by_ring or sink.c.method == core.COPY
+        )
+        by_hand = "copy" if written else "splice"
         method = sink.method if sink.c.kind == core.FERRY or self.listens else by_hand
         failed = sink.state == "failed" and not self.absent
         lost = self.lost_before + (0 if self.absent else sink.lost - self.lost_earlier)

@@ -21,11 +21,11 @@ from relay.endpoints.base import Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.line import Lines
 from relay.endpoints.listening import Crowd
-from relay.endpoints.make import make_source
+from relay.endpoints.make import accepted, make_source
 from relay.endpoints.options import OnSlow
 from relay.endpoints.proxy_header import local_of
 from relay.endpoints.settings import SinkSettings
-from relay.endpoints.socket import SocketSource, close_with_reset
+from relay.endpoints.socket import close_with_reset
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError
 from relay.journal import logs
@@ -251,8 +251,7 @@ class RunningRoute:
         if self._names_peers:
             local = local or local_of(sock.fileno())
         engine = self.home if self._persistent else next(self._spread)
-        source = SocketSource(engine, str(self.route.source.address), sock, peer, local)
-        source.scheme = self.route.source.address.scheme
+        source = accepted(engine, self.route.source.address, sock, peer, local, self._ways)
         source.on_close = lambda: self.home.post(partial(self._admission.leave, peer))
         source.on_fail = lambda error: self._refused(source, error)
         if self._once:

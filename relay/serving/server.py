@@ -357,8 +357,8 @@ def _place(config: Config, error: NotExchanged) -> Place:
     base: Place = ("routes", error.name)
     if isinstance(inner, EndpointError):
         if inner.address == str(route.source.address):
-            return (*base, "source", route.source.verb)
+            return (*base, "source", "shared" if route.source.shared else route.source.verb)
         for place, sink in route.sinks():
             if inner.address == str(sink.address):
-                return (*base, *place, sink.verb)
+                return (*base, *place, "shared" if sink.shared else sink.verb)
     return base
