@@ -77,7 +77,9 @@ def node(machine: Machine) -> Need:
 
 def has_backlog(sink: SinkSettings, slow: OnSlow) -> bool:
     """Whether a tee's sink has a pipe in front of it: where a policy stands, and where it could hold its neighbours."""
-    return slow.policy != "block" or not (slow.buffer or sink.address.scheme in (*THREADED, "null"))
+    if slow.policy != "block" or sink.proxy_protocol:
+        return True
+    return not (slow.buffer or sink.address.scheme in (*THREADED, "null"))
 
 
 def passes_backlog(sink: SinkSettings, slow: OnSlow) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ from relay.duplex.patrol import Patrol
 from relay.duplex.upstream import Attempt, Upstream, in_words
 from relay.duplex.upstreams import Upstreams
 from relay.endpoints.base import hint
+from relay.endpoints.dial import TRANSPARENT, sockaddr_from
+from relay.endpoints.proxy_header import local_of, make
 from relay.endpoints.tcp import CHECK_NAME
 from relay.engine import Engine
 from relay.errors import name_of
@@ -32,6 +34,10 @@ from relay.ways import Ways
 BACKLOG_FULL = 0.02  # seconds until unix listeners whose backlogs were full are tried again
 TRIAL = 0.01, 0.2  # seconds after which a connect to an ejected upstream is looked at, at first and at most
 
+NOT_FROM_THERE = {
+    errno.EPERM: TRANSPARENT,
+    errno.EAFNOSUPPORT: "'transparent' needs a sink of the peer's address family, IPv4 or IPv6",
+}
 SHORT = (-errno.EMFILE, -errno.ENFILE, -errno.ENOBUFS, -errno.ENOMEM)
 
 lib = core.lib
@@ -42,10 +48,11 @@ class Session:
 
     `attempt` is the upstream it has, or tries, the `tries`-th; `tried` are those that it could not be connected to,
     `passed` who did not get it and why, `failed` the last of those and the errno, `busy` whether a backlog was full,
-    `until` when it is given up unless it is connected.
+    `until` when it is given up unless it is connected. `ahead` is memory that C sends from before all else.
     """
 
     __slots__ = (
+        "ahead",
         "attempt",
         "began",
         "busy",
@@ -66,6 +73,7 @@ class Session:
         self.id = ident
         self.peer = peer
         self.began = began
+        self.ahead: core.Struct = None
         self.attempt: Attempt | None = None
         self.tries = 0
         self.tried: tuple[Upstream, ...] = ()
@@ -112,6 +120,8 @@ class Sessions:
         self._name = name
         self._source = str(route.source.address)
         self._sink = str(route.sink.address)
+        self._route_sink = route.sink
+        self._names_peers = route.sink.proxy_protocol is not None or route.sink.transparent
         self._tries = route.sink.tries
         self._timeout = route.sink.connect_timeout
         self._upstreams = upstreams
@@ -134,12 +144,24 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._live)
 
-    def begin(self, connections: list[tuple[int, str]]) -> None:
-        """New sessions for accepted connections, nonblocking (descriptor, peer); they are this object's from here."""
+    @property
+    def methods(self) -> tuple[str, str]:
+        """How bulk crosses to the sink, and back."""
+        there, back = (core.METHOD_NAMES[method] for method in self._methods)
+        return there, back
+
+    def live(self) -> list[Session]:
+        """Those that are not over. On the engine's thread; a session that is over later has slot -1."""
+        return list(self._live.values())
+
+    def begin(self, connections: Sequence[tuple[int, str, str]]) -> None:
+        """New sessions for accepted connections, nonblocking (descriptor, peer, where that had connected to if it was
+        not here); they are this object's from here.
+        """
         now = self._engine.now
         exchange, live = self._exchange, self._live
         fresh = self._fresh
-        for fd, peer in connections:
+        for fd, peer, local in connections:
             slot = exchange.take()
             c = exchange.sessions[slot]
             session = live[slot] = Session(slot, c, next(self._ids), peer, now)
@@ -149,9 +171,23 @@ class Sessions:
             )
             if error:
                 self._fail(session, -error, "source", "registering")
+            elif self._names_peers:
+                self._name_peer(session, fd, local)
         while fresh:
             self._upstreams.ready(self._engine, partial(self._dial, fresh.popleft()))
         self._patrol.look_soon()
+
+    def _name_peer(self, session: Session, fd: int, local: str) -> None:
+        """The sink learns of the session's peer, by a PROXY header or by the address that connects to it."""
+        c = session.c
+        if self._route_sink.proxy_protocol is not None:
+            header = make(self._route_sink.proxy_protocol, session.peer, local or local_of(fd))
+            c.ahead = session.ahead = core.ffi.new("char[]", header)
+            c.ahead_size = len(header)
+        if self._route_sink.transparent:
+            address = sockaddr_from(session.peer)
+            core.ffi.memmove(c.origin, address, len(address))
+            c.origin_size = len(address)
 
     # -- connecting
 
@@ -276,6 +312,8 @@ class Sessions:
         """It never came to be a session of two."""
         if not words:
             advice = hint(code)
+            if self._route_sink.transparent and ended_by == "sinks":
+                advice = NOT_FROM_THERE.get(code, advice)
             words = in_words(code) + (f"; {advice}" if advice else "")
         whom = whom or (self._sink if ended_by == "sinks" else session.peer)
         self._close(session, f"{operation} {whom}: {words}", ended_by)

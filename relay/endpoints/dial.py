@@ -13,6 +13,7 @@ import struct
 from relay.endpoints.connecting import Place
 from relay.endpoints.liveness import LOOKS, RTO_MAX_MS, keepalive
 from relay.endpoints.pacing import paced, within
+from relay.endpoints.proxy_header import end_of
 from relay.kernel import core
 
 
@@ -38,3 +39,19 @@ def dial_of(place: Place, dead_after: float) -> core.Struct:
     low, high = RTO_MAX_MS
     dial.longest_ms = min(high, max(low, int(dead_after * 1000 / LOOKS)))
     return dial
+
+
+TRANSPARENT = "connecting from somebody else's address takes CAP_NET_ADMIN or CAP_NET_RAW"
+
+
+def sockaddr_from(peer: str) -> bytes:
+    """What bind() takes to connect from the address of `peer`, named as in records, with a port of the kernel's choice.
+
+    Empty for a peer that has no address.
+    """
+    end = end_of(peer)
+    if end is None:
+        return b""
+    if end[0].version == 4:
+        return struct.pack("=H", socket.AF_INET) + struct.pack("!H4s8x", 0, end[0].packed)
+    return struct.pack("=H", socket.AF_INET6) + struct.pack("!HI16sI", 0, 0, end[0].packed, 0)

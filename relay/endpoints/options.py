@@ -10,12 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from relay.settings import FrozenModel, Problem
-from relay.units import Duration, PositiveDuration, PositiveSize, Size, parse_duration, parse_size, show
+from relay.units import Duration, Pace, PositiveDuration, PositiveSize, Size, parse_duration, parse_size, show
 
 Policy = Literal["block", "drop", "disconnect", "spill"]
 Balance = Literal["round_robin", "least_connections", "source_hash", "first"]
 Network = IPv4Network | IPv6Network
 
+INTRODUCED = 5.0  # seconds within which a proxy says for whom it connects
 DEAD_AFTER = 15.0  # seconds of silence after which a tcp peer is given up
 MEMORY_SPILL = 64 << 20  # bytes that a spill without directory may hold
 
@@ -142,8 +143,16 @@ class Limits(FrozenModel):
 
     connections: int | None = Field(default=None, ge=1, description="connections open at once")
     per_peer: int | None = Field(default=None, ge=1, description="connections open at once from one address")
+    rate: Pace | None = Field(
+        default=None,
+        description="new connections a second, such as 100/s; those beyond it wait to be accepted",
+    )
     idle: PositiveDuration | None = Field(
         default=None, description="end a connection on which nothing moves for so long"
+    )
+    half_closed: PositiveDuration | None = Field(
+        default=None,
+        description="with duplex: the same once one side has ended its stream and the other has not",
     )
     lifetime: PositiveDuration | None = Field(
         default=None, description="end a connection after so long, whatever it does"
@@ -152,6 +161,34 @@ class Limits(FrozenModel):
     deny: tuple[NetworkText, ...] = Field(
         default=(), description="networks that may not; stronger than allow"
     )
+
+
+class Trust(FrozenModel):
+    """Who is believed when he says, by a PROXY header, for whom he connects."""
+
+    short_schema: ClassVar[dict[str, Any] | None] = {
+        "anyOf": [{"type": "boolean"}, {"type": "string"}, {"type": "array", "items": {"type": "string"}}]
+    }
+
+    trust: tuple[NetworkText, ...] = Field(
+        default=(),
+        description="networks of proxies, whose connections must begin with a PROXY header; unix peers are told by "
+        "the socket's permissions",
+    )
+    timeout: PositiveDuration = Field(
+        default=INTRODUCED, description="how long the header may take; a connection without it is reset"
+    )
+
+    @classmethod
+    def from_short(cls, value: object) -> Mapping[str, Any]:
+        """`proxy_protocol: 10.0.0.0/8`, a list of such, or `true` on a unix socket."""
+        if isinstance(value, list | tuple):
+            return {"trust": tuple(value)}
+        if value is True:
+            return {}
+        if isinstance(value, str):
+            return {"trust": (value,)}
+        raise ValueError(f"expected the networks of the proxies that are trusted, got {show(value)}")
 
 
 class Rotate(FrozenModel):

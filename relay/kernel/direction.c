@@ -77,8 +77,8 @@ int side_register(struct relay_engine *e, int operation, struct relay_side *side
     return epoll_ctl(e->epoll, operation, side->fd, &registration) < 0 ? -errno : 0;
 }
 
-/* It took less than it was offered. Who never had to wait for room was not registered for it. */
-static void filled(struct relay_engine *e, struct relay_side *to)
+/* Who never had to wait for room was not registered for it. */
+void side_filled(struct relay_engine *e, struct relay_side *to)
 {
     to->writable = 0;
     if (!to->asked) {
@@ -163,7 +163,7 @@ static int flush(struct relay_engine *e, struct relay_duplex *d, struct relay_si
         if (copies && from->at == from->until)
             give_back(x, from);
         if (n == -EAGAIN || (copies && n < size))
-            filled(e, to);
+            side_filled(e, to);
     }
     if (waits(from))
         return 0;
@@ -182,7 +182,7 @@ static int64_t peek(struct relay_engine *e, struct relay_duplex *d, struct relay
         return n;
     sent = call_write(to->fd, 1, e->scratch, n);
     if (sent < n)
-        filled(e, to);
+        side_filled(e, to);
     if (sent == -EAGAIN)
         return n; /* it is still there */
     if (sent < 0) {

@@ -14,6 +14,8 @@ static inline int64_t waits(const struct relay_side *s) { return s->until - s->a
 int direction_pass(struct relay_engine *e, struct relay_duplex *d, struct relay_side *from, struct relay_side *to);
 /* Tells epoll of a side, with EPOLLOUT where it `asked`: 0 or -errno. */
 int side_register(struct relay_engine *e, int operation, struct relay_side *side);
+/* It took less than it was offered: epoll tells when there is room again. */
+void side_filled(struct relay_engine *e, struct relay_side *to);
 /* Its connection is broken. What it sent before may still be there to be read: that ends of itself. */
 void side_broke(struct relay_engine *e, struct relay_duplex *d, struct relay_side *side, int64_t error);
 /* Bytes that a reset would destroy on their way to that side. */

@@ -157,6 +157,25 @@ static int connected(struct relay_side *side)
     return 1;
 }
 
+/* What goes ahead of everything to the second side. Whether it has gone, or never will. */
+static int gone_ahead(struct relay_engine *e, struct relay_duplex *d)
+{
+    struct relay_side *b = &d->sides[1];
+    while (d->ahead_at < d->ahead_size && b->writable) {
+        int64_t left = d->ahead_size - d->ahead_at, n = call_write(b->fd, 1, d->ahead + d->ahead_at, left);
+        e->calls++;
+        if (n < 0 && n != -EAGAIN) {
+            side_broke(e, d, b, n);
+            break;
+        }
+        if (n > 0)
+            d->ahead_at += (int32_t)n;
+        if (n < left)
+            side_filled(e, b);
+    }
+    return d->ahead_at == d->ahead_size || b->error;
+}
+
 static void turn(struct relay_engine *e, struct relay_duplex *d, struct relay_event *out, int *count)
 {
     struct relay_side *a = &d->sides[0], *b = &d->sides[1];
@@ -175,6 +194,8 @@ static void turn(struct relay_engine *e, struct relay_duplex *d, struct relay_ev
         d->state = RELAY_TURNING;
     }
     if (d->state == RELAY_ENDED || d->state == RELAY_UNCONNECTED)
+        return;
+    if (d->ahead_at < d->ahead_size && !gone_ahead(e, d))
         return;
     more = direction_pass(e, d, a, b);
     more |= direction_pass(e, d, b, a);
@@ -288,7 +309,8 @@ int relay_duplex_dial(struct relay_engine *e, struct relay_duplex *d, const stru
     struct relay_side *b = &d->sides[1];
     int is_connected, error;
     hang_up(b->fd, 0);
-    b->fd = dial_connect(dial, &is_connected);
+    d->ahead_at = 0;
+    b->fd = dial_connect(dial, d->origin, d->origin_size, &is_connected);
     if (b->fd < 0) {
         error = b->fd;
         b->fd = -1;

@@ -109,7 +109,7 @@ static int64_t give_past(struct pass *s, struct relay_node *n, int64_t amount)
     struct relay_node *backlog = n->into;
     struct relay_end *sink = backlog->sink;
     int64_t moved;
-    if (!backlog->held && sink && sink->kind != RELAY_FERRY) {
+    if (!backlog->held && !backlog->prefix_left && sink && sink->kind != RELAY_FERRY) {
         moved = give_to_sink(s, n, sink, amount);
         if (moved > 0) {
             backlog->passed += moved;

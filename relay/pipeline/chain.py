@@ -18,6 +18,7 @@ from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine
 from relay.kernel.pipe import DEFAULT_CAPACITY
 from relay.needs import has_backlog, passes_backlog
+from relay.pipeline.introduction import Introduction
 from relay.pipeline.node import Node, guard
 from relay.pipeline.outlet import Outlet
 from relay.stages.base import StageSettings
@@ -179,6 +180,9 @@ class Chain:
         )
         if sink.verb != "listen":
             guard(gate, slow)
+        if sink.proxy_protocol:
+            self.stages.append(Introduction(sink.proxy_protocol))
+            self.stages[-1].wire(self._engine, node.c)
         self.outlets.append(outlet)
 
     def _set_apart(

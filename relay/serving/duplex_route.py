@@ -8,6 +8,7 @@ its record is written.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ from relay.endpoints.listening import Crowd
 from relay.engine import Engine
 from relay.journal.record import SessionRecord
 from relay.kernel import core
+from relay.serving.facts import Facts
+from relay.serving.introductions import Introduced
 from relay.serving.names import Found
 from relay.serving.reception import Take, nobody
 from relay.serving.route import RunningRoute, ids
@@ -68,13 +71,26 @@ class DuplexRoute(RunningRoute):
 
     def _crowd(self, connections: list[tuple[int, str]]) -> None:
         """On the home engine: some connections came at once."""
-        spread: dict[Engine, list[tuple[int, str]]] = {}
+        came = []
         for fd, peer in connections:
+            if self._introductions is not None and self._introductions.expects(peer):
+                self._introductions.take(fd, peer)
+            else:
+                came.append(Introduced(fd, peer, ""))
+        self._let_in(came)
+
+    def _introduced(self, who: Introduced) -> None:
+        self._let_in([who])
+
+    def _let_in(self, connections: list[Introduced]) -> None:
+        spread: dict[Engine, list[Introduced]] = {}
+        for who in connections:
+            fd, peer, _local = who
             if (self._once and self._under_way) or not self._admission.admit(peer):
                 core.lib.relay_refuse(fd)
                 continue
             self._under_way += 1
-            spread.setdefault(next(self._spread), []).append((fd, peer))
+            spread.setdefault(next(self._spread), []).append(who)
         if self._once and self._under_way:
             self.reception.close(sources_only=True)
         for engine, share in spread.items():
@@ -125,17 +141,23 @@ class DuplexRoute(RunningRoute):
             self.records.append(record)
         self._look_whether_done()
 
+    def facts(self) -> Facts:
+        """What there is to tell of it now. On its home engine."""
+        return replace(super().facts(), sessions=tuple(self._sessions.items()))
+
     @property
     def under_way(self) -> bool:
         """Whether a connection is open."""
-        return self._under_way > 0
+        return self._under_way > 0 or bool(self._introductions)
 
     def abort(self, reason: str) -> None:
         """Resets every connection."""
         self._ending = True
         self._check_no_more()
         self.reception.refuse()
-        self.cut_short = self.cut_short or self._under_way > 0
+        self.cut_short = self.cut_short or self.under_way
+        if self._introductions is not None:
+            self._introductions.abort(reason)
         for engine, sessions in self._sessions.items():
             engine.post(partial(sessions.abort, reason))
         self._look_whether_done()
