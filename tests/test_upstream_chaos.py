@@ -554,6 +554,21 @@ def test_a_check_asks_and_looks_at_the_answer() -> None:
             eventually(lambda: states(duplex) == ["up", "up"], "both are well")
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_check_introduces_nobody(version: str) -> None:
+    """To an upstream that is sent PROXY headers a check says in one that there is no client, and then its question."""
+    health = {**QUICK, "send": "PING\r\n", "expect": "+PONG"}
+    with Answering() as one:
+        sink = {"connect": one.address, "health": health, "proxy_protocol": version}
+        with Duplex(LISTEN, sink) as duplex:
+            eventually(lambda: one.asked, "it was asked")
+            assert one.asked[0].endswith(b"PING\r\n")
+            assert one.asked[0].startswith(
+                b"PROXY UNKNOWN\r\n" if version == "v1" else b"\r\n\r\n\0\r\nQUIT\n"
+            )
+            assert states(duplex) == ["up"]
+
+
 def test_a_check_that_fails_at_the_start_counts_at_once(servers: list[Server]) -> None:
     """An upstream that is away when relay starts is down after the first check of many that it takes later."""
     servers[0].kill()

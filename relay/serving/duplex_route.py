@@ -54,7 +54,7 @@ class DuplexRoute(RunningRoute):
         """Connections come in from now on."""
         self.reception.accept()
         if self.route.sink.health is not None:
-            self._checks = Checks(self.home, self.upstreams, self.route.sink.health)
+            self._checks = Checks(self.home, self.upstreams, self.route.sink)
             self.home.post(self._checks.start)
 
     def _check_no_more(self) -> None:
