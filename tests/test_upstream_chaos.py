@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from admins import asked, figure, figures
 from duplexes import Duplex, connected, descriptors, in_background, outcome, reset, turned_away
 from netns import PEER, network
 from peers import PATIENCE, accept, assert_same, eventually, payload, receive_exactly, tcp_listener
-from relays import Process, serving
+from relays import Process, run_relay, serving
 
 HELLO = 8  # bytes: every server says its name first
 
@@ -656,6 +657,43 @@ def test_an_upstream_is_drained_by_a_reload(tmp_path: Path, servers: list[Server
             assert all(session["result"] == "delivered" for session in sessions)
     finally:
         fourth.kill()
+
+
+def test_what_a_running_relay_tells_of_upstreams(tmp_path: Path, servers: list[Server]) -> None:
+    """Status and figures have each upstream with its state and its sessions; after a reload without one it is leaving
+    for as long as it has sessions, and is counted once."""
+    with tcp_listener() as (free, here):
+        free.close()
+    admin = f"admin: {{socket: 'unix://{tmp_path}/admin'}}\n"
+    servers[2].kill()
+    text = admin + config(here, addresses(servers), ", health: {every: 0.05s, fall: 2}")
+    with serving(text, tmp_path) as relay, contextlib.ExitStack() as stack:
+        relay.said("is down")
+        relay.said("ready")
+        clients = [stack.enter_context(Client(here)) for _ in range(4)]
+
+        def told() -> list[tuple[str, str, int]]:
+            routes = json.loads(asked(tmp_path / "admin", "/api/v1/status")[1])["routes"]
+            route = next(route for route in routes if route["upstreams"])
+            return [(one["upstream"], one["state"], one["sessions"]) for one in route["upstreams"]]
+
+        one, other, dead = addresses(servers)
+        assert told() == [(one, "up", 2), (other, "up", 2), (dead, "down", 0)]
+        words = run_relay("status", "--admin", f"unix://{tmp_path}/admin", cwd=tmp_path).stdout.decode()
+        assert f"{one}: up for " in words
+        assert "Connection refused (ECONNREFUSED)" in words
+        relay.config.write_text(admin + config(here, [one]))
+        relay.signal(signal.SIGHUP)
+        relay.said("reloaded")
+        eventually(lambda: told() == [(one, "up", 2), (other, "leaving", 2)], "it is leaving")
+        found = figures(tmp_path / "admin")
+        assert figure(found, "relay_upstream_sessions", upstream=one) == 2
+        assert figure(found, "relay_upstream_state", upstream=other, state="leaving") == 1
+        assert figure(found, "relay_upstream_state", upstream=one, state="up") == 1
+        for client in clients:
+            client.sock.close()
+        relay.sessions(4)
+        eventually(lambda: told() == [(one, "up", 0)], "the other has left")
 
 
 def test_many_reloads_leave_nothing_behind(tmp_path: Path, servers: list[Server]) -> None:
