@@ -686,8 +686,11 @@ def test_what_a_running_relay_tells_of_upstreams(tmp_path: Path, servers: list[S
         relay.signal(signal.SIGHUP)
         relay.said("reloaded")
         eventually(lambda: told() == [(one, "up", 2), (other, "leaving", 2)], "it is leaving")
+        eventually(
+            lambda: figure(figures(tmp_path / "admin"), "relay_upstream_sessions", upstream=one) == 2,
+            "the route that was replaced tells of its upstreams no more",
+        )
         found = figures(tmp_path / "admin")
-        assert figure(found, "relay_upstream_sessions", upstream=one) == 2
         assert figure(found, "relay_upstream_state", upstream=other, state="leaving") == 1
         assert figure(found, "relay_upstream_state", upstream=one, state="up") == 1
         for client in clients:
