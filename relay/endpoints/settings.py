@@ -236,6 +236,14 @@ class SourceSettings(EndpointSettings):
                     yield ("limits", key), _LIMIT_SCOPES[key]
 
     @property
+    def introduces(self) -> str:
+        """Whose PROXY headers are believed, in words for a plan; empty for nobody's."""
+        if self.proxy_protocol is None:
+            return ""
+        trust = ", ".join(map(str, self.proxy_protocol.trust)) or "whoever may connect"
+        return f"expects PROXY headers from {trust}"
+
+    @property
     def verb(self) -> Literal["listen", "connect", "read"]:
         """What the source does to get its bytes."""
         return "listen" if self.listen else "connect" if self.connect else "read"
@@ -410,6 +418,12 @@ class SinkSettings(EndpointSettings):
     def balanced(self) -> Balance:
         """Which upstream a connection gets."""
         return self.balance or ("round_robin" if self.others else "first")
+
+    @property
+    def introduces(self) -> str:
+        """How it learns of the source's peer, in words for a plan; empty where it does not."""
+        header = [f"begins with a PROXY header ({self.proxy_protocol})"] if self.proxy_protocol else []
+        return ", ".join([*header, *["from the peer's own address"] * self.transparent])
 
     @property
     def verb(self) -> Literal["listen", "connect", "write"]:

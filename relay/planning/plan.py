@@ -170,14 +170,15 @@ def _plan_duplex(name: str, route: Route, machine: Machine) -> RoutePlan:
     there, back = ways.duplex(route.sink.address.scheme), ways.duplex(route.source.address.scheme)
     pipes = needs.exchange("splice" in (there.method, back.method), machine)
     source, sink = str(route.source.address), str(route.sink.address)
+    comes, goes = route.source.introduces, route.sink.introduces
     need = Need(1)
     words = "holds the source, and the source holds it: back-pressure passes as over one connection"
     return RoutePlan(
         name=name,
         method=route.method,
         turns="each",
-        source=Hop("source", route.source.address.scheme, source, there, need, source, "listen"),
-        chain=(Hop("sink", route.sink.address.scheme, sink, back, need, sink, "connect"),),
+        source=Hop("source", route.source.address.scheme, source, there, need, source, "listen", comes),
+        chain=(Hop("sink", route.sink.address.scheme, sink, back, need, sink, "connect", goes),),
         holds=(Hold(sink, "sink", "", None, "", "", words),),
         standing=needs.listener(route.source.address) + pipes,
         stream=need.times(2),
@@ -209,7 +210,9 @@ class _Walk:
         need = needs.source(address, self._machine)
         shown = str(address)
         name = "stdin" if address.scheme == "stdio" else shown
-        hop = Hop("source", address.scheme, name, choice, need, shown, route.source.verb, sure=sure)
+        hop = Hop(
+            "source", address.scheme, name, choice, need, shown, route.source.verb, route.source.introduces, sure=sure
+        )  # fmt: skip
         return hop, chain
 
     def _read(
@@ -276,7 +279,7 @@ class _Walk:
                 branch.stages, branch.to, branch.on_slow, gated=True, within=own + within, before=within
             )
         else:
-            backlog = branch.on_slow.policy != "block"
+            backlog = branch.on_slow.policy != "block" or branch.to.proxy_protocol is not None
             need = self._node if backlog else needs.NOTHING
             hop = self._sink(branch.to, branch.on_slow, stage.name, need, into if backlog else None, within)
             if tee.method == "copy" and not backlog and hop.kind not in ("file", *INHERITED):
@@ -358,17 +361,9 @@ class _Walk:
         copies = APPENDING if sink.append else ""
         choice, sure = self._sure(address.scheme, self._ways.to_sink(address.scheme, copies=copies))
         return Hop(
-            "sink",
-            address.scheme,
-            name,
-            choice,
-            need + needs.sink(sink, self._machine),
-            str(address),
-            sink.verb,
-            entry=entry,
-            policy=slow.policy or "",
-            sure=sure,
-        )
+            "sink", address.scheme, name, choice, need + needs.sink(sink, self._machine), str(address),
+            sink.verb, sink.introduces, entry=entry, policy=slow.policy or "", sure=sure,
+        )  # fmt: skip
 
     def _subscriber(self, slow: OnSlow, address: str) -> Hop:
         return Hop(
