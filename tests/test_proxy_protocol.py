@@ -22,6 +22,7 @@ from peers import (
     program,
     receive_all,
     receive_exactly,
+    refused_address,
     running,
     tcp_listener,
     unix_listener,
@@ -366,6 +367,29 @@ def test_a_peer_without_an_address_is_unknown(tmp_path: Path) -> None:
             assert receive_exactly(server, 15) == b"PROXY UNKNOWN\r\n"
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_the_next_upstream_gets_the_header_whole(version: str) -> None:
+    """An upstream that refuses costs nothing of the header: the one that takes the session gets all of it."""
+    with tcp_listener() as (listening, address):
+        sink = {"connect": [refused_address(), address], "balance": "first", "proxy_protocol": version}
+        with Duplex("tcp://127.0.0.1:0", sink) as duplex, connected(duplex.address) as client:
+            expected = make(version, name_of(client), peer_of(client))  # type: ignore[arg-type] # as given
+            client.sendall(b"x")
+            with accept(listening) as server:
+                assert receive_exactly(server, len(expected) + 1) == expected + b"x"
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_check_introduces_itself(version: str) -> None:
+    """A health check goes to a server that expects headers, too: it says that it comes for nobody, then asks."""
+    health = {"every": "50ms", "send": "ping", "expect": "pong"}
+    with tcp_listener() as (listening, address):
+        sink = {"connect": address, "proxy_protocol": version, "health": health}
+        with Duplex("tcp://127.0.0.1:0", sink), accept(listening) as server:
+            expected = {"v1": b"PROXY UNKNOWN\r\n", "v2": LOCAL}[version] + b"ping"
+            assert receive_exactly(server, len(expected)) == expected
+
+
 ONE_WAY = {
     "alone": '{{connect: "{0}", proxy_protocol: {1}}}',
     "drop": '{{connect: "{0}", proxy_protocol: {1}, on_slow: drop}}',
@@ -487,6 +511,14 @@ def asked(address: str) -> tuple[str, str, str]:
         return receive_all(client).rpartition(b"\r\n\r\n")[2].decode(), *ends
 
 
+def is_answered(address: str) -> bool:
+    """Whether the server behind `address` is at work."""
+    try:
+        return bool(asked(address)[0])
+    except ConnectionResetError:
+        return False
+
+
 @pytest.mark.parametrize("version", ["send-proxy", "send-proxy-v2"])
 def test_from_haproxy(version: str, tmp_path: Path) -> None:
     """HAProxy in front sends a header of either version: relay names the client that connected to HAProxy."""
@@ -554,6 +586,6 @@ def test_to_nginx(version: str, tmp_path: Path) -> None:
     argv = [program("nginx"), "-p", str(tmp_path), "-c", str(config)]
     sink = {"connect": f"unix://{tmp_path}/s", "proxy_protocol": version}
     with running(argv, stderr=subprocess.DEVNULL), Duplex("tcp://127.0.0.1:0", sink) as duplex:
-        eventually(lambda: (tmp_path / "s").exists() and asked(duplex.address)[0], "nginx listens")
+        eventually(lambda: is_answered(duplex.address), "nginx listens")
         told, client, service = asked(duplex.address)
         assert told == f"{client} {service}"

@@ -50,7 +50,7 @@ class Route(FrozenModel):
         """Ends that cannot carry two ways, and pipelines that cannot each have the sink."""
         if self.duplex:
             for role, end in (("source", self.source), ("sink", self.sink)):
-                if end.address.scheme not in ("tcp", "unix", "fd"):
+                if end.address.scheme not in ("tcp", "unix", "fd", "systemd"):
                     yield Problem(
                         f"duplex needs a socket at both ends; this {role} is {str(end.address)!r}", (role,)
                     )
@@ -292,7 +292,7 @@ def _overlap(one: Address, other: Address) -> bool:
     """Whether the kernel would refuse to listen on both; names are compared as they are written."""
     if one.scheme != other.scheme:
         return False
-    if one.scheme == "unix":
+    if one.scheme in ("unix", "systemd"):
         return one.path == other.path
     if one.port != other.port or one.port == 0:
         return False

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import PlainValidator, WithJsonSchema
 
+from relay.endpoints import passed
 from relay.endpoints.address import Address, AddressError
 from relay.endpoints.template import check_path
 from relay.units import show
@@ -28,6 +29,9 @@ def _socket(verb: str, value: object) -> Address:
 
 def read_listening(value: object) -> Address:
     """Where a socket listens."""
+    address = Address.of(value)
+    if address.scheme == "systemd":
+        return passed.meant(address)
     return _socket("listen", value)
 
 
@@ -109,12 +113,13 @@ def read_descriptor(value: object) -> Address:
 
 
 SOCKET_JSON = WithJsonSchema({"type": "string", "pattern": r"^(tcp|unix)://|\$\{"})
+LISTEN_JSON = WithJsonSchema({"type": "string", "pattern": r"^(tcp|unix|systemd)://|\$\{"})
 PATH_JSON = WithJsonSchema({"type": "string", "minLength": 1})
 FD_JSON = WithJsonSchema(
     {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^fd://|\$\{"}]}
 )
 
-ListenAddress = Annotated[Address, PlainValidator(read_listening), SOCKET_JSON]
+ListenAddress = Annotated[Address, PlainValidator(read_listening), LISTEN_JSON]
 ConnectAddress = Annotated[Address, PlainValidator(read_connecting), SOCKET_JSON]
 _ADDRESS_JSON = {"type": "string", "pattern": r"^(tcp|unix)://|\$\{"}
 SOCKETS_JSON = WithJsonSchema(

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
+from relay.endpoints import passed
 from relay.endpoints.address import Address, AddressError
 from relay.endpoints.options import (
     DEAD_AFTER,
@@ -107,7 +108,9 @@ class EndpointSettings(FrozenModel):
     role: ClassVar[str]
     ends: ClassVar[tuple[str, ...]] = ENDS
 
-    listen: ListenAddress | None = Field(default=None, description="tcp or unix address to listen on")
+    listen: ListenAddress | None = Field(
+        default=None, description="tcp, unix or systemd address to listen on"
+    )
     connect: ConnectAddress | None = Field(default=None, description="tcp or unix address to connect to")
     file: Annotated[Address, PlainValidator(read_file), PATH_JSON] | None = Field(
         default=None, description="path of a file"
@@ -138,7 +141,7 @@ class EndpointSettings(FrozenModel):
             )
         address = Address.of(value)
         match address.scheme:
-            case "tcp" | "unix":
+            case "tcp" | "unix" | "systemd":
                 return {cls.short_verb: address}
             case "file" | "fifo" | "fd":
                 return {address.scheme: address}
@@ -161,14 +164,18 @@ class EndpointSettings(FrozenModel):
                 (second,),
                 at_key=True,
             )
-        verb, scheme, abstract = ends[0], ends[0], False
+        verb, scheme, abstract, handed = ends[0], ends[0], False, False
         if verb in _LIVE:
             try:
                 address = Address.of(given[verb])
+                handed = address.scheme == "systemd"
+                address = passed.meant(address)
             except AddressError:
                 scheme = ""  # reported with the address itself
             else:
                 scheme, abstract = address.scheme, address.abstract
+            if scheme == "systemd":
+                scheme = ""  # which kind of socket that is will be seen when it is passed
         kind = (
             f"{verb} on {scheme}"
             if verb == "listen"
@@ -179,7 +186,8 @@ class EndpointSettings(FrozenModel):
         kind = kind if scheme else verb
         for place, scope in cls._scoped(given):
             wrong_scheme = bool(scheme) and scheme not in scope.schemes
-            if verb not in scope.verbs or wrong_scheme or (abstract and scope is _UNIX_LISTEN):
+            mine = not abstract and not handed  # a file that relay makes
+            if verb not in scope.verbs or wrong_scheme or (scope is _UNIX_LISTEN and not mine):
                 said = f"'{place[-1]}' applies to {scope.words} only, this {cls.role} is '{kind}'"
                 yield Problem(said + " with an abstract name" * abstract, place, at_key=True)
 

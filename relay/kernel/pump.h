@@ -182,6 +182,8 @@ struct relay_node {
     struct relay_node *after;  /* sweep order: a node comes before all that it fills */
     struct relay_node *next;   /* teed into */
     struct relay_node *into;   /* moved into: the following stage, or the head of a branch */
+    int past;                  /* `into` is but the backlog of its sink: bytes go past it while it is empty */
+    int64_t stuck_ns;          /* since when that sink refused them, 0: does not */
     struct relay_end *sink;    /* or moved out to this end; with neither, discarded */
     struct relay_ring *ring;   /* beside a sink that only counts: the bytes go into the ring */
     int pipe_r, pipe_w;

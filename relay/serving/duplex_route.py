@@ -11,8 +11,11 @@ from collections import deque
 from functools import partial
 from typing import Any
 
+from relay.duplex.health import Checks
 from relay.duplex.sessions import Sessions
+from relay.duplex.upstreams import Upstreams
 from relay.endpoints.listening import Crowd
+from relay.endpoints.proxy_header import own
 from relay.engine import Engine
 from relay.journal.record import SessionRecord
 from relay.kernel import core
@@ -32,6 +35,13 @@ class DuplexRoute(RunningRoute):
         self._sessions: dict[Engine, Sessions] = {}
         self._overs: deque[tuple[SessionRecord, str]] = deque()  # from other engines
         self._told = False
+        self.upstreams = Upstreams(self.name, self.route.sink, self.home)
+        self._checks: Checks | None = None
+
+    def follow(self, old: RunningRoute) -> None:
+        """What the route whose place it takes knows of the upstreams that both have goes on."""
+        if isinstance(old, DuplexRoute):
+            self.upstreams = Upstreams(self.name, self.route.sink, self.home, old.upstreams)
 
     def open(self, found: Found | None = None, take: Take = nobody, *, wait: bool = False) -> None:
         """Binds the listeners, and accepts unless it is to `wait`. Raises SourceError; see `bound`."""
@@ -42,6 +52,20 @@ class DuplexRoute(RunningRoute):
     def begin(self) -> None:
         """Connections come in from now on."""
         self.reception.accept()
+        if self.route.sink.health is not None:
+            version = self.route.sink.proxy_protocol
+            ahead = own(version) if version is not None else b""
+            self._checks = Checks(self.home, self.upstreams, self.route.sink.health, ahead=ahead)
+            self.home.post(self._checks.start)
+
+    def _check_no_more(self) -> None:
+        if self._checks is not None:
+            self._checks.stop()
+
+    def drain(self) -> None:
+        """As for every route; upstreams are not checked any more."""
+        self._check_no_more()
+        super().drain()
 
     def _crowds(self) -> Crowd:
         return self._crowd
@@ -78,6 +102,7 @@ class DuplexRoute(RunningRoute):
                     self.name,
                     self.route,
                     self._ways,
+                    self.upstreams,
                     ids,
                     partial(self._ended, engine),
                     partial(self._short, engine),
@@ -125,6 +150,7 @@ class DuplexRoute(RunningRoute):
     def abort(self, reason: str) -> None:
         """Resets every connection."""
         self._ending = True
+        self._check_no_more()
         self.reception.refuse()
         self.cut_short = self.cut_short or self.under_way
         if self._introductions is not None:
@@ -138,6 +164,7 @@ class DuplexRoute(RunningRoute):
             return
         super()._look_whether_done()
         if self._done:
+            self._check_no_more()
             for engine, sessions in self._sessions.items():
                 engine.post(sessions.close)
 

@@ -22,9 +22,7 @@ from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.line import Lines
 from relay.endpoints.listening import Crowd
 from relay.endpoints.make import make_source
-from relay.endpoints.options import OnSlow
 from relay.endpoints.proxy_header import local_of
-from relay.endpoints.settings import SinkSettings
 from relay.endpoints.socket import SocketSource, close_with_reset
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError
@@ -37,10 +35,10 @@ from relay.serving.introductions import Introduced, Introductions
 from relay.serving.names import Found
 from relay.serving.reception import Reception, Take, nobody
 from relay.serving.redial import Redial
+from relay.serving.spilling import spilling
 from relay.spill.sink import Resumed
 from relay.spill.spills import Spills
-from relay.stages.base import StageSettings
-from relay.stages.stage import Branch, Turn
+from relay.stages.stage import Turn
 from relay.ways import Ways
 
 log = logging.getLogger("relay.serve")
@@ -335,6 +333,9 @@ class RunningRoute:
 
     # -- reload
 
+    def follow(self, old: RunningRoute) -> None:
+        """Before it is opened: it takes the place of `old`, from which it may take what both have."""
+
     def leave(self) -> None:
         """Another took its place: no newcomers of any kind, then as `drain`."""
         self.reception.finish(sources_only=False)
@@ -357,6 +358,12 @@ class RunningRoute:
         """Whether a source connection is open or bytes wait; idle subscribers do not count."""
         waiting = self._waiting or self._starting or self._resumed or self._introductions
         return bool(waiting) or any(p.busy for p in self._pipelines if not p.closed)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anything is under way or anybody watches."""
+        watched = any(group.members for pipeline in self._pipelines for group in pipeline.subscribers)
+        return self.under_way or watched
 
     def drain(self) -> None:
         """No new streams but those that wait in a backlog; those under way go on. What has none is finished at once."""
@@ -425,23 +432,3 @@ class RunningRoute:
         if self._own is not None:
             self._own.stop()
             self._own = None
-
-
-def spilling(
-    route: Route,
-) -> Iterator[tuple[str, SinkSettings, OnSlow, tuple[StageSettings, ...]]]:
-    """Every sink of the route that reads through a log, with its policy and the stages behind the log."""
-
-    def walk(stages: tuple[StageSettings, ...]) -> Iterator[Branch]:
-        for settings in stages:
-            branch = settings.make().branch
-            if branch is not None:
-                yield branch
-                if branch.on_slow.policy != "spill":
-                    yield from walk(branch.stages)
-
-    for branch in walk(route.stages):
-        if branch.on_slow.policy == "spill":
-            yield str(branch.to.address), branch.to, branch.on_slow, branch.stages
-    if route.sink.slow.policy == "spill":
-        yield str(route.sink.address), route.sink, route.sink.slow, ()
