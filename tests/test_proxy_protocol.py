@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from duplexes import Duplex, connected, in_background, outcome, turned_away
+from duplexes import Duplex, connected, descriptors, in_background, outcome, turned_away
 from peers import (
     PATIENCE,
     accept,
@@ -62,6 +63,15 @@ def behind(source: Any, **sink: Any) -> Iterator[tuple[Duplex, socket.socket]]:
     """A duplex route from `source` to a listening socket of the test's."""
     with tcp_listener() as (listening, address), Duplex(source, {"connect": address, **sink}) as duplex:
         yield duplex, listening
+
+
+@contextlib.contextmanager
+def accept_after(client: socket.socket, listening: socket.socket) -> Iterator[socket.socket]:
+    """What the server gets once `client` has introduced itself and said one byte."""
+    client.sendall(HEADERS["v1"] + b"x")
+    with accept(listening) as server:
+        assert receive_exactly(server, 1) == b"x"
+        yield server
 
 
 def refusals(text: str) -> list[str]:
@@ -194,6 +204,53 @@ def test_who_has_not_introduced_himself_counts() -> None:
                 with accept(listening) as second:
                     assert receive_exactly(second, 1) == b"y"
                     assert turned_away(duplex.address)
+
+
+def test_a_crowd_that_never_introduces_itself(caplog: pytest.LogCaptureFixture) -> None:
+    """Two hundred connections that stop within their headers are gone after `timeout`, with a line or two in the log;
+    a real client comes in at any time where no limit is reached, and nothing of theirs stays open."""
+    source = trusting()
+    source["proxy_protocol"] = {"trust": [HERE], "timeout": "1s"}
+    with behind(source) as (duplex, listening):
+        with connected(duplex.address) as first, accept_after(first, listening) as server:
+            assert server.fileno() >= 0
+        eventually(lambda: len(duplex.records) == 1, "what is made once is made")
+        before = descriptors()
+        crowd = [connected(duplex.address) for _ in range(200)]
+        for number, sock in enumerate(crowd):
+            sock.sendall(HEADERS["v2"][: number % len(HEADERS["v2"])])
+        eventually(lambda: len(duplex.route._introductions or ()) == 200, "all are accepted")
+        with connected(duplex.address) as client, accept_after(client, listening) as server:
+            client.sendall(b"y")
+            assert receive_exactly(server, 1) == b"y"
+        for sock in crowd:
+            assert outcome(sock) == (b"", "ConnectionResetError")
+            sock.close()
+        assert duplex.route._admission.refused == 200
+        assert not duplex.route._introductions
+        eventually(lambda: descriptors() == before, "all are closed")
+        assert len(refusals(caplog.text)) <= 3
+
+
+def test_a_reload_leaves_nobody_behind(tmp_path: Path) -> None:
+    """Who was accepted before a reload and introduces himself after it is served as the old settings say."""
+    with tcp_listener() as (listening, address):
+        limits = "limits: {connections: 9}"
+        source = f'{{listen: "unix://{tmp_path}/s", proxy_protocol: true, {limits}}}'
+        config = f'routes: {{r: {{source: {source}, duplex: true, sink: "{address}"}}}}'
+        with serving(config, tmp_path) as served:
+            with connected(served.addresses(1)[0]) as early:
+                early.sendall(b"PROXY")
+                with connected(served.addresses(1)[0]) as other, accept_after(other, listening):
+                    pass  # who came before it has been accepted, too
+                served.config.write_text(config.replace("connections: 9", "connections: 8"))
+                served.signal(signal.SIGHUP)
+                served.until(lambda: [line for line in served.lines if "reload" in line["message"]])
+                early.sendall(b" TCP4 192.0.2.7 198.51.100.2 4711 443\r\nx")
+                with accept(listening) as server:
+                    assert receive_exactly(server, 1) == b"x"
+            records = served.sessions(2)
+            assert CLIENT in {record["peer"] for record in records}
 
 
 def test_limits_are_those_of_the_named_peer(caplog: pytest.LogCaptureFixture) -> None:
