@@ -34,6 +34,7 @@ from relay.config.load import loads
 from relay.endpoints.address import Address
 from relay.endpoints.proxy_header import make
 from relay.errors import ConfigErrors
+from relay.planning.preflight import show_plan
 
 HERE = "127.0.0.0/8"
 CLIENT, SERVICE = "192.0.2.7:4711", "198.51.100.2:443"
@@ -539,6 +540,24 @@ def test_what_cannot_be_is_refused(route: str, said: str) -> None:
     (error,) = caught.value.errors
     assert said in str(error)
     assert error.line == 1
+
+
+def test_a_plan_names_who_is_believed_and_told(tmp_path: Path) -> None:
+    """The plan of a route says whose headers are expected, and which sinks begin with one."""
+    config = tmp_path / "relay.yaml"
+    config.write_text(
+        "routes:\n"
+        "  a: {source: {listen: 'tcp://:1', proxy_protocol: [10.0.0.0/8, '192.0.2.1']},\n"
+        "      stages: [{tee: {to: {connect: 'tcp://h:4', proxy_protocol: v1}}}], sink: 'tcp://h:5'}\n"
+        "  b: {source: {listen: 'unix:///x', proxy_protocol: true}, duplex: true,\n"
+        "      sink: {connect: ['tcp://h:2', 'tcp://h:3'], proxy_protocol: v2, transparent: true}}\n"
+    )
+    text = show_plan(str(config), "text")
+    assert "expects PROXY headers from 10.0.0.0/8, 192.0.2.1/32" in text
+    assert "tcp://h:4 (connects), begins with a PROXY header (v1)" in text
+    assert "tcp://h:5 (connects), " not in text
+    assert "expects PROXY headers from whoever may connect" in text
+    assert "begins with a PROXY header (v2), from the peer's own address" in text
 
 
 # --- with programs that nobody here wrote -------------------------------------------------------------------

@@ -25,7 +25,7 @@ from relay.kernel.probe import Machine
 from relay.needs import Need
 from relay.pipeline.ring_shape import across
 from relay.planning.duplex import plan_duplex
-from relay.planning.hops import Hold, Hop, Role, RoutePlan
+from relay.planning.hops import Hold, Hop, Role, RoutePlan, expects, introduces
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Checksum
 from relay.units import show_size
@@ -62,7 +62,8 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
     if route.duplex:
         return plan_duplex(name, route, machine)
-    walk = _Walk(Ways(machine, route.method), machine)
+    ways = Ways(machine, route.method)
+    walk = _Walk(ways, machine)
     chain = walk.chain(route.stages, route.sink, route.sink.slow, gated=False, within=())
     finite = route.source.verb == "read"
     turns: Literal["each", "one", "once"] = "once" if finite else route.turns()
@@ -92,7 +93,7 @@ def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
         subscriber=needs.subscriber() if listening else None,
         streams=most if turns == "each" else 1,
         waiting=0 if turns != "one" else None if most is None else most - 1,
-        crossing=across(route.stages, route.sink, Ways(machine, route.method), source.choice),
+        crossing=across(route.stages, route.sink, ways, source.kind, source.choice, turns=turns == "one"),
     )
 
 
@@ -118,8 +119,16 @@ class _Walk:
         shown = str(address)
         name = "stdin" if address.scheme == "stdio" else shown
         hop = Hop(
-            "source", address.scheme, name, choice, need, shown, route.source.verb, route.source.introduces, sure=sure
-        )  # fmt: skip
+            "source",
+            address.scheme,
+            name,
+            choice,
+            need,
+            shown,
+            route.source.verb,
+            expects(route.source),
+            sure=sure,
+        )
         return hop, chain
 
     def _read(
@@ -269,9 +278,18 @@ class _Walk:
         copies = APPENDING if sink.append else ""
         choice, sure = self._sure(address.scheme, self._ways.to_sink(address.scheme, copies=copies))
         return Hop(
-            "sink", address.scheme, name, choice, need + needs.sink(sink, self._machine), str(address),
-            sink.verb, sink.introduces, entry=entry, policy=slow.policy or "", sure=sure,
-        )  # fmt: skip
+            "sink",
+            address.scheme,
+            name,
+            choice,
+            need + needs.sink(sink, self._machine),
+            str(address),
+            sink.verb,
+            introduces(sink),
+            entry=entry,
+            policy=slow.policy or "",
+            sure=sure,
+        )
 
     def _subscriber(self, slow: OnSlow, address: str) -> Hop:
         return Hop(
