@@ -16,7 +16,7 @@ from collections.abc import Callable
 from relay.duplex.upstream import BLAMELESS, Upstream, in_words
 from relay.duplex.upstreams import Upstreams
 from relay.endpoints.connecting import Connecting
-from relay.endpoints.proxy_header import make
+from relay.endpoints.proxy_header import own
 from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine, Timer, Watch
 from relay.errors import KernelError
@@ -37,7 +37,7 @@ class Probe:
         self._engine = engine
         self._health = health
         # an upstream that wants to be told of peers is told that there is none
-        header = make(sink.proxy_protocol, "", "") if sink.proxy_protocol is not None else b""
+        header = own(sink.proxy_protocol) if sink.proxy_protocol is not None else b""
         self._says = header + (health.send or "").encode()
         self._done: Callable[[str | None], None] | None = done
         self._sock: socket.socket | None = None
