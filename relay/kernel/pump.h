@@ -31,7 +31,7 @@ enum {                       /* relay_end.method */
 };
 
 enum {                       /* relay_event.what */
-    RELAY_WATCHED = 1,       /* end: epoll said `mask` */
+    RELAY_WATCHED = 1,       /* end: epoll said `mask`; one with a twin: an error may stand behind bytes nobody takes */
     RELAY_SOURCE_ENDED = 2,  /* pipeline: the source came to its end */
     RELAY_SOURCE_FAILED = 3, /* pipeline: `error` */
     RELAY_SINK_DRAINED = 4,  /* end: it was given all that it will get */
@@ -127,6 +127,8 @@ struct relay_end {
     int mark;                /* a source's SO_RCVLOWAT while it is raised: fewer bytes wake nobody; 0: it is not */
     struct relay_ferry *ferry;
     struct relay_pipeline *reads, *writes;   /* whom its readiness wakes */
+    struct relay_end *twin;  /* another struct for the same descriptor, which is not registered itself and hears
+                                what this one does: a connection that is one pipeline's source and another's sink */
 };
 
 /* One who reads a ring: a subscriber of a broadcast, or (`stays`) the place of one of a pipeline's sinks. */
