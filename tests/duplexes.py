@@ -19,7 +19,7 @@ from relay.endpoints.address import Address
 from relay.engine import Engine
 from relay.journal.record import SessionRecord
 from relay.kernel.exchange import Exchange
-from relay.serving.duplex_route import DuplexRoute
+from relay.serving.staged_route import route_of
 from relay.spill.spills import Spills
 
 
@@ -36,7 +36,7 @@ class Duplex:
         self.records: list[SessionRecord] = []
         self._over = threading.Event()
         self._spills = Spills()
-        self.route = DuplexRoute(
+        self.route = route_of(
             "r",
             config.routes["r"],
             self.engines[0],

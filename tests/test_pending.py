@@ -51,8 +51,6 @@ def test_refusals_stand_beside_other_problems_of_the_text() -> None:
 
 
 DUPLEX = {
-    "stages": ("stages: [{meter: {}}]", "'stages' is not available on duplex routes"),
-    "replies": ("replies: [{meter: {}}]", "'replies' is not available on duplex routes"),
     "source": ("source: {connect: 'tcp://h:1'}", "'connect' is not available on duplex routes"),
     "connections": ("source: {listen: 'tcp://:1', connections: one}", "'connections: one' means nothing"),
     "sink": ("sink: {fd: 3}", "'fd' is not available on duplex routes"),
@@ -74,9 +72,7 @@ def test_what_duplex_routes_do_not_have_is_refused(key: str) -> None:
     (error,) = caught.value.errors
     assert words in str(error)
     row = text.splitlines()[error.line - 1]
-    assert row[error.column - 1 :].startswith(
-        ("stages", "replies", "connect", "fd", "on_slow", "wait_for_sinks")
-    )
+    assert row[error.column - 1 :].startswith(("connect", "fd", "on_slow", "wait_for_sinks"))
 
 
 def test_the_built_in_default_can_run() -> None:

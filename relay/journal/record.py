@@ -31,6 +31,7 @@ class SinkRecord:
     backlog: int = 0
     reconnects: int = 0
     twice: int = 0
+    way: str = ""  # back: it took what came back on a duplex route
 
     def as_line(self, method: str, why: str = "", checksum: str = "") -> str:
         """The result for people, in one line: `method` is how its bytes crossed from the source on."""
@@ -66,7 +67,7 @@ class SinkRecord:
             "method": self.method,
             "result": self.result,
         }
-        for key in ("reason", "backlog", "twice", "path", "why_method"):
+        for key in ("way", "reason", "backlog", "twice", "path", "why_method"):
             if value := getattr(self, key):
                 found[key] = value
         if self.blocked_seconds > 0:
@@ -102,6 +103,13 @@ class SessionRecord:
     def failed_sinks(self) -> int:
         """How many sinks did not get their stream whole."""
         return sum(1 for sink in self.sinks if sink.result == "failed")
+
+    @property
+    def plain(self) -> bool:
+        """Whether `as_json` says all there is, as of any duplex session without stages."""
+        if self.back is None or len(self.sinks) != 1 or self.stages or self.measured:
+            return False
+        return not (self.sinks[0].blocked_seconds or self.sinks[0].why_method)
 
     def crossing(self, sink: SinkRecord) -> tuple[str, str]:
         """How bytes crossed from the source to `sink`, in one word, and why where that is worth saying."""
@@ -153,7 +161,8 @@ class SessionRecord:
                 f"{self.route} #{self.id} from {self.peer}: {self.bytes} B there and {self.back} B back in "
             )
             said += f"{self.seconds:.2f} s, {self.result}, ended by {self.ended_by}"
-            return f"{said}; {self.reason}" if self.reason else said
+            said = f"{said}; {self.reason}" if self.reason else said
+            return "; ".join([said, *self._parts()]) if len(self.sinks) > 1 or self.stages else said
         rate = show_size(self.bytes / self.seconds) if self.seconds > 0 else "0 B"
         parts = [
             f"{self.route} #{self.id} from {self.peer or self.source}: {show_size(self.bytes)} "
@@ -161,8 +170,14 @@ class SessionRecord:
         ]
         if self.reason:
             parts.append(self.reason)
+        return "; ".join([*parts, *self._parts()])
+
+    def _parts(self) -> list[str]:
+        """What sinks and stages have to say, for people."""
+        parts = []
         for sink in self.sinks:
-            text = f"{sink.sink} {show_size(sink.bytes)} {sink.method} {sink.result}"
+            way = f"{sink.way} " if sink.way else ""
+            text = f"{way}{sink.sink} {show_size(sink.bytes)} {sink.method} {sink.result}"
             if sink.path:
                 text += f" {sink.path}"
             if sink.dropped:
@@ -177,7 +192,7 @@ class SessionRecord:
             for stage in self.stages
             if "digest" in stage
         ]
-        return "; ".join(parts)
+        return parts
 
 
 _quoted = json.JSONEncoder(ensure_ascii=False).encode

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from relay.duplex.sessions import Sessions
+from relay.duplex.staged import StagedSessions
 from relay.endpoints.listening import Crowd
 from relay.engine import Engine
 from relay.journal.record import SessionRecord
@@ -28,7 +29,7 @@ class DuplexRoute(RunningRoute):
         super().__init__(*arguments, **options)
         self._persistent = False
         self._under_way = 0
-        self._sessions: dict[Engine, Sessions] = {}
+        self._sessions: dict[Engine, Sessions | StagedSessions] = {}
         self._overs: deque[tuple[SessionRecord, str]] = deque()  # from other engines
         self._told = False
 
@@ -59,19 +60,16 @@ class DuplexRoute(RunningRoute):
         for engine, share in spread.items():
             sessions = self._sessions.get(engine)
             if sessions is None:
-                sessions = self._sessions[engine] = Sessions(
-                    engine,
-                    self.name,
-                    self.route,
-                    self._ways,
-                    ids,
-                    partial(self._ended, engine),
-                    partial(self._short, engine),
-                )
+                sessions = self._sessions[engine] = self._sessions_on(engine)
             if engine is self.home:
                 sessions.begin(share)
             else:
                 engine.post(partial(sessions.begin, share))
+
+    def _sessions_on(self, engine: Engine) -> Sessions | StagedSessions:
+        """Those that will be on that engine."""
+        over, short = partial(self._ended, engine), partial(self._short, engine)
+        return Sessions(engine, self.name, self.route, self._ways, ids, over, short)
 
     def _short(self, engine: Engine, code: int) -> None:
         """On any engine: it was a descriptor short of a session. Newcomers wait in the kernel for a moment."""
@@ -124,9 +122,3 @@ class DuplexRoute(RunningRoute):
         if self._done:
             for engine, sessions in self._sessions.items():
                 engine.post(sessions.close)
-
-
-def route_of(name: str, route: Any, *arguments: Any, **options: Any) -> RunningRoute:
-    """The running route for the settings `route`: of one way, or duplex."""
-    kind = DuplexRoute if route.duplex else RunningRoute
-    return kind(name, route, *arguments, **options)
