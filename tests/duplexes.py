@@ -69,6 +69,11 @@ class Duplex:
         if not self._over.is_set():
             self.engines[0].post(lambda: self.route.abort("the test is over"))
             assert self._over.wait(PATIENCE)
+        # a ferry's thread may still be at work for a sink that failed; its pipes are closed on the engine
+        eventually(
+            lambda: not [one.name for one in threading.enumerate() if one.name.endswith("-ferry")],
+            "the ferries' threads end",
+        )
         self.route.close()
         self._spills.close()
         for engine in self.engines:
