@@ -158,8 +158,8 @@ RESETS = [
 ]
 
 
-def play(rng: random.Random, client: socket.socket, server: socket.socket) -> None:
-    """Random sends, stalls, reads and half-closes on both ends, then all to the end; compares with what was sent."""
+def play(rng: random.Random, client: socket.socket, server: socket.socket) -> list[bytes]:
+    """Random sends, stalls, reads and half-closes on both ends, then all to the end; returns what was sent."""
     ends = [client, server]
     for sock in ends:
         sock.setblocking(False)
@@ -192,3 +192,4 @@ def play(rng: random.Random, client: socket.socket, server: socket.socket) -> No
         assert steps < 200_000, "the session hangs"
     assert_same(bytes(got[1]), streams[0])
     assert_same(bytes(got[0]), streams[1])
+    return streams

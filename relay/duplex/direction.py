@@ -78,6 +78,11 @@ class Direction(Pipeline):
         return ended and self.taker.sink.state in ("finished", "cutting", "failed")
 
     @property
+    def over_by_itself(self) -> bool:
+        """Whether the pipeline is over without a word from either party: it could not begin, or broke."""
+        return self.record is not None and self.taker.sink.state in ("opening", "open", "failed")
+
+    @property
     def progress(self) -> tuple[int, int]:
         """What changes as long as the taker takes something."""
         return int(self.taker.sink.c.moved), self.taker.outstanding()

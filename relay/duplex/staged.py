@@ -199,13 +199,11 @@ class StagedSession:
         elif bad:
             if self.ways[bad[0]].given and not self.parties[1 - bad[0]].outstanding():
                 self._cut()
+        elif over := next((way for way in self.ways if way.over_by_itself), None):
+            said = over.record.reason if over.record is not None else ""
+            self.end(said or "its pipeline failed", "relay")
         elif all(way.given for way in self.ways):
-            failed = [way.record for way in self.ways if way.taker.sink.state != "finished"]
-            reason = next((record.reason for record in failed if record is not None and record.reason), "")
-            if failed:  # a pipeline that broke by itself, or could not begin
-                self.end(reason or "a pipeline failed", "relay")
-            else:
-                self._close("", self._who(), reset=False)
+            self._close("", self._who(), reset=False)
 
     def _who(self) -> str:
         return "source" if self._first is self.parties[0] else "sinks"
