@@ -34,18 +34,31 @@ def serve(
         LogFormat, typer.Option(help="auto is text on a terminal, JSON lines elsewhere.")
     ] = LogFormat.auto,
     log_level: Annotated[LogLevel, typer.Option(help="From which level on to log.")] = LogLevel.info,
+    exit_idle: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="End when nothing was under way for so long, such as 60s; a socket unit starts it again.",
+        ),
+    ] = None,
 ) -> None:
     """Runs the routes; SIGTERM drains and ends, SIGHUP reloads and opens files anew."""
     from relay.config.load import load_to_run, load_with_places
+    from relay.endpoints import passed
     from relay.journal import logs
+    from relay.serving.notify import Notifier
     from relay.serving.server import Server
+    from relay.serving.vigil import Vigil, idle_time
     from relay.serving.welcome import welcome
 
+    idle = idle_time(exit_idle)
+    passed.receive()
     logs.set_up(log_format.value, log_level.value)
     server = Server(
         load_to_run(config),
         on_ready=lambda routes: welcome(routes, built_in=config is None),
         again=partial(load_with_places, config, to_run=True) if config not in (None, "-") else None,
+        vigil=Vigil(Notifier(), idle),
     )
     raise typer.Exit(server.run())
 

@@ -50,7 +50,7 @@ class Route(FrozenModel):
         """Ends that cannot carry two ways, and pipelines that cannot each have the sink."""
         if self.duplex:
             for role, end in (("source", self.source), ("sink", self.sink)):
-                if end.address.scheme not in ("tcp", "unix", "fd"):
+                if end.address.scheme not in ("tcp", "unix", "fd", "systemd"):
                     yield Problem(
                         f"duplex needs a socket at both ends; this {role} is {str(end.address)!r}", (role,)
                     )
@@ -70,6 +70,34 @@ class Route(FrozenModel):
                     )
 
         yield from self._shared_logs()
+        yield from self._named_peers()
+        for place, sink in self.sinks():
+            if not self.duplex or place != ("sink",):
+                yield from (problem.within(*place) for problem in sink.one_way())
+
+    def _named_peers(self) -> Iterator[Problem]:
+        """Sinks that are to learn of a peer where a connection has none, or not one only; what duplex alone knows."""
+        if not self.duplex and self.source.limits.half_closed is not None:
+            said = (
+                "'half_closed' needs 'duplex: true': a connection that goes one way is over with its stream"
+            )
+            yield Problem(said, ("source", "limits", "half_closed"), at_key=True)
+        for place, sink in self.sinks():
+            beside = not self.duplex or place != ("sink",)
+            if sink.transparent and beside:
+                said = "'transparent' needs 'duplex: true': what comes back to that address has nowhere to go"
+                yield Problem(said, (*place, "transparent"), at_key=True)
+            if not sink.proxy_protocol or not beside:
+                continue
+            if not self.source.listen:
+                said = (
+                    "'proxy_protocol' names the peer of a connection, and this source accepts none; "
+                    'a fixed header is a stage: header: {text: "PROXY UNKNOWN\\r\\n"}'
+                )
+                yield Problem(said, (*place, "proxy_protocol"), at_key=True)
+            elif self.turns() == "one":
+                said = "'proxy_protocol' names one peer, and here connections take turns; write 'connections: each'"
+                yield Problem(said, (*place, "proxy_protocol"), at_key=True)
 
     def _mirrors(self) -> Iterator[Problem]:
         """Sinks of a duplex route's tees that its many sessions, each with its own, could not have at once."""
@@ -245,7 +273,8 @@ def _circles(routes: Mapping[str, Route]) -> Iterator[Problem]:
     def leads_to(name: str) -> Iterator[tuple[Place, str]]:
         for place, sink in routes[name].sinks():
             for other, route in routes.items():
-                if sink.connect and route.source.listen and _reaches(sink.connect, route.source.listen):
+                here = route.source.listen
+                if sink.connect and here and any(_reaches(address, here) for address in sink.addresses):
                     yield ("routes", name, *place, "connect"), other
 
     for name in routes:
@@ -284,7 +313,7 @@ def _overlap(one: Address, other: Address) -> bool:
     """Whether the kernel would refuse to listen on both; names are compared as they are written."""
     if one.scheme != other.scheme:
         return False
-    if one.scheme == "unix":
+    if one.scheme in ("unix", "systemd"):
         return one.path == other.path
     if one.port != other.port or one.port == 0:
         return False

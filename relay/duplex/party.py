@@ -3,8 +3,9 @@
 Facts (man 7 epoll, 2 shutdown): a descriptor is in an epoll set once, so one struct of the two is registered and the
 other, its twin, hears what that one does. shutdown(SHUT_WR) ends what is sent and leaves what is received as it is.
 
-What this means here: the party owns the descriptor; its source and its sink borrow it. Neither closes it, each tells
-the session how its part ended, and the session has the party close it. What the peer sends is never discarded.
+What this means here: the session owns the descriptor, in its C struct, as one without stages does; a party, its source
+and its sink borrow it. Neither end closes it: each tells the session how its part ended. What the peer sends is never
+discarded.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import socket
 from typing import Protocol
 
 from relay.endpoints.base import Sink, Source
-from relay.endpoints.liveness import Liveness
-from relay.endpoints.socket import READ_WRITE, close_with_reset, socket_of, unacknowledged
+from relay.endpoints.socket import READ_WRITE, socket_of, unacknowledged
 from relay.engine import Engine
 from relay.kernel import core
 from relay.kernel.pipe import LARGEST_CAPACITY
@@ -32,9 +32,6 @@ class Witness(Protocol):
 
     def hung(self, party: Party) -> None:
         """It failed, and what says how stands behind bytes that nobody has taken yet."""
-
-    def dead(self, party: Party, silent: float) -> None:
-        """Its peer left what was sent to it unanswered for so many seconds."""
 
     def look_soon(self) -> None:
         """Something came to its end."""
@@ -66,37 +63,32 @@ class PartySink(Sink):
         self.opened()
 
     def finish(self) -> None:
-        """The other party's stream is over and went out: this one hears its end. One of a broken party is cut."""
+        """The other party's stream is over and went out: this one hears its end. In a session that broke it is cut."""
         if self.state != "open":
             return
-        if self._party.session_broke:
+        if self._party.witness.broken:
             self.cut("the session broke off")
             return
-        self.c.last_ns = int(self.engine.now * 1e9)
+        self.c.last_ns = int(self.engine.now * 1e9)  # the end of a stream wants its answer, too
         try:
             socket_of(self.c.fd, lambda sock: sock.shutdown(socket.SHUT_WR))
         except OSError as error:
-            self._party.break_with(error.errno or errno.EPIPE)
+            self._party.witness.broke(self._party, error.errno or errno.EPIPE)
             return
-        self._party.busy()  # the end of a stream wants its answer, too
         self.finished()
-        self._party.look_soon()
+        self._party.witness.look_soon()
 
     def cut(self, reason: str) -> None:
         """All that there is went out. The session resets the connection when the peer's kernel has it."""
         if self.state == "open":
             self.state = "cutting"
             self.reason = reason
-            self._party.look_soon()
+            self._party.witness.look_soon()
 
     def broke(self, code: int, reason: str = "") -> None:
         """The pump met `code`."""
         del reason
-        self._party.break_with(code)
-
-    def busy(self) -> None:
-        """Bytes went out, the first for a while: the peer has to answer."""
-        self._party.busy()
+        self._party.witness.broke(self._party, code)
 
     def close(self) -> None:
         """The connection stays as it is."""
@@ -104,22 +96,20 @@ class PartySink(Sink):
 
 
 class Party:
-    """Owns the descriptor of one connection from when it is made until `close`; `source` and `sink` borrow it.
+    """Borrows a connection until `let_go`; `source` and `sink` are how two pipelines use it.
 
-    `error` is the errno by which it broke, 0 while it has not. `address` is its end's in the configuration, `who` is
-    source or sink, `peer` names it for people. `witness` hears what becomes of it.
+    `error` is the errno by which it broke, 0 while it has not. `address` is its end's in the configuration, `peer`
+    names it for people. `witness` hears what becomes of it.
     """
 
     def __init__(
-        self, engine: Engine, fd: int, *, who: str, scheme: str, address: str, peer: str, dead_after: float
+        self, engine: Engine, fd: int, scheme: str, address: str, peer: str, witness: Witness
     ) -> None:
         self._engine = engine
-        self.who = who
         self.peer = peer
         self.tcp = scheme == "tcp"
         self.error = 0
-        self.witness: Witness | None = None
-        self._open = True
+        self.witness = witness
         self.source = PartySource(engine, address)
         self.source.scheme, self.source.peer = scheme, peer
         self.source.c.is_socket = 1
@@ -127,82 +117,40 @@ class Party:
         self.sink = PartySink(engine, address, self)
         self.source.c.fd = self.sink.c.fd = fd
         self.source.c.twin = self.sink.c
-        self.source.c.token = engine.register(lambda _what, _error, _mask: self._hung())
+        self.source.c.token = engine.register(lambda _what, _error, _mask: witness.hung(self))
         self._registered = False
-        self._liveness: Liveness | None = None
-        if self.tcp:
-            self._liveness = Liveness(
-                engine, self.sink.c, dead_after, lambda: unacknowledged(self.sink.c.fd), self._dead
-            )
-        else:  # what waits in a unix socket counts as the sender's: as much as the system lets it
-            socket_of(fd, lambda sock: sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_CAPACITY))
 
-    def attach(self, witness: Witness) -> int:
+    def attach(self) -> int:
         """From now on it wakes the pipelines that its source and sink are wired to: 0, or the errno."""
-        self.witness = witness
+        if not self.tcp:  # what waits in a unix socket counts as the sender's: as much as the system lets it
+            socket_of(
+                self.source.c.fd,
+                lambda sock: sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_CAPACITY),
+            )
         code = self._engine.add_end(self.source.c, READ_WRITE)
         self._registered = not code
         return code
 
     @property
-    def fd(self) -> int:
-        """Borrowed; -1 when it is closed."""
-        return int(self.source.c.fd)
-
-    @property
-    def last(self) -> float:
+    def last_ns(self) -> int:
         """Monotonic time of the last byte that came from it or went to it."""
-        return float(max(self.source.c.last_ns, self.sink.c.last_ns)) / 1e9
-
-    @property
-    def session_broke(self) -> bool:
-        """Whether it, or the party at the other end, has failed."""
-        return self.witness is not None and self.witness.broken
+        return int(max(self.source.c.last_ns, self.sink.c.last_ns))
 
     def outstanding(self) -> int:
         """Bytes that a reset would destroy on their way to it."""
-        if not self.tcp or self.error or self.fd < 0:
+        if not self.tcp or self.error or self.source.c.fd < 0:
             return 0
         try:
-            return unacknowledged(self.fd)
+            return unacknowledged(self.source.c.fd)
         except OSError:
             return 0
 
-    def busy(self) -> None:
-        """Something is under way to it."""
-        if self._liveness is not None:
-            self._liveness.busy()
-
-    def break_with(self, code: int) -> None:
-        """Its connection is broken."""
-        if self.witness is not None:
-            self.witness.broke(self, code)
-
-    def look_soon(self) -> None:
-        """One of its ends came to its end."""
-        if self.witness is not None:
-            self.witness.look_soon()
-
-    def _hung(self) -> None:
-        if self.witness is not None and self._open:
-            self.witness.hung(self)
-
-    def _dead(self, silent: float) -> None:
-        if self.witness is not None:
-            self.witness.dead(self, silent)
-
-    def close(self, *, reset: bool) -> None:
-        """Closes the connection; with `reset` the peer sees ECONNRESET. Safe to call again."""
-        if not self._open:
-            return
-        self._open = False
-        if self._liveness is not None:
-            self._liveness.close()
+    def let_go(self) -> None:
+        """The connection is about to be closed by whom it belongs to. Safe to call again."""
         if self._registered:
+            self._registered = False
             self._engine.drop_end(self.source.c)
         self._engine.forget_token(self.source.c.token)
-        fd = self.fd
         for end in (self.source.c, self.sink.c):
             end.fd = -1
             end.reads = end.writes = core.ffi.NULL
-        close_with_reset(fd) if reset else socket.close(fd)

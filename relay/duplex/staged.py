@@ -1,10 +1,10 @@
 """Sessions of a duplex route with stages: two pipelines over the same two sockets.
 
-Theory of operation. One pipeline goes from the source's connection to the sink's through `stages`, the other back
-through `replies`. Each connection is the source of one and the sink of the other; a Party owns its descriptor. An
-event on a socket turns both pipelines.
+Theory of operation. Until both its sockets are connected a session is one like any other: upstreams, tries, limits and
+its record are those of `Sessions`, and its C struct owns both descriptors from beginning to end. Then it lends them:
+one pipeline goes from the source's connection to the sink's through `stages`, the other back through `replies`. Each
+connection is the source of one and the sink of the other, and an event on a socket turns both.
 
-    connecting   the client's bytes wait in the kernel until the sink is connected; a failing connect resets it
     turning      a stream's end goes through its pipeline, behind the last byte, and shuts the other socket's
                  write side there. When both streams are over the sockets are closed.
     cutting      a party broke. What it had sent flows out to the other one, what was meant for it is lost and its
@@ -12,139 +12,110 @@ event on a socket turns both pipelines.
                  nothing for GRACE seconds.
 
 The mirrors are their pipelines' own matter: none of them, slow, dead or missing, is looked at here. They may go on
-after the sockets are closed; the session's record is written when both pipelines are over.
+after the sockets are closed; the session's record is told of when both pipelines are over.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from relay.config.models import Route
-from relay.duplex.connect import connect
 from relay.duplex.direction import Direction
 from relay.duplex.party import Party
-from relay.duplex.staged_record import record_of
-from relay.endpoints.base import hint
-from relay.endpoints.settings import EndpointSettings
-from relay.endpoints.socket import GRACE, close_with_reset
+from relay.duplex.patrol import Patrol
+from relay.duplex.sessions import SHORT, Session, Sessions
+from relay.duplex.staged_record import complete
+from relay.duplex.upstreams import Upstreams
+from relay.endpoints.proxy_header import local_of
+from relay.endpoints.socket import GRACE
 from relay.engine import Engine, Timer
 from relay.errors import KernelError, RelayError, name_of
 from relay.journal.record import SessionRecord
+from relay.kernel import core
 from relay.pipeline.sinks import Spilling
 from relay.stages.stage import Turn
 from relay.ways import Ways
 
 LOOK = 0.05  # seconds between two looks at a session that is cut
-STEPS = 10  # looks within a limit of time
-LONGEST = 5.0  # seconds between two looks
-SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class StagedSession:
-    """One connection and its counterpart. Owns the accepted descriptor until its party does, then both parties.
+    """The pipelines of `session`, which is connected, and borrows its descriptors to its parties.
 
-    `on_over(session)` is called once, with `record` there.
+    `over(staged)` is called when there is nothing left for them to do, for `reason` if they broke by themselves;
+    `told(staged)` once the session has its record and both pipelines are over.
     """
 
     def __init__(
-        self, owner: StagedSessions, fd: int, peer: str, ident: int, on_over: Callable[[StagedSession], None]
+        self,
+        engine: Engine,
+        session: Session,
+        over: Callable[[StagedSession, str], None],
+        told: Callable[[StagedSession], None],
     ) -> None:
-        self.peer = peer
-        self.id = ident
-        self.time = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        self.session = session
         self.record: SessionRecord | None = None
-        self.ended_by = self.reason = ""
-        self.source_failed = False
         self.parties: tuple[Party, ...] = ()
         self.ways: tuple[Direction, ...] = ()
-        self.began = self.ended = owner.engine.now
-        self._owner = owner
-        self._engine = owner.engine
-        self._fd = fd
-        self._on_over = on_over
-        self._cancel: Callable[[], None] = lambda: None
-        self._first: Party | None = None
+        self._engine = engine
+        self._over = over
+        self._told = told
         self._hung: Party | None = None
         self._timer: Timer | None = None
-        self._looks = False
+        self._looks = self._parted = False
         self._seen: tuple[int, int] = (-1, -1)
         self._until = 0.0
-        self._closed = False
 
-    # -- beginning
-
-    def connect(self) -> None:
-        """The sink is connected to."""
-        sink = self._owner.route.sink
-        self._cancel = connect(self._engine, sink.address, sink.dead_after, self._connected)
-
-    def _connected(self, fd: int, code: int, reason: str) -> None:
-        self._cancel = lambda: None
-        if self._closed:
-            return
-        if fd < 0:
-            if code in SHORT:
-                self._owner.on_short(code)
-            advice = hint(code)
-            words = reason or f"{os.strerror(code)} ({name_of(code)})" + (f"; {advice}" if advice else "")
-            self.end(
-                f"connecting to {self._owner.route.sink.address}: {words}",
-                "relay" if code in SHORT else "sinks",
-            )
-            return
-        self.parties = self._owner.parties(self._fd, fd, self.peer)
-        self._fd = -1
-        try:
-            self._begin()
-        except RelayError as error:
-            if isinstance(error, KernelError) and error.errno in SHORT:
-                self._owner.on_short(error.errno)
-            self.end(f"no pipes for {self.peer}: {error}", "relay")
-
-    def _begin(self) -> None:
-        self.ways = tuple(self._owner.directions(self))
-        for party in self.parties:
-            code = party.attach(self)
+    def start(self, parties: tuple[Party, ...], ways: tuple[Direction, ...], turn: Turn) -> None:
+        """Bytes flow from here on. Raises SourceError when the engine can watch no more."""
+        self.parties, self.ways = parties, ways
+        for party in parties:
+            code = party.attach()
             if code:
                 raise party.source.error("watching", code)
-        turn = Turn(self._owner.name, str(self.id), self.time, self.peer)
-        for way in self.ways:
-            if not self._closed:
+        for way in ways:
+            if not self._parted:
                 way.start(turn)
 
     # -- what becomes of the parties
 
     @property
     def broken(self) -> bool:
-        """Whether a party has failed, or the session was ended."""
-        return self._closed or any(party.error for party in self.parties)
+        """Whether a party has failed, or the session is over."""
+        return self._parted or any(party.error for party in self.parties)
 
     def heard(self, party: Party, error: int) -> int:
         """What comes from `party` is over: cleanly, or by `error`. The errno by which it is so in fact."""
         if error:
             self.broke(party, error)
-        self._first = self._first or party
+        self._ended(party)
         self.look_soon()
         return error or party.error
 
+    def _ended(self, party: Party) -> None:
+        c = self.session.c
+        if not self._parted and not c.first:
+            c.first = 1 + self.parties.index(party)
+
     def broke(self, party: Party, code: int) -> None:
         """Its connection is broken: what is meant for it goes nowhere, what came from it goes on."""
-        if party.error or self._closed:
+        if party.error or self._parted:
             return
-        party.error = code
-        self._first = self._first or party
         number = self.parties.index(party)
+        self._fails(party, code)
         if party.sink.state in ("open", "cutting"):
             party.sink.fail(party.sink.error("writing to", code))
-        if self.ways:
-            self.ways[1 - number].break_off(f"{party.who} {party.peer} is gone: {name_of(code)}")
-            party.source.c.readable = 1
-            self._engine.ready(self.ways[number].c)
+        self.ways[1 - number].break_off(f"{party.peer} is gone: {name_of(code)}")
+        party.source.c.readable = 1
+        self._engine.ready(self.ways[number].c)
         self._wait_for_progress()
         self.look_soon()
+
+    def _fails(self, party: Party, code: int) -> None:
+        party.error = self.session.c.sides[self.parties.index(party)].error = code
+        self._ended(party)
 
     def hung(self, party: Party) -> None:
         """It failed, which may stand behind bytes that nobody takes: the pump may not come to know of it."""
@@ -152,17 +123,11 @@ class StagedSession:
             self._hung = party
             self._wait_for_progress()
 
-    def dead(self, party: Party, silent: float) -> None:
-        """It left what was sent to it unanswered for too long."""
-        self.end(
-            f"the {party.who} left what was sent to it unanswered for {silent:.3g} s (dead_after)", "relay"
-        )
-
     # -- ending
 
     def look_soon(self) -> None:
         """Something came to its end: whether all has is looked at once everybody has heard of it."""
-        if not self._looks and not self._closed:
+        if not self._looks and not self._parted:
             self._looks = True
             self._engine.post(self._look)
 
@@ -174,101 +139,70 @@ class StagedSession:
     def _look_again(self) -> None:
         self._timer = None
         self._look()
-        if self._closed:
-            return
         bad = next((party for party in self.parties if party.error), self._hung)
-        if bad is None:
+        if self._parted or bad is None:
             return
         seen = self.ways[self.parties.index(bad)].progress
         if seen != self._seen:
             self._seen, self._until = seen, self._engine.now + GRACE
-        if self._engine.now >= self._until:
-            bad.error = bad.error or errno.ECONNRESET
-            self._first = self._first or bad
-            self._cut()
-        else:
+        if self._engine.now < self._until:
             self._timer = self._engine.later(LOOK, self._look_again)
+            return
+        self._fails(bad, bad.error or errno.ECONNRESET)
+        self._over(self, "")
 
     def _look(self) -> None:
         self._looks = False
-        if self._closed or len(self.ways) < 2:
+        if self._parted:
             return
         bad = [number for number, party in enumerate(self.parties) if party.error]
         if len(bad) == 2:
-            self._cut()
+            self._over(self, "")
         elif bad:
             if self.ways[bad[0]].given and not self.parties[1 - bad[0]].outstanding():
-                self._cut()
-        elif over := next((way for way in self.ways if way.over_by_itself), None):
-            said = over.record.reason if over.record is not None else ""
-            self.end(said or "its pipeline failed", "relay")
+                self._over(self, "")
+        elif failed := next((way for way in self.ways if way.over_by_itself), None):
+            said = failed.record.reason if failed.record is not None else ""
+            self._over(self, said or "a pipeline of it failed")
         elif all(way.given for way in self.ways):
-            self._close("", self._who(), reset=False)
+            self._over(self, "")
 
-    def _who(self) -> str:
-        return "source" if self._first is self.parties[0] else "sinks"
+    def sync(self) -> None:
+        """When something moved last, for those who watch over the session's time."""
+        self.session.c.last_ns = max(party.last_ns for party in self.parties)
 
-    def _cut(self) -> None:
-        party = next(party for party in self.parties if party.error)
-        self.source_failed = party is self.parties[0]
-        reason = f"the {party.who} {party.peer}: {os.strerror(party.error)} ({name_of(party.error)})"
-        self._close(reason, self._who(), reset=True)
-
-    def end(self, reason: str, ended_by: str) -> None:
-        """Both connections are reset; what came from them goes on to the mirrors."""
-        if not self._closed:
-            self._close(reason, ended_by, reset=True)
-
-    def _close(self, reason: str, ended_by: str, *, reset: bool) -> None:
-        self._closed = True
-        self.reason, self.ended_by = reason, ended_by
-        self.ended = self._engine.now
+    def part(self, reason: str) -> None:
+        """The sockets are about to be closed. What came from them goes on to the mirrors."""
+        self._parted = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._cancel()
-        if self._fd >= 0:
-            close_with_reset(self._fd)
-            self._fd = -1
         for party in self.parties:
             if party.sink.state in ("open", "cutting"):
                 party.sink.fail(party.sink.error("writing to", 0, reason=reason))
-            party.close(reset=reset)
+            party.let_go()
         for way in self.ways:
             way.break_off(reason)
             if way.source is None and way.record is None:  # it never began
                 way.abort(reason)
-        self.way_over()
 
     def abort(self, reason: str) -> None:
-        """Everything ends now, mirrors too."""
-        self.end(reason, "relay")
+        """The mirrors end now, too."""
         for way in self.ways:
             way.abort(reason)
 
     def way_over(self) -> None:
-        """A pipeline is over: the session is, if its sockets are closed and the other pipeline is over, too."""
-        if not self._closed:
+        """A pipeline is over, or the session is: all is told when both are."""
+        if not self._parted:
             self.look_soon()
-        elif self.record is None and all(way.record is not None for way in self.ways):
-            self.record = record_of(self, self._owner.route, self._owner.name)
-            self._on_over(self)
-
-    @property
-    def last(self) -> float:
-        """When something moved last."""
-        return max((party.last for party in self.parties), default=0.0)
-
-    @property
-    def closed(self) -> bool:
-        """Whether its sockets are: only mirrors are still at work then."""
-        return self._closed
+        elif self.record is not None and all(way.record is not None for way in self.ways):
+            self._told(self)
 
 
-class StagedSessions:
-    """The sessions of one route with stages on one engine: to the route what `Sessions` is to one without.
+class StagedSessions(Sessions):
+    """The sessions of one route with stages on one engine. `spill` makes the sinks that read through a log.
 
-    `spill` makes the sinks that read through a log.
+    `on_over` is told of a session when its mirrors are done, too.
     """
 
     def __init__(
@@ -277,126 +211,152 @@ class StagedSessions:
         name: str,
         route: Route,
         ways: Ways,
+        upstreams: Upstreams,
         ids: Iterator[int],
         on_over: Callable[[SessionRecord, str], None],
         on_short: Callable[[int], None],
         spill: Spilling | None,
     ) -> None:
-        self.engine = engine
-        self.name = name
-        self.route = route
-        self.on_short = on_short
-        self._ways = ways
-        self._ids = ids
-        self._on_over = on_over
+        super().__init__(engine, name, route, ways, upstreams, ids, self._recorded, on_short)
+        self._route = route
+        self._crosses = ways
         self._spill = spill
-        self._live: set[StagedSession] = set()
-        self._to = route.sink
+        self._tell_over = on_over
+        self._names_peers = True
         self._back = route.back
-        limits = route.source.limits
-        steps = [limit / STEPS for limit in (limits.idle, limits.lifetime) if limit is not None]
-        self._step = max(0.01, min([*steps, LONGEST])) if steps else 0.0
-        self._timer: Timer | None = None
+        self._staged: dict[int, StagedSession] = {}
+        self._locals: dict[int, str] = {}
+        self._patrol = _Synced(engine, route, self._live, self._expired, self._staged)
 
-    def __len__(self) -> int:
-        return len(self._live)
+    # -- beginning
 
-    def begin(self, connections: list[tuple[int, str]]) -> None:
-        """New sessions for accepted connections, nonblocking (descriptor, peer); they are this object's from here."""
-        for fd, peer in connections:
-            session = StagedSession(self, fd, peer, next(self._ids), self._over)
-            self._live.add(session)
-            session.connect()
-        self._look_soon()
+    def _name_peer(self, session: Session, fd: int, local: str) -> None:
+        """It is lent to pipelines once it is connected; a PROXY header is theirs to send."""
+        session.c.lends = 1
+        if self._route_sink.transparent:
+            super()._name_peer(session, fd, local)
+        if self._route_sink.proxy_protocol is not None:
+            self._locals[session.id] = local or local_of(fd)
 
-    def parties(self, client: int, server: int, peer: str) -> tuple[Party, Party]:
-        """Both peers of a session; the descriptors are theirs."""
-        source, sink = self.route.source, self.route.sink
-        return (
-            self._party(client, "source", source, peer),
-            self._party(server, "sink", sink, str(sink.address)),
-        )
+    def _event(self, what: int, error: int, slot: int) -> None:
+        session = self._live.get(slot) if what == core.CONNECTED else None
+        if session is not None:
+            self._connected(session)
+        else:
+            super()._event(what, error, slot)
 
-    def _party(self, fd: int, who: str, end: EndpointSettings, peer: str) -> Party:
-        scheme, address = end.address.scheme, str(end.address)
-        return Party(
-            self.engine,
-            fd,
-            who=who,
-            scheme=scheme,
-            address=address,
-            peer=peer,
-            dead_after=end.dead_after,
-        )
-
-    def directions(self, session: StagedSession) -> Iterator[Direction]:
-        """The two pipelines of a session. Raises KernelError when no descriptor is left; none is open then."""
-        made: list[Direction] = []
-        client, server = session.parties
-        plans = (
-            (self.route.stages, self._to, client, server),
-            (self.route.replies, self._back, server, client),
-        )
+    def _connected(self, session: Session) -> None:
+        staged = StagedSession(self._engine, session, self._staged_over, self._all_over)
+        self._staged[session.id] = staged
+        at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        turn = Turn(self._name, str(session.id), at, session.peer, local=self._locals.pop(session.id, ""))
         try:
-            for stages, settings, giver, taker in plans:
+            parties = self._parties(staged)
+            staged.start(parties, self._directions(staged, parties), turn)
+        except RelayError as error:
+            if isinstance(error, KernelError) and -error.errno in SHORT:
+                self._on_short(error.errno)
+            self._fail(session, 0, "relay", "opening pipes for", str(error))
+
+    def _parties(self, staged: StagedSession) -> tuple[Party, ...]:
+        session, sides = staged.session, staged.session.c.sides
+        assert session.attempt is not None
+        there = session.attempt.upstream
+        client = Party(
+            self._engine, sides[0].fd, self._route.source.address.scheme, self._source, session.peer, staged
+        )
+        return client, Party(self._engine, sides[1].fd, there.scheme, there.address, there.name, staged)
+
+    def _directions(self, staged: StagedSession, parties: tuple[Party, ...]) -> tuple[Direction, ...]:
+        """The two pipelines of a session. Raises KernelError when no descriptor is left; none is open then."""
+        client, server = parties
+        made: list[Direction] = []
+        try:
+            for stages, settings, giver, taker in (
+                (self._route.stages, self._route_sink, client, server),
+                (self._route.replies, self._back, server, client),
+            ):
                 made.append(
                     Direction(
-                        self.engine,
-                        self.name,
+                        self._engine,
+                        self._name,
                         stages,
                         settings,
-                        self._ways,
+                        self._crosses,
                         self._spill,
                         giver=giver,
                         taker=taker,
-                        heard=session.heard,
-                        on_over=session.way_over,
+                        heard=staged.heard,
+                        on_over=staged.way_over,
                     )
                 )
         except BaseException:
             for way in made:
                 way.close()
             raise
-        return iter(made)
+        return tuple(made)
 
-    def _over(self, session: StagedSession) -> None:
-        self._live.discard(session)
-        assert session.record is not None
-        self._on_over(session.record, session.peer)
+    # -- the end
 
-    # -- limits of time, looked at for all of them together
+    def _staged_over(self, staged: StagedSession, reason: str) -> None:
+        if reason:
+            self._expired(staged.session, reason)
+        else:
+            self._over(staged.session)
 
-    def _look_soon(self) -> None:
-        if self._step and self._timer is None and self._live:
-            self._timer = self.engine.later(self._step, self._look)
+    def _close(self, session: Session, reason: str, ended_by: str, *, source_failed: bool = False) -> None:
+        self._locals.pop(session.id, None)
+        staged = self._staged.get(session.id)
+        if staged is not None:
+            staged.part(reason)
+        super()._close(session, reason, ended_by, source_failed=source_failed)
 
-    def _look(self) -> None:
-        self._timer = None
-        limits, now = self.route.source.limits, self.engine.now
-        for session in list(self._live):
-            if session.closed:
-                continue
-            if limits.lifetime is not None and now - session.began >= limits.lifetime:
-                session.end(f"it lived for {limits.lifetime:g} s (limits.lifetime)", "relay")
-            elif limits.idle is not None and now - max(session.began, session.last) >= limits.idle:
-                session.end(f"nothing moved for {limits.idle:g} s (limits.idle)", "relay")
-        self._look_soon()
+    def _recorded(self, record: SessionRecord, peer: str) -> None:
+        """Its sockets are closed."""
+        staged = self._staged.get(int(record.id))
+        if staged is None:
+            self._tell_over(record, peer)
+        else:
+            staged.record = record
+            staged.way_over()
 
-    # -- ending
+    def _all_over(self, staged: StagedSession) -> None:
+        """Its mirrors are done, too."""
+        del self._staged[staged.session.id]
+        assert staged.record is not None
+        if staged.ways:
+            complete(staged.record, *staged.ways)
+        self._tell_over(staged.record, staged.session.peer)
 
     def reopen(self) -> None:
         """Files that were moved away are opened anew."""
-        for session in self._live:
-            for way in session.ways:
+        for staged in self._staged.values():
+            for way in staged.ways:
                 way.chain.reopen()
 
     def abort(self, reason: str) -> None:
         """Resets every session, and ends its mirrors."""
-        for session in list(self._live):
-            session.abort(reason)
+        super().abort(reason)
+        for staged in list(self._staged.values()):
+            staged.abort(reason)
 
-    def close(self) -> None:
-        """Every session is over."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+
+class _Synced(Patrol[Session]):
+    """Asks the pipelines when something moved before it looks."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        route: Route,
+        live: Mapping[int, Session],
+        expired: Callable[[Session, str], None],
+        staged: Mapping[int, StagedSession],
+    ) -> None:
+        super().__init__(engine, route, live, expired)
+        self._staged = staged
+
+    def _look(self) -> None:
+        for staged in self._staged.values():
+            if staged.parties and staged.record is None:
+                staged.sync()
+        super()._look()

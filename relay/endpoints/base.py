@@ -118,6 +118,7 @@ class Source(End):
         super().__init__(engine, address)
         self.scheme = "tcp"
         self.peer = ""
+        self.local = ""  # where the peer connected to, as a proxy says; "": to this very socket
         self.name = ""
         self.copies = ""
         self.on_open: Callable[[], None] = _nothing

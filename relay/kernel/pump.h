@@ -50,7 +50,8 @@ enum {                       /* relay_event.what */
     RELAY_OVER = 17,         /* session `mask`: nothing is left to be moved; its descriptors are Python's to close */
     RELAY_WANTS_PIPE = 18,   /* exchange: bulk would go through a pipe, and none is free */
     RELAY_STILL = 19,        /* pipeline: `still` was asked for, and nothing is under way */
-    RELAY_GAUGED = 20        /* pipeline: `gauge_until` bytes have come */
+    RELAY_GAUGED = 20,       /* pipeline: `gauge_until` bytes have come */
+    RELAY_CONNECTED = 21     /* session `mask`, which lends: both its sides are connected, pipelines may have them */
 };
 
 enum {                       /* relay_duplex.state */
@@ -58,7 +59,8 @@ enum {                       /* relay_duplex.state */
     RELAY_CONNECTING = 1,
     RELAY_TURNING = 2,
     RELAY_CUTTING = 3,       /* one side broke: the other gets what is there, then a reset */
-    RELAY_ENDED = 4          /* told as RELAY_OVER */
+    RELAY_ENDED = 4,         /* told as RELAY_OVER */
+    RELAY_LENT = 5           /* told as RELAY_CONNECTED: pipelines move its bytes, its descriptors stay its own */
 };
 
 enum { RELAY_WITH_ENGINE = 0, RELAY_WITH_THREAD = 1 };
@@ -184,6 +186,8 @@ struct relay_node {
     struct relay_node *after;  /* sweep order: a node comes before all that it fills */
     struct relay_node *next;   /* teed into */
     struct relay_node *into;   /* moved into: the following stage, or the head of a branch */
+    int past;                  /* `into` is but the backlog of its sink: bytes go past it while it is empty */
+    int64_t stuck_ns;          /* since when that sink refused them, 0: does not */
     struct relay_end *sink;    /* or moved out to this end; with neither, discarded */
     struct relay_ring *ring;   /* beside a sink that only counts: the bytes go into the ring */
     int pipe_r, pipe_w;
@@ -283,9 +287,14 @@ struct relay_duplex {
     uint8_t state;
     uint8_t first;           /* 1 + the side that ended or broke first; 0: none has */
     uint8_t queued, timed;
+    uint8_t lends;           /* once connected it is lent */
     int64_t last_ns;         /* monotonic time of the last byte */
     int64_t until_ns;        /* connecting: when it is given up; cutting: when the reset is due */
     int64_t seen;            /* cutting: bytes outstanding when last looked at */
+    const char *ahead;       /* goes to the second side before all else: `ahead_size` bytes, Python's until it is over */
+    int32_t ahead_size, ahead_at;
+    char origin[28];         /* a sockaddr of `origin_size` bytes that it connects from, perhaps not this machine's */
+    int32_t origin_size;     /* 0: one of this machine's own */
     struct relay_duplex *next;
     struct relay_duplex *timed_next, *timed_prev;
 };

@@ -10,7 +10,7 @@ from relay.engine import Engine
 from relay.serving.duplex_route import DuplexRoute
 from relay.serving.names import Found
 from relay.serving.reception import Take, nobody
-from relay.serving.route import RunningRoute, ids
+from relay.serving.route import RunningRoute
 
 
 class StagedRoute(DuplexRoute):
@@ -24,16 +24,8 @@ class StagedRoute(DuplexRoute):
             self.begin()
 
     def _sessions_on(self, engine: Engine) -> StagedSessions:
-        return StagedSessions(
-            engine,
-            self.name,
-            self.route,
-            self._ways,
-            ids,
-            partial(self._ended, engine),
-            partial(self._short, engine),
-            partial(self._spills.sink, self._ways),
-        )
+        spill = partial(self._spills.sink, self._ways)
+        return StagedSessions(engine, *self._sessions_of(engine), spill=spill)
 
     @property
     def under_way(self) -> bool:
