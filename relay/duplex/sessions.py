@@ -144,6 +144,21 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._live)
 
+    @property
+    def methods(self) -> tuple[str, str]:
+        """How bulk crosses to the sink, and back."""
+        there, back = (core.METHOD_NAMES[method] for method in self._methods)
+        return there, back
+
+    def live(self) -> list[Session]:
+        """Those that are not over. On the engine's thread; a session that is over later has slot -1."""
+        return list(self._live.values())
+
+    @property
+    def untold(self) -> tuple[int, int]:
+        """Bytes, there and back, of sessions that are neither live nor told to be over."""
+        return 0, 0
+
     def begin(self, connections: Sequence[tuple[int, str, str]]) -> None:
         """New sessions for accepted connections, nonblocking (descriptor, peer, where that had connected to if it was
         not here); they are this object's from here.

@@ -168,8 +168,19 @@ class StagedSession:
             self._over(self, "")
 
     def sync(self) -> None:
-        """When something moved last, for those who watch over the session's time."""
-        self.session.c.last_ns = max(party.last_ns for party in self.parties)
+        """What moved, and when it did last, for those who look at the session and not at its pipelines."""
+        c = self.session.c
+        c.last_ns = max(c.last_ns, *(party.last_ns for party in self.parties))
+        for side, way in zip(c.sides, self.ways, strict=True):
+            side.given = min(way.giver.source.moved, way.taker.sink.moved)
+
+    @property
+    def untold(self) -> tuple[int, int]:
+        """Bytes there and back once its sockets are closed."""
+        if self.record is None:
+            return 0, 0
+        there, back = (min(way.giver.source.moved, way.taker.sink.moved) for way in self.ways)
+        return there, back
 
     def part(self, reason: str) -> None:
         """The sockets are about to be closed. What came from them goes on to the mirrors."""
@@ -226,7 +237,7 @@ class StagedSessions(Sessions):
         self._back = route.back
         self._staged: dict[int, StagedSession] = {}
         self._locals: dict[int, str] = {}
-        self._patrol = _Synced(engine, route, self._live, self._expired, self._staged)
+        self._patrol = _Synced(engine, route, self._live, self._expired, self._sync)
 
     # -- beginning
 
@@ -328,6 +339,22 @@ class StagedSessions(Sessions):
             complete(staged.record, *staged.ways)
         self._tell_over(staged.record, staged.session.peer)
 
+    def live(self) -> list[Session]:
+        """Those whose sockets are open."""
+        self._sync()
+        return super().live()
+
+    def _sync(self) -> None:
+        for staged in self._staged.values():
+            if staged.ways and staged.record is None:
+                staged.sync()
+
+    @property
+    def untold(self) -> tuple[int, int]:
+        """Of those whose mirrors are still at work."""
+        both = [staged.untold for staged in self._staged.values() if staged.ways]
+        return sum(there for there, _ in both), sum(back for _, back in both)
+
     def reopen(self) -> None:
         """Files that were moved away are opened anew."""
         for staged in self._staged.values():
@@ -350,13 +377,11 @@ class _Synced(Patrol[Session]):
         route: Route,
         live: Mapping[int, Session],
         expired: Callable[[Session, str], None],
-        staged: Mapping[int, StagedSession],
+        sync: Callable[[], None],
     ) -> None:
         super().__init__(engine, route, live, expired)
-        self._staged = staged
+        self._sync = sync
 
     def _look(self) -> None:
-        for staged in self._staged.values():
-            if staged.parties and staged.record is None:
-                staged.sync()
+        self._sync()
         super()._look()

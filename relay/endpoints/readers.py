@@ -90,7 +90,7 @@ def read_shared(value: object) -> Address:
     address = Address.of(value)
     if address.scheme not in ("shared", "unix"):
         raise AddressError(
-            f"'shared' takes the unix address that the consumer listens on, got {str(address)!r}",
+            f"'shared' takes the address of a unix socket, got {str(address)!r}",
             hint="write unix:///path or unix://@name",
         )
     return Address("shared", path=address.path)

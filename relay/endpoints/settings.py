@@ -1,6 +1,6 @@
 """Sources and sinks as the configuration says them; the runtime classes beside this file own the descriptors.
 
-A mapping has exactly one of `listen`, `connect`, `file`, `fifo` and `fd`. A plain address is the short
+A mapping has exactly one of `listen`, `connect`, `file`, `fifo`, `fd` and `shared`. A plain address is the short
 form: a source listens on tcp and unix and reads the rest, a sink connects to tcp and unix and writes the
 rest.
 """
@@ -47,8 +47,8 @@ from relay.units import PositiveDuration, Size, show
 
 Algorithm = Literal["sha256", "blake3", "xxh3", "crc32c"]
 
-ENDS = ("listen", "connect", "file", "fifo", "fd")
-SINK_ENDS = (*ENDS, "shared")
+ENDS = ("listen", "connect", "file", "fifo", "fd", "shared")
+REACHED_AGAIN = ("tcp", "unix", "fifo", "shared")  # sinks behind which somebody may come back
 
 
 class _Scope(NamedTuple):
@@ -106,7 +106,6 @@ class EndpointSettings(FrozenModel):
     }
     short_verb: ClassVar[Literal["listen", "connect"]]
     role: ClassVar[str]
-    ends: ClassVar[tuple[str, ...]] = ENDS
 
     listen: ListenAddress | None = Field(
         default=None, description="tcp, unix or systemd address to listen on"
@@ -120,6 +119,10 @@ class EndpointSettings(FrozenModel):
     )
     fd: Annotated[Address, PlainValidator(read_descriptor), FD_JSON] | None = Field(
         default=None, description="number of a descriptor that relay was started with"
+    )
+    shared: Annotated[Address, PlainValidator(read_shared), SOCKET_JSON] | None = Field(
+        default=None,
+        description="unix socket over which a local program and relay hand each other blocks of shared memory",
     )
     plain: Address | None = Field(
         default=None, description="stdin, stdout or null; set by the short form only"
@@ -137,30 +140,26 @@ class EndpointSettings(FrozenModel):
         """A plain address."""
         if not isinstance(value, str | Address):
             raise ValueError(
-                f"expected an address or a mapping with one of {list_of(cls.ends)}, got {show(value)}"
+                f"expected an address or a mapping with one of {list_of(ENDS)}, got {show(value)}"
             )
         address = Address.of(value)
         match address.scheme:
             case "tcp" | "unix" | "systemd":
                 return {cls.short_verb: address}
-            case "file" | "fifo" | "fd":
+            case "file" | "fifo" | "fd" | "shared":
                 return {address.scheme: address}
-            case "shared":
-                if "shared" not in cls.ends:
-                    raise ValueError(f"{str(address)!r} is a sink: relay reads nothing from it")
-                return {"shared": address}
         return {"plain": address}
 
     @classmethod
     def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
         """One end, and only the options of that kind of end."""
-        ends = [key for key in cls.ends if key in given]
+        ends = [key for key in ENDS if key in given]
         if not ends:
-            yield Problem(f"a {cls.role} needs one of {list_of(cls.ends)}", at_key=True)
+            yield Problem(f"a {cls.role} needs one of {list_of(ENDS)}", at_key=True)
             return
         for second in ends[1:]:
             yield Problem(
-                f"a {cls.role} has one of {list_of(cls.ends)}; '{ends[0]}' is given already",
+                f"a {cls.role} has one of {list_of(ENDS)}; '{ends[0]}' is given already",
                 (second,),
                 at_key=True,
             )
@@ -184,12 +183,19 @@ class EndpointSettings(FrozenModel):
             else verb
         )
         kind = kind if scheme else verb
+        if verb == "shared":
+            verb, scheme, abstract = cls._shared_is(given[verb])
         for place, scope in cls._scoped(given):
             wrong_scheme = bool(scheme) and scheme not in scope.schemes
             mine = not abstract and not handed  # a file that relay makes
             if verb not in scope.verbs or wrong_scheme or (scope is _UNIX_LISTEN and not mine):
                 said = f"'{place[-1]}' applies to {scope.words} only, this {cls.role} is '{kind}'"
                 yield Problem(said + " with an abstract name" * abstract, place, at_key=True)
+
+    @classmethod
+    def _shared_is(cls, _address: object) -> tuple[str, str, bool]:
+        """What an end of that kind is for the options' scopes: verb, scheme, whether its name is abstract."""
+        return "shared", "shared", False
 
     @classmethod
     def _scoped(cls, given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], _Scope]]:
@@ -201,7 +207,7 @@ class EndpointSettings(FrozenModel):
     @property
     def address(self) -> Address:
         """Where the bytes come from or go to."""
-        found = self.listen or self.connect or self.file or self.fifo or self.fd or self.plain
+        found = self.listen or self.connect or self.file or self.fifo or self.fd or self.shared or self.plain
         assert found is not None  # `check` saw to it
         return found
 
@@ -238,25 +244,29 @@ class SourceSettings(EndpointSettings):
         if "proxy_protocol" in given:
             yield ("proxy_protocol",), _TRUSTS
         limits = given.get("limits")
-        if isinstance(limits, Mapping) and ("listen" in given or "connect" in given):
+        if isinstance(limits, Mapping) and given.keys() & {"listen", "connect", "shared"}:
             for key in limits:
                 if key in _LIMIT_SCOPES:
                     yield ("limits", key), _LIMIT_SCOPES[key]
 
+    @classmethod
+    def _shared_is(cls, address: object) -> tuple[str, str, bool]:
+        try:
+            return "listen", "unix", read_shared(address).path.startswith("@")
+        except AddressError:
+            return "listen", "unix", False  # reported with the address itself
+
     @property
     def verb(self) -> Literal["listen", "connect", "read"]:
         """What the source does to get its bytes."""
-        return "listen" if self.listen else "connect" if self.connect else "read"
+        return "listen" if self.listen or self.shared else "connect" if self.connect else "read"
 
 
 class SinkSettings(EndpointSettings):
     """Where bytes leave: a mapping, or a plain address."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": [end]} for end in SINK_ENDS]})
-
     short_verb = "connect"
     role = "sink"
-    ends = SINK_ENDS
     hidden = frozenset({"plain", "others"})
 
     connect: Annotated[Address, PlainValidator(read_connecting), SOCKETS_JSON] | None = Field(
@@ -279,9 +289,6 @@ class SinkSettings(EndpointSettings):
     )
     file: Annotated[Address, PlainValidator(read_template), PATH_JSON] | None = Field(
         default=None, description="path of a file; {route} {time} {peer} {id} {name} are filled in"
-    )
-    shared: Annotated[Address, PlainValidator(read_shared), SOCKET_JSON] | None = Field(
-        default=None, description="unix address of a consumer that is handed blocks of shared memory"
     )
     on_slow: OnSlow = Field(default=OnSlow(), description="what happens when this sink does not keep pace")
     burst: Size = Field(
@@ -378,7 +385,7 @@ class SinkSettings(EndpointSettings):
                 "a log may go to several connections, one after another, and none of them has one peer only"
             )
             yield Problem(f"{said}: leave 'proxy_protocol' out", (key,) if key else (), at_key=True)
-        if slow.directory is not None and self.verb != "listen" and scheme not in ("tcp", "unix", "fifo"):
+        if slow.directory is not None and self.verb != "listen" and scheme not in REACHED_AGAIN:
             said = f"a log on disk waits for a sink that can be reached again; {str(self.address)!r} is none"
             hint = "leave 'directory' out: the log is then in memory"
             yield Problem(f"{said}; {hint}", ("directory",), at_key=True)
@@ -405,11 +412,6 @@ class SinkSettings(EndpointSettings):
         return self.address.scheme == "file" and not looks and not backlog
 
     @property
-    def address(self) -> Address:
-        """Where the bytes go to."""
-        return self.shared or super().address
-
-    @property
     def addresses(self) -> tuple[Address, ...]:
         """Where the bytes may go to: one address, or all in the list of a duplex route's sink."""
         return (self.address, *self.others)
@@ -422,7 +424,7 @@ class SinkSettings(EndpointSettings):
     @property
     def verb(self) -> Literal["listen", "connect", "write"]:
         """What the sink does to get rid of its bytes."""
-        return "listen" if self.listen else "connect" if self.connect else "write"
+        return "listen" if self.listen else "connect" if self.connect or self.shared else "write"
 
     @property
     def slow(self) -> OnSlow:

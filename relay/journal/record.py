@@ -35,6 +35,7 @@ class SinkRecord:
     upstream: str = ""
     tries: int = 0
     passed_over: tuple[tuple[str, str], ...] = ()
+    connects: tuple[float, ...] = ()  # how long each connect that went well took
     way: str = ""  # back: it took what came back on a duplex route
 
     def as_line(self, method: str, why: str = "", checksum: str = "") -> str:
@@ -76,6 +77,8 @@ class SinkRecord:
                 found[key] = value
         if self.passed_over:
             found["passed_over"] = [{"upstream": name, "why": why} for name, why in self.passed_over]
+        if self.connects:
+            found["connect_seconds"] = round(self.connects[-1], 6)
         if self.blocked_seconds > 0:
             found["blocked_seconds"] = round(self.blocked_seconds, 6)
         return found

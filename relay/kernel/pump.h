@@ -152,6 +152,10 @@ struct relay_reader {
     int stays;
     int hold;                /* as a node's: a failed sink will be replaced */
     int64_t apart_ns;        /* as a node's */
+    /* a sink behind a thread: the thread writes out of the ring, a span at a time, and `at` is what it was handed */
+    struct relay_ferry *ferry;
+    int64_t ends[2];         /* where the span of each load ends while the thread has it, else 0 */
+    int64_t kept;            /* while it has any: it may still read from here on */
 };
 
 /* Memory that many read, each at its own position (ring.c): the end of a chain, or in place of all of it. */
@@ -168,6 +172,7 @@ struct relay_ring {
     int64_t origins[8];      /* where the last streams began */
     int turns;               /* streams that began, the first at 0: 1 to begin with */
     int ended;
+    int tight;               /* there was no room when bytes were to come */
     int count;
     struct relay_reader *readers;
     /* holding back (scatter.c) */

@@ -62,7 +62,8 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
     if route.duplex:
         return plan_duplex(name, route, machine)
-    walk = _Walk(Ways(machine, route.method), machine)
+    ways = Ways(machine, route.method)
+    walk = _Walk(ways, machine)
     chain = walk.chain(route.stages, route.sink, route.sink.slow, gated=False, within=())
     finite = route.source.verb == "read"
     turns: Literal["each", "one", "once"] = "once" if finite else route.turns()
@@ -92,7 +93,7 @@ def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
         subscriber=needs.subscriber() if listening else None,
         streams=most if turns == "each" else 1,
         waiting=0 if turns != "one" else None if most is None else most - 1,
-        crossing=across(route.stages, route.sink, Ways(machine, route.method), source.choice),
+        crossing=across(route.stages, route.sink, ways, source.kind, source.choice, turns=turns == "one"),
     )
 
 

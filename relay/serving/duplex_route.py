@@ -8,9 +8,12 @@ its record is written.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from relay.config.models import Route
 from relay.duplex.health import Checks
 from relay.duplex.sessions import Sessions
 from relay.duplex.upstreams import Upstreams
@@ -18,10 +21,22 @@ from relay.endpoints.listening import Crowd
 from relay.engine import Engine
 from relay.journal.record import SessionRecord
 from relay.kernel import core
+from relay.serving.facts import Facts
 from relay.serving.introductions import Introduced
 from relay.serving.names import Found
 from relay.serving.reception import Take, nobody
 from relay.serving.route import RunningRoute, ids
+from relay.ways import Ways
+
+Parts = tuple[
+    str,
+    Route,
+    Ways,
+    Upstreams,
+    Iterator[int],
+    Callable[[SessionRecord, str], None],
+    Callable[[int], None],
+]
 
 
 class DuplexRoute(RunningRoute):
@@ -104,7 +119,7 @@ class DuplexRoute(RunningRoute):
         """Those that will be on that engine."""
         return Sessions(engine, *self._sessions_of(engine))
 
-    def _sessions_of(self, engine: Engine) -> tuple[Any, ...]:
+    def _sessions_of(self, engine: Engine) -> Parts:
         """What sessions on that engine are made of, beside it."""
         over, short = partial(self._ended, engine), partial(self._short, engine)
         return self.name, self.route, self._ways, self.upstreams, ids, over, short
@@ -138,6 +153,10 @@ class DuplexRoute(RunningRoute):
         if self.finite:
             self.records.append(record)
         self._look_whether_done()
+
+    def facts(self) -> Facts:
+        """What there is to tell of it now. On its home engine."""
+        return replace(super().facts(), sessions=tuple(self._sessions.items()))
 
     @property
     def under_way(self) -> bool:

@@ -222,16 +222,15 @@ class Fleet:
         for running in fresh.values():
             running.home.post(running.begin)
         hand.close()
+        both = {**self.at_work, **fresh}
+        self.at_work = {name: both[name] for name in config.routes}  # at once: others may be looking
         for name, running in old.items():
-            del self.at_work[name]
             if running.over.is_set():
                 running.close()
             else:
                 self.leaving.append(running)
             if name not in ended:
                 running.home.post(running.leave)
-        both = {**self.at_work, **fresh}
-        self.at_work = {name: both[name] for name in config.routes}
         self.config = config
         return change
 

@@ -21,11 +21,11 @@ from relay.endpoints.base import Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.line import Lines
 from relay.endpoints.listening import Crowd
-from relay.endpoints.make import make_source
+from relay.endpoints.make import accepted, make_source
 from relay.endpoints.options import OnSlow
 from relay.endpoints.proxy_header import local_of
 from relay.endpoints.settings import SinkSettings
-from relay.endpoints.socket import SocketSource, close_with_reset
+from relay.endpoints.socket import close_with_reset
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError
 from relay.journal import logs
@@ -33,6 +33,7 @@ from relay.journal.record import SessionRecord
 from relay.kernel.probe import machine
 from relay.pipeline.pipeline import Pipeline
 from relay.serving.admission import Admission
+from relay.serving.facts import Facts
 from relay.serving.introductions import Introduced, Introductions
 from relay.serving.names import Found
 from relay.serving.reception import Reception, Take, nobody
@@ -212,6 +213,21 @@ class RunningRoute:
         """Those at work now."""
         return tuple(self._pipelines)
 
+    def facts(self) -> Facts:
+        """What there is to tell of it now. On its home engine."""
+        over = "done" if self._done else "draining" if self._ending else ""
+        return Facts(
+            state="failed" if self.failed else over or ("" if self.reception.accepting else "starting"),
+            listening=tuple(self.bound),
+            connections=self._admission.connections,
+            refused=self._admission.refused,
+            waiting=len(self._waiting),
+            resumed=sum(resumed.left for resumed in self._resumed),
+            pipelines=tuple(self._pipelines),
+            sessions=(),
+            failed=str(self.failed or ""),
+        )
+
     def _closed(self, pipeline: Pipeline) -> None:
         self._pipelines.discard(pipeline)
         self._look_whether_done()
@@ -235,8 +251,7 @@ class RunningRoute:
         if self._names_peers:
             local = local or local_of(sock.fileno())
         engine = self.home if self._persistent else next(self._spread)
-        source = SocketSource(engine, str(self.route.source.address), sock, peer, local)
-        source.scheme = self.route.source.address.scheme
+        source = accepted(engine, self.route.source.address, sock, peer, local, self._ways)
         source.on_close = lambda: self.home.post(partial(self._admission.leave, peer))
         source.on_fail = lambda error: self._refused(source, error)
         if self._once:
