@@ -43,7 +43,10 @@ from peers import (
 )
 from stories import MIXES, both_at_once, play
 
+from relay.config.data import from_data
 from relay.endpoints import tcp
+from relay.kernel.probe import machine
+from relay.planning.plan import make_plan
 
 EXAMPLES = int(os.environ.get("RELAY_EXAMPLES", "12"))
 BOTH = {"stages": [{"tee": {"to": "null:"}}], "replies": [{"tee": {"to": "null:"}}]}
@@ -381,9 +384,10 @@ def test_a_header_file_that_is_missing_ends_the_session(tmp_path: Path) -> None:
     with tcp_listener() as (listening, address):
         stages = [{"header": {"file": str(header)}}]
         with Duplex({"listen": "tcp://127.0.0.1:0"}, {"connect": address}, replies=stages) as duplex:
-            with connected(duplex.address) as client, accept(listening) as server:
+            assert turned_away(duplex.address)
+            with accept(listening) as server:
                 server.settimeout(PATIENCE)
-                assert outcome(client) == outcome(server) == (b"", "ConnectionResetError")
+                assert outcome(server) == (b"", "ConnectionResetError")
             record = duplex.record()
             assert (record.result, record.ended_by) == ("failed", "relay")
             assert "header" in record.reason
@@ -677,6 +681,25 @@ def test_200_sessions_leave_nothing(tmp_path: Path, engines: int) -> None:
                 before = before or descriptors()
                 eventually(lambda most=before: descriptors() <= most, "nothing stays open")
             assert not duplex.route.under_way
+
+
+def test_a_session_takes_the_descriptors_that_the_plan_says(tmp_path: Path) -> None:
+    """Two sockets, a pipe for each stage and each way, a socket for each mirror: counted, and as planned."""
+    with tcp_listener() as (listening, address), Mirror(tmp_path, deaf=True) as mirror:
+        tee = {"tee": {"to": mirror.address}}
+        stages = {"stages": [tee], "replies": ["meter", {"tee": {"to": mirror.address, "on_slow": "drop"}}]}
+        settings = {"source": {"listen": "tcp://127.0.0.1:0"}, "sink": {"connect": address}, "duplex": True}
+        config = from_data({"routes": {"r": {**settings, **stages}}}, "test")
+        with Duplex(settings["source"], settings["sink"], **stages) as duplex:
+            before = descriptors()
+            with connected(duplex.address) as client, accept(listening) as server:
+                for from_, to in ((client, server), (server, client)):
+                    from_.sendall(b"x")
+                    assert receive_exactly(to, 1) == b"x"
+                eventually(lambda: len(mirror.held) == 2, "both mirrors are connected")
+                ours = 2 + 2  # the client's and the server's sockets, the mirror's two
+                planned = make_plan(config, machine()).routes[0].stream
+                assert descriptors() - before - ours == planned.descriptors
 
 
 # -- ending
