@@ -15,7 +15,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from relay.admin.desk import Desk, NotDone
 from relay.admin.listeners import Client
@@ -90,6 +90,7 @@ class Conversation(BaseHTTPRequestHandler):
         if not self._may_be_asked():
             return
         show = {
+            "/": self._page,
             "/livez": self._live,
             "/readyz": self._ready,
             "/metrics": self._metrics,
@@ -175,6 +176,10 @@ class Conversation(BaseHTTPRequestHandler):
     def _ready(self) -> None:
         good, words = self._desk.ready()
         self._say(200 if good else 503, words)
+
+    def _page(self) -> None:
+        wanted = parse_qs(urlsplit(self.path).query, max_num_fields=8).get("route", [""])
+        self._answer(200, HTML, self._desk.page(wanted[0]).encode(errors="replace"))
 
     def _metrics(self) -> None:
         body, kind = self._desk.metrics(self.headers.get("Accept", ""))

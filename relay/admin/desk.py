@@ -13,10 +13,13 @@ from relay.admin.inquiry import Inquiry
 from relay.admin.ledger import Ledger
 from relay.admin.rates import Rates
 from relay.admin.status import Status
+from relay.config.models import Config
+from relay.kernel.probe import machine
 from relay.serving.server import Outcome, Server
 
 if TYPE_CHECKING:
     from relay.admin.metrics import Figures
+    from relay.planning.plan import RoutePlan
 
 FRESH = 0.1  # seconds for which a look is good
 PATIENT = 60.0  # seconds that a reload may take
@@ -41,6 +44,7 @@ class Desk:
         self._server = server
         self._ledger = ledger
         self._figures: Figures | None = None
+        self._plans: tuple[Config, dict[str, RoutePlan]] | None = None
         self._inquiry = Inquiry(server, ledger, config)
         self._rates = Rates()
         self._looking = threading.Lock()
@@ -73,6 +77,19 @@ class Desk:
             status = self._look()
             totals = self._ledger.totals(route.name for route in status.routes)
             return self._figures.text(status, totals, accept)
+
+    def page(self, route: str) -> str:
+        """The status page, of all routes or of one."""
+        # planning comes with it, which a relay that nobody looks at does without
+        from relay.admin.page import page
+        from relay.planning.plan import make_plan
+
+        status, config = self.status(), self._server.config
+        with self._looking:
+            if self._plans is None or self._plans[0] is not config:
+                self._plans = (config, {plan.name: plan for plan in make_plan(config, machine()).routes})
+            plans = self._plans[1]
+        return page(status, plans, route)
 
     def live(self) -> tuple[bool, str]:
         """Whether every engine answers; and in words. An engine that is late is given STUCK seconds."""
