@@ -210,6 +210,8 @@ class Fleet:
                         ended.append(rival)
                         self._end(old[rival], "the configuration of its route changed")
                 fresh[name] = self._make(name, config.routes[name])
+                if name in old:
+                    fresh[name].follow(old[name])
                 try:
                     fresh[name].home.call(partial(fresh[name].open, found, hand.take, wait=True))
                 except RelayError as error:

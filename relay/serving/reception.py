@@ -28,7 +28,7 @@ def nobody(_key: Key) -> Bound | None:
 
 def keys(route: str, end: End, found: Found) -> list[Key]:
     """Names the sockets that `end` of the route of that name listens on. Raises SourceError."""
-    if end.address.scheme == "unix":
+    if end.address.scheme != "tcp":
         return [unix.key(end.address)]
     return tcp.keys(end.address, meaning(end, found).places, _owner(route, end))
 
@@ -133,7 +133,7 @@ class Reception:
                 self._open(number, nobody)
                 for listener in self._listeners[number]:
                     listener.resume()
-            elif end.address.scheme == "unix":
+            elif end.address.scheme != "tcp":
                 means = meaning(end, self.found)
                 unix.dress(end.address, mode=end.mode, owner=means.user, group=means.group)
 

@@ -22,6 +22,7 @@ from relay.news import News
 from relay.serving.fleet import Fleet, NotExchanged
 from relay.serving.names import Found, Names
 from relay.serving.route import RunningRoute
+from relay.serving.vigil import Vigil
 from relay.settings import Place
 
 if TYPE_CHECKING:
@@ -80,10 +81,12 @@ class Server:
         signals: bool = True,
         on_progress: Callable[[list[RunningRoute]], None] | None = None,
         interval: float = 0.2,
+        vigil: Vigil | None = None,
     ) -> None:
         self._config = config
         self._once = once
-        self._on_record = on_record
+        self._vigil = vigil or Vigil()
+        self._on_record = self._vigil.watched(on_record)
         self._on_ready = on_ready
         self._again = again
         self._signals = signals
@@ -115,12 +118,15 @@ class Server:
                 _keep_small()
             for engine in engines:
                 engine.start()
+            self._vigil.begin(engines)
+            self._say_ready()
             self._ready = True
             self._on_ready(list(self._fleet))
             if self._reload_asked:  # it came before there was anything to exchange
                 self._news.tell(self._reload)
             return self._serve_on()
         finally:
+            self._vigil.end()
             self._ended = True
             self._settled(ENDING_OUTCOME)
             self._fleet.close()
@@ -227,7 +233,11 @@ class Server:
             if self._on_progress is not None:
                 self._on_progress(list(self._fleet))
                 left = self._interval if left is None else min(left, self._interval)
+            due = self._vigil.due
+            left = left if due is None else due if left is None else min(left, due)
             news = self._news.wait(left)
+            if self._vigil.look(self._fleet) and not self.signalled:
+                self._told_to_end("SIGTERM", why="nobody has needed relay for long enough")
             if news is not None:
                 news()
             elif deadline is not None and time.monotonic() >= deadline:
@@ -237,12 +247,13 @@ class Server:
             return 1 if any(route.cut_short for route in self._fleet) else 0
         return exit_code(self._fleet)
 
-    def _told_to_end(self, name: str) -> None:
+    def _told_to_end(self, name: str, why: str = "") -> None:
         if self.signalled:
             self._fleet.abort(f"a second {name}")
             return
         self.signalled = int(signal.Signals[name])
-        log.info("draining: %s, %g s at most", name, self._config.drain, extra={"event": "drain"})
+        log.info("draining: %s, %g s at most", why or name, self._config.drain, extra={"event": "drain"})
+        self._vigil.notifier.stopping(f"draining: {why or name}", self._config.drain)
         self._deadline = time.monotonic() + self._config.drain
         self._fleet.drain()
 
@@ -266,12 +277,15 @@ class Server:
     def _reload(self) -> None:
         if not self._ready:
             return
+        self._vigil.notifier.reloading()
         self._reload_asked = False  # before the file is read: a signal from here on asks again
         if self.signalled:
             log.info("SIGHUP: relay is draining, nothing is reloaded")
+            self._vigil.notifier.stopping("draining", self._config.drain)
             self._settled(ENDING_OUTCOME)
         elif self._again is None:
             self._fleet.reopen(tuple(self._fleet.at_work))
+            self._say_ready()
             said = "files are opened anew; there is no configuration file to read again"
             log.info("SIGHUP: %s", said)
             self._settled(Outcome("reopened", said))
@@ -309,6 +323,7 @@ class Server:
         for key in later:
             log.warning("%s: a change of it takes a restart", key, extra={"event": "restart_needed"})
         self._config = loaded.config
+        self._say_ready()
         log.info("reloaded: %s", change, extra={"event": "reload", **change._asdict()})
         restart = f"; a change of {', '.join(later)} takes a restart" if later else ""
         self._settled(Outcome("reloaded", f"{change}{restart}"))
@@ -318,7 +333,14 @@ class Server:
         for problem in said:
             log.error("not reloaded: %s", problem, extra={"event": "reload_refused"})
         log.warning("the configuration stays as it was", extra={"event": "reload_refused"})
+        self._say_ready("; the last reload was refused, see the log")
         self._settled(Outcome("refused", "the configuration stays as it was", said))
+
+    def _say_ready(self, more: str = "") -> None:
+        routes = list(self._fleet.at_work.values())
+        count = sum(len(route.bound) for route in routes)
+        names = "1 route" if len(routes) == 1 else f"{len(routes)} routes"
+        self._vigil.notifier.ready(f"{names}, listening on {count} addresses{more}")
 
 
 def _keep_small() -> None:
@@ -335,8 +357,8 @@ def _place(config: Config, error: NotExchanged) -> Place:
     base: Place = ("routes", error.name)
     if isinstance(inner, EndpointError):
         if inner.address == str(route.source.address):
-            return (*base, "source", route.source.verb)
+            return (*base, "source", "shared" if route.source.shared else route.source.verb)
         for place, sink in route.sinks():
             if inner.address == str(sink.address):
-                return (*base, *place, sink.verb)
+                return (*base, *place, "shared" if sink.shared else sink.verb)
     return base
