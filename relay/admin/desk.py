@@ -19,7 +19,7 @@ from relay.serving.server import Outcome, Server
 
 if TYPE_CHECKING:
     from relay.admin.metrics import Figures
-    from relay.planning.plan import RoutePlan
+    from relay.planning.hops import RoutePlan
 
 FRESH = 0.1  # seconds for which a look is good
 PATIENT = 60.0  # seconds that a reload may take

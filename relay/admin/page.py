@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from relay.admin.picture import picture
 from relay.admin.status import RouteStatus, SessionStatus, SinkStatus, Status, StreamStatus
-from relay.planning.plan import RoutePlan
+from relay.planning.hops import RoutePlan
 from relay.units import show_size
 
 PICTURES = 40  # routes whose pictures are on the first page

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 from relay.admin.status import RouteStatus, SinkStatus
-from relay.planning.plan import Hop, RoutePlan
+from relay.planning.hops import Hop, RoutePlan
 from relay.units import show_size
 
 WIDE, HIGH = 164, 58  # pixels of a box
