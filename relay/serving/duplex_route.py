@@ -23,7 +23,8 @@ from relay.serving.facts import Facts
 from relay.serving.introductions import Introduced
 from relay.serving.names import Found
 from relay.serving.reception import Take, nobody
-from relay.serving.route import RunningRoute, ids
+from relay.serving.resumption import ids
+from relay.serving.route import RunningRoute
 
 
 class DuplexRoute(RunningRoute):
