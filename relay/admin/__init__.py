@@ -10,5 +10,5 @@ desk                  all of this together: what can be asked and told, in one p
 doors, listeners      the sockets, and a thread for each client
 conversation          HTTP with one client
 serving               `relay serve`: the routes, with a desk
-where, client, asking the other side: the commands that talk to a running relay
+where, client, asking, top  the other side: the commands that talk to a running relay
 """

@@ -120,15 +120,17 @@ class Conversation(BaseHTTPRequestHandler):
             given = self._body()
             if given is not None:
                 self._client.asked()
-                self._order(order, given)
+                self._order(order[0], given)
 
     def _order(self, order: str, given: dict[str, Any]) -> None:
+        takes = ORDERS[f"/api/v1/{order}"][1]
+        if set(given) != takes:
+            self._say(400, f"'{order}' does not take {', '.join(sorted(given)) or 'nothing'}")
+            return
         try:
             answer = getattr(self._desk, order)(**given)
         except NotDone as error:
             self._answer(error.status, JSON, _encoded({"ok": False, **error.data}))
-        except TypeError:
-            self._say(400, f"'{order}' does not take {', '.join(sorted(given)) or 'nothing'}")
         else:
             self._answer(200, JSON, _encoded({"ok": True, **answer}))
 
@@ -232,7 +234,12 @@ class Conversation(BaseHTTPRequestHandler):
         log.debug("admin: %s", format % arguments)
 
 
-ORDERS = {"/api/v1/reload": "reload", "/api/v1/drain": "drain", "/api/v1/set": "set"}
+# what can be told: the desk's method, and what it takes
+ORDERS: dict[str, tuple[str, set[str]]] = {
+    "/api/v1/reload": ("reload", set()),
+    "/api/v1/drain": ("drain", set()),
+    "/api/v1/set": ("set", {"route", "stage", "values"}),
+}
 
 
 def _encoded(data: Any) -> bytes:

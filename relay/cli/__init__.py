@@ -30,7 +30,9 @@ from relay.cli import (  # noqa: E402
     schema,
     send,
     serve,
+    set,
     status,
+    top,
 )
 
 app = typer.Typer(
@@ -57,7 +59,7 @@ def relay(
     """Moves streams of bytes to many sockets and files without carrying them."""
 
 
-for module in (serve, run, send, check, plan, health, status, reload, drain, doctor, bench, schema):
+for module in (serve, run, send, check, plan, health, status, top, reload, drain, set, doctor, bench, schema):
     module.add_to(app)
 
 
