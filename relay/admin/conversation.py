@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 from relay.admin.desk import Desk, NotDone
 from relay.admin.listeners import Client
 from relay.admin.status import plain
+from relay.journal.secrets import hidden
 
 log = logging.getLogger("relay.admin")
 
@@ -200,6 +201,7 @@ class Conversation(BaseHTTPRequestHandler):
 
     def _answer(self, code: int, kind: str, body: bytes, **headers: str) -> None:
         self._client.answered()
+        body = hidden(body.decode(errors="replace")).encode()
         self.close_connection = True
         self.send_response(code)
         told = {

@@ -73,23 +73,24 @@ def main() -> NoReturn:
         SourceError,
         UsageError,
     )
+    from relay.journal.secrets import hidden
 
     try:
         app(prog_name="relay", standalone_mode=True)
     except UsageError as error:
-        print(f"relay: {error}", file=sys.stderr)
+        print(f"relay: {hidden(str(error))}", file=sys.stderr)
         sys.exit(2)
     except (ConfigError, ConfigErrors) as error:
-        print(error, file=sys.stderr)
+        print(hidden(str(error)), file=sys.stderr)
         sys.exit(3)
     except SourceError as error:
-        print(f"relay: {error}", file=sys.stderr)
+        print(f"relay: {hidden(str(error))}", file=sys.stderr)
         sys.exit(4)
     except EndpointError as error:
-        print(f"relay: {error}", file=sys.stderr)
+        print(f"relay: {hidden(str(error))}", file=sys.stderr)
         sys.exit(5)
     except RelayError as error:
-        print(f"relay: {error}", file=sys.stderr)
+        print(f"relay: {hidden(str(error))}", file=sys.stderr)
         sys.exit(1)
     finally:
         gc.freeze()  # nor is there any use in looking for garbage once more when all of it goes
