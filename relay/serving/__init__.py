@@ -6,7 +6,7 @@ route, duplex_route       one route: its listeners and its pipelines or sessions
 changes                   stages that change while their route is at work
 facts                     what there is to tell of a route at a moment
 reception, admission      who listens, and who may come in
-introductions             for whom a proxy connects
+introductions             proxies that have yet to say for whom they connect
 names, redial             what resolvers say; a source that connects again
 resumption                logs of an earlier run, which go on first
 vigil, notify             what is done by the clock: signs of life, the end of an idle relay; the service manager
