@@ -262,6 +262,9 @@ class Sink(End):
         """Ends it before its stream is complete, so that the receiver can tell."""
         self.fail(self.error("ending", 0, reason=reason))
 
+    def change(self, old: object, new: object) -> None:
+        """A stage behind it has other settings from now on; only one with a log has stages behind it."""
+
     def reopen(self) -> None:
         """Opens anew the file that it writes and somebody may have moved away; other sinks have none."""
 
