@@ -109,6 +109,7 @@ struct relay_end {
     int kind;
     int method;
     int is_socket;           /* recv and send with MSG_DONTWAIT instead of read and write */
+    int is_pipe;             /* a pipe of others: see leave_alone in pass.h */
     int readable, writable;  /* edges seen and not yet contradicted by EAGAIN */
     int discard;             /* a one-way sink: what its peer sends is read and thrown away */
     int peer_ended;          /* 1: its stream is over; 2: and epoll has hung up since */
