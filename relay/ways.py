@@ -53,6 +53,10 @@ class Ways:
             return Choice("copy", reason)
         if copies:
             return Choice("copy", copies)
+        if scheme == "shared":
+            return Choice(
+                "copy", "out of slots that their producer writes again; final memory goes by reference"
+            )
         if scheme == "memory" or (scheme == "file" and self.forced == "vmsplice"):
             refused = self.machine.refused("vmsplice")
             reason = (

@@ -45,7 +45,9 @@ class Patrol(Generic[One]):
         self._expired = expired
         self._idle = route.source.limits.idle
         self._lifetime = route.source.limits.lifetime
-        tcp = [end.dead_after for end in (route.source, route.sink) if end.address.scheme == "tcp"]
+        schemes = ({route.source.address.scheme}, {address.scheme for address in route.sink.addresses})
+        ends = zip((route.source, route.sink), schemes, strict=True)
+        tcp = [end.dead_after for end, found in ends if "tcp" in found]
         self._dead_after = (route.source.dead_after, route.sink.dead_after)
         self._asked: dict[tuple[int, int], float] = {}
         # seconds after which whatever was sent is known to be answered

@@ -121,6 +121,7 @@ class Source(End):
         super().__init__(engine, address)
         self.scheme = "tcp"
         self.peer = ""
+        self.local = ""  # where the peer connected to, as a proxy says; "": to this very socket
         self.name = ""
         self.copies = ""
         self.on_open: Callable[[], None] = _nothing
@@ -147,6 +148,10 @@ class Source(End):
 
     def changed(self) -> str:
         """What changed under the reader while it was read; empty where nothing did."""
+        return ""
+
+    def broke_off(self) -> str:
+        """Why what it gave is not the whole stream, where that is no errno of its descriptor; empty where it is."""
         return ""
 
     def close(self, *, reset: bool = False) -> None:
@@ -282,6 +287,11 @@ class Sink(End):
     def reconnects(self) -> int:
         """How often it was connected again; only one with a log does that by itself."""
         return 0
+
+    @property
+    def connects(self) -> tuple[float, ...]:
+        """How long each connect took; only one with a log knows by itself."""
+        return ()
 
     @property
     def twice(self) -> int:

@@ -123,12 +123,16 @@ class Ferry:
             raise OSError(-load, os.strerror(-load))
         return self.pipes[self.c.away], load
 
-    def wait_until(self, timeout: float | None) -> tuple[Pipe, int] | None:
-        """As `wait`, but None after `timeout` seconds (None: never) or when somebody nudged."""
+    def wait_until(self, timeout: float | None, *, beside: int = -1) -> tuple[Pipe, int] | None:
+        """As `wait`, but None after `timeout` seconds (None: never), when somebody nudged, or when the descriptor
+        `beside` can be read."""
         if self.c.turn[self.c.away] != core.lib.RELAY_WITH_THREAD and not self.c.ending:
             poll = select.poll()
             poll.register(self._knock, select.POLLIN)
-            if not poll.poll(None if timeout is None else timeout * 1000):
+            if beside >= 0:
+                poll.register(beside, select.POLLIN)
+            ready = [fd for fd, _mask in poll.poll(None if timeout is None else timeout * 1000)]
+            if self._knock not in ready:
                 return None
             if self.c.turn[self.c.away] != core.lib.RELAY_WITH_THREAD and not self.c.ending:
                 os.eventfd_read(self._knock)  # a nudge; a hand-over after this look knocks again

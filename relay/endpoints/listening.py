@@ -43,12 +43,16 @@ Crowd = Callable[[list[tuple[int, str]]], None]
 class Bound:
     """A listening socket, and the file of a unix one; owns both. `address` is what it is bound to, for people.
 
-    `path` is the file, "" if there is none; it is removed at the end if it is still this socket's.
+    `path` is the file, "" if there is none; it is removed at the end if it is still this socket's. `passed`: it is
+    somebody else's, too (endpoints/passed.py), who has it and its backlog after relay.
     """
 
-    def __init__(self, sock: socket.socket, address: str, key: Key, path: str = "") -> None:
+    def __init__(
+        self, sock: socket.socket, address: str, key: Key, path: str = "", *, passed: bool = False
+    ) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self.passed = passed
         self.address = address
         self.key = key
         self._path = path
@@ -190,12 +194,12 @@ class Listener:
         self.close()
 
     def refuse(self) -> int:
-        """Resets whoever waits, and closes; how many these were."""
+        """Resets whoever waits, and closes; how many these were. At a socket that was passed they wait for the next."""
         count, bound = 0, self.release()
         if bound is None:
             return 0
         try:
-            while count < BACKLOG:
+            while count < BACKLOG and not bound.passed:
                 close_with_reset(bound.sock.accept()[0].detach())
                 count += 1
         except OSError:  # none waits, or no descriptor is left: the kernel resets the rest

@@ -60,6 +60,8 @@ int64_t give_to_ferry(struct pass *s, struct relay_node *n, int64_t amount)
 {
     struct relay_ferry *f = n->sink->ferry;
     int64_t moved = 0;
+    if (!f)                     /* its thread is not there yet */
+        return 0;
     for (int tries = 0; tries < 3; tries++) {
         int k = f->at;
         if (__atomic_load_n(&f->error, __ATOMIC_ACQUIRE)) {
@@ -99,7 +101,7 @@ int64_t give_to_ferry(struct pass *s, struct relay_node *n, int64_t amount)
 int goes_straight(const struct relay_node *head)
 {
     const struct relay_end *sink = head->sink;
-    return sink && !sink->failed && sink->kind == RELAY_FERRY && sink->ferry->memory && !head->next && !head->into
+    return sink && !sink->failed && sink->kind == RELAY_FERRY && sink->ferry && sink->ferry->memory && !head->next && !head->into
         && !head->held && !head->rate && head->left < 0 && !head->skip && !head->dropping;
 }
 

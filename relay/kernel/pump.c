@@ -198,7 +198,7 @@ static int sweep(struct pass *s)
             ring_hear(s, n->ring);
         if (!sink || sink->failed)
             continue;
-        if (sink->kind == RELAY_FERRY) {
+        if (sink->kind == RELAY_FERRY && sink->ferry) {
             ferry_flush(s, sink->ferry);
             if (__atomic_load_n(&sink->ferry->error, __ATOMIC_ACQUIRE)) {
                 sink_failed(s, n, sink->ferry->error);

@@ -195,10 +195,11 @@ static void go_by(const struct relay_ring *ring, struct relay_reader *r)
     r->since_ns = 0;
 }
 
-/* The gap is over: the reader goes on at the last border that has come. */
+/* The gap is over: the reader goes on at the last border that has come, if it is still in memory: nothing is kept for
+ * one that drops. */
 static int end_gap(struct pass *s, struct relay_ring *ring, struct relay_reader *r, int64_t to)
 {
-    if (to < r->at)
+    if (to < r->at || to < ring->position - ring->size)
         return 0;
     r->dropped += to - r->at;
     r->at = to;

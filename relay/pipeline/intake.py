@@ -88,6 +88,8 @@ class Intake:
             self._failed(broken_off)
             if self.source.c.is_socket:  # its peer is told at once, however long what it gave takes
                 self.source.close(reset=True)
+        elif why := self.source.broke_off():
+            self._failed(why)
         elif not self.look_for_change() and code:
             self._failed("", code=code)
         elif not self.error and self.source.c.left > 0:

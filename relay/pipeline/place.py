@@ -26,6 +26,7 @@ class Place:
         self.c.token, self.c.stays, self.c.hold = token, 1, node.c.hold
         self.c.after_ns = gate.c.after_ns
         self.c.apart_ns = gate.c.apart_ns if node.c.apart == gate.c else 0
+        gate.c.dropping = gate.c.rest_need = 0  # a gap that was to begin just when all had gone out
         if borrower is not None:
             self.c.ferry = borrower.c
         self._began = int(ring.c.position)

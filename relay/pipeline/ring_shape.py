@@ -35,6 +35,8 @@ def chained(stages: Sequence[StageSettings], sink: SinkSettings) -> str:
             return "a broadcast has a ring of its own"
         if each.sidecar:
             return "a checksum sees the bytes beside the chain"
+        if each.proxy_protocol:
+            return "a PROXY header is put in front of the stream on a chain"
         if slow.policy == "spill" or slow.buffer:
             return "a log is fed by a chain"
         files += each.address.scheme == "file"

@@ -146,7 +146,7 @@ def _stage_files(stage: object) -> Iterator[Finding]:
 
 def _listener(end: SourceSettings | SinkSettings, here: Machine) -> Iterator[Finding]:
     address = end.address
-    if address.scheme == "unix":
+    if address.scheme in ("unix", "shared"):
         if not address.abstract:
             yield from _socket_path(address)
             yield from _accounts(end)

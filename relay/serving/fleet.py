@@ -210,6 +210,8 @@ class Fleet:
                         ended.append(rival)
                         self._end(old[rival], "the configuration of its route changed")
                 fresh[name] = self._make(name, config.routes[name])
+                if name in old:
+                    fresh[name].follow(old[name])
                 try:
                     fresh[name].home.call(partial(fresh[name].open, found, hand.take, wait=True))
                 except RelayError as error:
@@ -220,16 +222,15 @@ class Fleet:
         for running in fresh.values():
             running.home.post(running.begin)
         hand.close()
+        both = {**self.at_work, **fresh}
+        self.at_work = {name: both[name] for name in config.routes}  # at once: others may be looking
         for name, running in old.items():
-            del self.at_work[name]
             if running.over.is_set():
                 running.close()
             else:
                 self.leaving.append(running)
             if name not in ended:
                 running.home.post(running.leave)
-        both = {**self.at_work, **fresh}
-        self.at_work = {name: both[name] for name in config.routes}
         self.config = config
         return change
 

@@ -28,7 +28,7 @@ def nobody(_key: Key) -> Bound | None:
 
 def keys(route: str, end: End, found: Found) -> list[Key]:
     """Names the sockets that `end` of the route of that name listens on. Raises SourceError."""
-    if end.address.scheme == "unix":
+    if end.address.scheme != "tcp":
         return [unix.key(end.address)]
     return tcp.keys(end.address, meaning(end, found).places, _owner(route, end))
 
@@ -55,6 +55,7 @@ class Reception:
         self._listeners: dict[int, list[Listener]] = {}  # by the place of their end in `ends`
         self._released: list[tuple[Listener, Bound]] = []
         self.bound: list[str] = []
+        self.accepting = not ends  # whether streams may come in; with nobody who listens they always may
 
     def __iter__(self) -> Iterator[Listener]:
         return (listener for listeners in self._listeners.values() for listener in listeners)
@@ -87,6 +88,7 @@ class Reception:
 
     def accept(self) -> None:
         """Whoever connects comes in."""
+        self.accepting = True
         for listener in self:
             listener.resume()
 
@@ -131,7 +133,7 @@ class Reception:
                 self._open(number, nobody)
                 for listener in self._listeners[number]:
                     listener.resume()
-            elif end.address.scheme == "unix":
+            elif end.address.scheme != "tcp":
                 means = meaning(end, self.found)
                 unix.dress(end.address, mode=end.mode, owner=means.user, group=means.group)
 

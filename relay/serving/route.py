@@ -21,10 +21,11 @@ from relay.endpoints.base import Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.line import Lines
 from relay.endpoints.listening import Crowd
-from relay.endpoints.make import make_source
+from relay.endpoints.make import accepted, make_source
 from relay.endpoints.options import OnSlow
+from relay.endpoints.proxy_header import local_of
 from relay.endpoints.settings import SinkSettings
-from relay.endpoints.socket import SocketSource, close_with_reset
+from relay.endpoints.socket import close_with_reset
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError
 from relay.journal import logs
@@ -32,6 +33,8 @@ from relay.journal.record import SessionRecord
 from relay.kernel.probe import machine
 from relay.pipeline.pipeline import Pipeline
 from relay.serving.admission import Admission
+from relay.serving.facts import Facts
+from relay.serving.introductions import Introduced, Introductions
 from relay.serving.names import Found
 from relay.serving.reception import Reception, Take, nobody
 from relay.serving.redial import Redial
@@ -49,7 +52,7 @@ ids = itertools.count(1)  # of streams and sessions, for as long as this process
 def new_turn(route: str, source: Source) -> Turn:
     """Names for a stream that begins now; ids count up for as long as this process lives."""
     at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    return Turn(route=route, id=str(next(ids)), time=at, peer=source.peer, name=source.name)
+    return Turn(route, str(next(ids)), at, source.peer, source.name, source.local)
 
 
 class RunningRoute:
@@ -108,6 +111,13 @@ class RunningRoute:
         self._redial: Redial | None = None
         self._resumed: set[Resumed] = set()
         self._admission = Admission(name, route.source.limits)
+        trust = route.source.proxy_protocol
+        self._introductions = (
+            Introductions(home, trust, self._admission, self._introduced, self._look_whether_done)
+            if trust
+            else None
+        )
+        self._names_peers = any(sink.proxy_protocol for _place, sink in route.sinks())
         self._ending = False
         self._done = False
         self.over = threading.Event()
@@ -203,6 +213,21 @@ class RunningRoute:
         """Those at work now."""
         return tuple(self._pipelines)
 
+    def facts(self) -> Facts:
+        """What there is to tell of it now. On its home engine."""
+        over = "done" if self._done else "draining" if self._ending else ""
+        return Facts(
+            state="failed" if self.failed else over or ("" if self.reception.accepting else "starting"),
+            listening=tuple(self.bound),
+            connections=self._admission.connections,
+            refused=self._admission.refused,
+            waiting=len(self._waiting),
+            resumed=sum(resumed.left for resumed in self._resumed),
+            pipelines=tuple(self._pipelines),
+            sessions=(),
+            failed=str(self.failed or ""),
+        )
+
     def _closed(self, pipeline: Pipeline) -> None:
         self._pipelines.discard(pipeline)
         self._look_whether_done()
@@ -210,12 +235,23 @@ class RunningRoute:
     # -- sources
 
     def _accepted(self, sock: socket.socket, peer: str) -> None:
+        if self._introductions is not None and self._introductions.expects(peer):
+            self._introductions.take(sock.detach(), peer)
+        else:
+            self._came(sock, peer, "")
+
+    def _introduced(self, who: Introduced) -> None:
+        """A proxy has said for whom it connects."""
+        self._came(socket.socket(fileno=who.fd), who.peer, who.local)
+
+    def _came(self, sock: socket.socket, peer: str, local: str) -> None:
         if not self._admission.admit(peer):
             close_with_reset(sock.detach())
             return
+        if self._names_peers:
+            local = local or local_of(sock.fileno())
         engine = self.home if self._persistent else next(self._spread)
-        source = SocketSource(engine, str(self.route.source.address), sock, peer)
-        source.scheme = self.route.source.address.scheme
+        source = accepted(engine, self.route.source.address, sock, peer, local, self._ways)
         source.on_close = lambda: self.home.post(partial(self._admission.leave, peer))
         source.on_fail = lambda error: self._refused(source, error)
         if self._once:
@@ -309,12 +345,13 @@ class RunningRoute:
         self._on_record(record)
         if self.finite:
             self.records.append(record)
-        if self._ending and not self._waiting and self._standing is not None and not self._standing.closed:
-            self._standing.finish()
         self._next_turn()
         self._look_whether_done()
 
     # -- reload
+
+    def follow(self, old: RunningRoute) -> None:
+        """Before it is opened: it takes the place of `old`, from which it may take what both have."""
 
     def leave(self) -> None:
         """Another took its place: no newcomers of any kind, then as `drain`."""
@@ -336,17 +373,20 @@ class RunningRoute:
     @property
     def under_way(self) -> bool:
         """Whether a source connection is open or bytes wait; idle subscribers do not count."""
-        waiting = self._waiting or self._starting or self._resumed
+        waiting = self._waiting or self._starting or self._resumed or self._introductions
         return bool(waiting) or any(p.busy for p in self._pipelines if not p.closed)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anything is under way or anybody watches."""
+        watched = any(group.members for pipeline in self._pipelines for group in pipeline.subscribers)
+        return self.under_way or watched
 
     def drain(self) -> None:
         """No new streams but those that wait in a backlog; those under way go on. What has none is finished at once."""
         self.reception.finish(sources_only=True)
         self._ending = True
         self._stop_dialing()
-        standing = self._standing
-        if standing is not None and standing.source is None and not self._waiting:
-            standing.finish()
         self._look_whether_done()
 
     def abort(self, reason: str) -> None:
@@ -355,6 +395,9 @@ class RunningRoute:
         self._aborted = reason
         self._stop_dialing()
         self.reception.refuse()
+        if self._introductions:
+            self.cut_short = True
+            self._introductions.abort(reason)
         if count := len(self._waiting):
             self.cut_short = True
             log.warning(
@@ -386,7 +429,10 @@ class RunningRoute:
             self.home.post(lambda: self._started(source))
 
     def _look_whether_done(self) -> None:
-        if self._done or self._pipelines or self._waiting or self._starting or self._resumed:
+        standing, more = self._standing, self._waiting or self._introductions
+        if standing is not None and standing.source is None and self._ending and not (more or self._aborted):
+            standing.finish()
+        if self._done or self._pipelines or more or self._starting or self._resumed:
             return
         if self._ending or (self.finite and (self.failed or self.records)):
             self._done = True

@@ -10,11 +10,12 @@ from typing import Literal
 from relay.backoff import Backoff
 from relay.endpoints.base import Sink
 from relay.endpoints.options import OnSlow
-from relay.endpoints.settings import SinkSettings
+from relay.endpoints.settings import REACHED_AGAIN, SinkSettings
 from relay.engine import Engine, Timer
 from relay.errors import EndpointError, RelayError, SinkError
 from relay.journal.record import SessionRecord
 from relay.log import Cursor, Log
+from relay.pipeline.outlet import CONNECTS
 from relay.pipeline.pipeline import Pipeline
 from relay.spill.source import TORN, LogSource
 from relay.stages.base import StageSettings
@@ -81,6 +82,7 @@ class Delivery:
         self.method = "sendfile"
         self.reconnects = 0
         self.twice = 0  # bytes that were sent again after a connection broke
+        self._connects: tuple[float, ...] = ()
         self.lost = 0  # bytes that a broken connection had not acknowledged and that were not sent again
 
     @property
@@ -92,6 +94,12 @@ class Delivery:
     def left(self) -> int:
         """Bytes still to be delivered."""
         return self._log.end - self._cursor.position
+
+    @property
+    def connects(self) -> tuple[float, ...]:
+        """How long each connect took, the present one's included. From any thread."""
+        pipeline = self._pipeline
+        return self._connects + (tuple(pipeline.chain.outlets[-1].connects) if pipeline is not None else ())
 
     @property
     def connected(self) -> bool:
@@ -148,7 +156,8 @@ class Delivery:
             return
         standing.c.base = self._cursor.position
         standing.c.queues = int(self._sink.address.scheme == "tcp")
-        standing.c.acknowledged = self._noted
+        if self._sink.address.scheme != "shared":  # what its thread has is not with the consumer yet
+            standing.c.acknowledged = self._noted
         source.on_refill = self._look
         self._look()
 
@@ -190,13 +199,14 @@ class Delivery:
     def _over(self, record: SessionRecord) -> None:
         self._pipeline = None
         sink = record.sinks[-1]
+        self._connects = (*self._connects, *sink.connects)[:CONNECTS]
         assert self._source is not None
         self.method = record.crossing(sink)[0]
         if not self._in_vain_since or sink.bytes > sink.lost:
             self._in_vain_since = self.engine.now
         reached = self._source.began_at + sink.bytes
         if self._broken == "resume":
-            if self._sink.address.scheme == "tcp":  # elsewhere what was accepted is the peer's
+            if self._sink.address.scheme in ("tcp", "shared"):  # elsewhere what was accepted is the peer's
                 self._advance(reached - sink.lost)
             else:
                 self._advance(reached)
@@ -214,7 +224,7 @@ class Delivery:
             self._unreadable(record.reason)
             return
         given_up = self._patience is not None and self.engine.now - self._in_vain_since >= self._patience
-        can_be_tried_again = self._sink.address.scheme in ("tcp", "unix", "fifo")
+        can_be_tried_again = self._sink.address.scheme in REACHED_AGAIN
         if self._broken == "fail" or given_up or not can_be_tried_again:
             failed = self._standing.failed_with if self._standing is not None else None
             address = str(self._sink.address)
