@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from duplexes import Duplex, connected, descriptors, in_background, outcome, turned_away
+from faults import ShortCounts, strace_prefix
 from peers import (
     PATIENCE,
     accept,
@@ -497,6 +498,66 @@ def test_tees_begin_with_a_header(policy: str, tmp_path: Path) -> None:
                 assert_same(receive_all(two), data)
                 assert_same(receive_all(three), make("v2", *ends) + data)
             assert served.sessions(1)[0]["result"] == "delivered"
+
+
+# --- when calls come short ------------------------------------------------------------------------------------
+
+
+def between(address: str, version: str, *, duplex: bool) -> str:
+    """A route that expects headers and sends some."""
+    source = f'{{listen: "tcp://127.0.0.1:0", proxy_protocol: "{HERE}"}}'
+    sink = f'{{connect: "{address}", proxy_protocol: {version}}}'
+    return f"engines: 1\nroutes: {{r: {{source: {source}, sink: {sink}, duplex: {str(duplex).lower()}}}}}"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_short_counts_break_no_header(
+    version: str, seed: int, tmp_path: Path, short_counts: ShortCounts
+) -> None:
+    """With calls cut short, and some interrupted, headers are read and sent whole, ahead of the payload."""
+    data = payload(seed, 20_000)
+    environment = short_counts.environment(seed, rate=100, eintr=10)
+    with tcp_listener() as (listening, address):
+        with serving(between(address, version, duplex=False), tmp_path, env=environment) as served:
+            for header in HEADERS.values():
+                with connected(served.addresses(1)[0]) as client:
+                    client.sendall(header + data)
+                    client.shutdown(socket.SHUT_WR)
+                    with accept(listening) as server:
+                        assert_same(receive_all(server), HEADERS[version] + data)
+                    assert receive_all(client) == b""
+            assert [record["bytes"] for record in served.sessions(2)] == [len(data)] * 2
+    counts = short_counts.counts()
+    assert counts["recv"].shortened
+    assert counts["vmsplice"].shortened
+
+
+def test_a_header_that_finds_no_room_goes_out_later(tmp_path: Path) -> None:
+    """A send of the header that the kernel refuses for the moment is made again, and nothing overtakes it."""
+    with unix_listener(tmp_path / "s") as (listening, address):
+        prefix = strace_prefix("send:error=EAGAIN:when=1")
+        with serving(between(address, "v2", duplex=True), tmp_path, prefix=prefix) as served:
+            with connected(served.addresses(1)[0]) as client:
+                client.sendall(HEADERS["v1"] + b"x")
+                with accept(listening) as server:
+                    assert receive_exactly(server, len(HEADERS["v2"]) + 1) == HEADERS["v2"] + b"x"
+                    server.sendall(b"y")
+                    assert receive_exactly(client, 1) == b"y"
+
+
+def test_a_server_that_resets_at_the_header(tmp_path: Path) -> None:
+    """A reset that meets the header ends the session as one that meets payload does; the client is reset."""
+    with tcp_listener() as (listening, address):
+        prefix = strace_prefix("send:error=ECONNRESET:when=1")
+        with serving(between(address, "v2", duplex=True), tmp_path, prefix=prefix) as served:
+            with connected(served.addresses(1)[0]) as client:
+                client.sendall(HEADERS["v1"] + b"x")
+                with accept(listening):
+                    assert outcome(client) == (b"", "ConnectionResetError")
+            (record,) = served.sessions(1)
+            assert (record["result"], record["bytes"]) == ("failed", 0)
+            assert "ECONNRESET" in record["reason"]
 
 
 # --- settings -----------------------------------------------------------------------------------------------
