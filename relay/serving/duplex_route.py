@@ -16,7 +16,6 @@ from relay.duplex.health import Checks
 from relay.duplex.sessions import Sessions
 from relay.duplex.upstreams import Upstreams
 from relay.endpoints.listening import Crowd
-from relay.endpoints.proxy_header import own
 from relay.engine import Engine
 from relay.journal.record import SessionRecord
 from relay.kernel import core
@@ -24,7 +23,8 @@ from relay.serving.facts import Facts
 from relay.serving.introductions import Introduced
 from relay.serving.names import Found
 from relay.serving.reception import Take, nobody
-from relay.serving.route import RunningRoute, ids
+from relay.serving.resumption import ids
+from relay.serving.route import RunningRoute
 
 
 class DuplexRoute(RunningRoute):
@@ -39,6 +39,7 @@ class DuplexRoute(RunningRoute):
         self._told = False
         self.upstreams = Upstreams(self.name, self.route.sink, self.home)
         self._checks: Checks | None = None
+        self._replaced = False
 
     def follow(self, old: RunningRoute) -> None:
         """What the route whose place it takes knows of the upstreams that both have goes on."""
@@ -55,9 +56,7 @@ class DuplexRoute(RunningRoute):
         """Connections come in from now on."""
         self.reception.accept()
         if self.route.sink.health is not None:
-            version = self.route.sink.proxy_protocol
-            ahead = own(version) if version is not None else b""
-            self._checks = Checks(self.home, self.upstreams, self.route.sink.health, ahead=ahead)
+            self._checks = Checks(self.home, self.upstreams, self.route.sink)
             self.home.post(self._checks.start)
 
     def _check_no_more(self) -> None:
@@ -68,6 +67,11 @@ class DuplexRoute(RunningRoute):
         """As for every route; upstreams are not checked any more."""
         self._check_no_more()
         super().drain()
+
+    def leave(self) -> None:
+        """As for every route; whoever took its place tells of the upstreams that both have."""
+        self._replaced = True
+        super().leave()
 
     def _crowds(self) -> Crowd:
         return self._crowd
@@ -146,7 +150,8 @@ class DuplexRoute(RunningRoute):
 
     def facts(self) -> Facts:
         """What there is to tell of it now. On its home engine."""
-        return replace(super().facts(), sessions=tuple(self._sessions.items()))
+        upstreams = () if self._replaced else self.upstreams.snapshot()
+        return replace(super().facts(), sessions=tuple(self._sessions.items()), upstreams=upstreams)
 
     @property
     def under_way(self) -> bool:
