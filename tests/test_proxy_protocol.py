@@ -43,6 +43,19 @@ HEADERS = {version: make(version, CLIENT, SERVICE) for version in ("v1", "v2")} 
 LOCAL = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0"
 
 
+def has_ipv6() -> bool:
+    """Whether somebody can listen on ::1."""
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+HAS_IPV6 = has_ipv6()
+
+
 def trusting(**limits: Any) -> dict[str, Any]:
     """A source that believes everybody on this machine."""
     return {"listen": "tcp://127.0.0.1:0", "proxy_protocol": HERE, **({"limits": limits} if limits else {})}
@@ -706,6 +719,43 @@ def test_between_two_haproxies(version: str, tmp_path: Path) -> None:
                 told, client, service = asked(first)
                 assert told == f"{client} {service}"
                 assert duplex.record().peer == client
+
+
+def test_from_curl(tmp_path: Path) -> None:
+    """curl sends a header of version 1, relay one of version 2: HAProxy behind knows where curl's connection is."""
+    with tcp_listener() as (back, address):
+        body = (
+            "frontend f\n  mode http\n  bind fd@{0} accept-proxy\n"
+            f"  http-request return status 200 content-type text/plain lf-string {TELLS}"
+        )
+        with haproxy(tmp_path, body, back):
+            with Duplex(trusting(), {"connect": address, "proxy_protocol": "v2"}) as duplex:
+                to = Address.parse(duplex.address)
+                argv = [program("curl"), "-sS", "--haproxy-protocol", f"http://{to.host}:{to.port}/"]
+                ran = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, check=True)
+                record = duplex.record()
+                assert ran.stdout == f"{record.peer} {to.host}:{to.port}"
+
+
+@pytest.mark.skipif(not HAS_IPV6, reason="IPv6 is missing on the loopback interface")
+@pytest.mark.parametrize("accepted", ["v1", "v2"])
+@pytest.mark.parametrize("sent", ["v1", "v2"])
+def test_ipv6(accepted: str, sent: str) -> None:
+    """Headers come over and name IPv6, also a client of IPv4 who came to a service on IPv6."""
+    named = [("[2001:db8::7]:4711", "[2001:db8::1]:443"), (CLIENT, "[2001:db8::1]:443")]
+    with tcp_listener("::1") as (listening, address):
+        source = {"listen": "tcp://[::]:0", "proxy_protocol": ["::1", HERE]}
+        with Duplex(source, {"connect": address, "proxy_protocol": sent}) as duplex:
+            port = int(duplex.address.rpartition(":")[2])
+            for number, (peer, local) in enumerate(named):
+                with socket.create_connection(("::1", port), timeout=PATIENCE) as client:
+                    client.sendall(make(accepted, peer, local))  # type: ignore[arg-type] # as given
+                    client.shutdown(socket.SHUT_WR)
+                    with accept(listening) as server:
+                        assert receive_all(server) == make(sent, peer, local)  # type: ignore[arg-type] # as given
+                    assert receive_all(client) == b""
+                eventually(lambda so_far=number: len(duplex.records) > so_far, "it is over")  # type: ignore[misc] # bound now
+                assert duplex.records[number].peer == peer
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
