@@ -432,6 +432,32 @@ def test_a_chain_of_proxies_names_the_first_client(first: str, second: str) -> N
                 assert receive_all(server) == HEADERS[second] + b"x"
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("stages", ["stages", "replies"])
+def test_with_stages_of_either_direction(version: str, stages: str) -> None:
+    """On a duplex route with stages headers are accepted and sent alike, at connect, and bulk passes both ways."""
+    data, back = payload(1, 400_000), payload(2, 300_000)
+    with tcp_listener() as (listening, address):
+        sink = {"connect": address, "proxy_protocol": version}
+        with (
+            Duplex(trusting(), sink, **{stages: [{"meter": {}}]}) as duplex,
+            connected(duplex.address) as client,
+        ):
+            client.sendall(HEADERS["v1"])
+            with accept(listening) as server:
+                assert receive_exactly(server, len(HEADERS[version])) == HEADERS[version]
+                server.sendall(back)
+                assert_same(receive_exactly(client, len(back)), back)
+                client.sendall(data)
+                client.shutdown(socket.SHUT_WR)
+                assert_same(receive_all(server), data)
+            assert receive_all(client) == b""
+            record = duplex.record()
+            assert (record.peer, record.back, record.result) == (CLIENT, len(back), "delivered")
+            assert record.bytes == len(data)
+            assert record.sinks[-1].bytes == len(HEADERS[version]) + len(data)
+
+
 def test_a_peer_without_an_address_is_unknown(tmp_path: Path) -> None:
     """For a client of a unix socket the header says UNKNOWN."""
     with behind(f"unix://{tmp_path}/s", proxy_protocol="v1") as (duplex, listening):
