@@ -171,7 +171,7 @@ static int gone_ahead(struct relay_engine *e, struct relay_duplex *d)
         }
         if (n > 0)
             d->ahead_at += (int32_t)n;
-        if (n < left)
+        if (n == -EAGAIN)
             side_filled(e, b);
     }
     return d->ahead_at == d->ahead_size || b->error;
