@@ -41,9 +41,14 @@ def serve(
             help="End when nothing was under way for so long, such as 60s; a socket unit starts it again.",
         ),
     ] = None,
+    user: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Become this user when every address is bound; as confine.user."),
+    ] = None,
 ) -> None:
     """Runs the routes; SIGTERM drains and ends, SIGHUP reloads and opens files anew."""
     from relay.config.load import load_to_run, load_with_places
+    from relay.confinement.confinement import Confinement
     from relay.endpoints import passed
     from relay.journal import logs
     from relay.serving.notify import Notifier
@@ -53,12 +58,17 @@ def serve(
 
     idle = idle_time(exit_idle)
     passed.receive()
+    notifier = Notifier()
+    loaded = load_to_run(config)
+    confinement = Confinement(loaded, config, user)
+    confinement.begin()  # the log has a thread
     logs.set_up(log_format.value, log_level.value)
     server = Server(
-        load_to_run(config),
+        loaded,
         on_ready=lambda routes: welcome(routes, built_in=config is None),
         again=partial(load_with_places, config, to_run=True) if config not in (None, "-") else None,
-        vigil=Vigil(Notifier(), idle),
+        vigil=Vigil(notifier, idle),
+        confinement=confinement,
     )
     raise typer.Exit(server.run())
 

@@ -16,8 +16,6 @@ from relay.endpoints.listening import Crowd
 from relay.engine import Engine
 from relay.journal.record import SessionRecord
 from relay.kernel import core
-from relay.serving.names import Found
-from relay.serving.reception import Take, nobody
 from relay.serving.route import RunningRoute, ids
 
 
@@ -32,11 +30,8 @@ class DuplexRoute(RunningRoute):
         self._overs: deque[tuple[SessionRecord, str]] = deque()  # from other engines
         self._told = False
 
-    def open(self, found: Found | None = None, take: Take = nobody, *, wait: bool = False) -> None:
-        """Binds the listeners, and accepts unless it is to `wait`. Raises SourceError; see `bound`."""
-        self.reception.open(found or {}, take)
-        if not wait:
-            self.begin()
+    def stand(self) -> None:
+        """Nothing outlives a session."""
 
     def begin(self) -> None:
         """Connections come in from now on."""

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from relay.config.models import Config
+from relay.confinement.confinement import Confinement
 from relay.engine import Engine
 from relay.errors import ConfigError, ConfigErrors, EndpointError, RelayError
 from relay.journal import logs
@@ -65,10 +66,12 @@ class Server:
         on_progress: Callable[[list[RunningRoute]], None] | None = None,
         interval: float = 0.2,
         vigil: Vigil | None = None,
+        confinement: Confinement | None = None,
     ) -> None:
         self._config = config
         self._once = once
         self._vigil = vigil or Vigil()
+        self._confinement = confinement or Confinement(config)
         self._on_record = self._vigil.watched(on_record)
         self._on_ready = on_ready
         self._again = again
@@ -92,7 +95,9 @@ class Server:
         self._fleet = Fleet(self._config, engines, self._done, self._on_record, once=self._once)
         try:
             found = self._look_up()
-            if found is None or not self._fleet.open(found, lambda: bool(self._interrupted)):
+            if found is None or not self._fleet.open(
+                found, lambda: bool(self._interrupted), self._confinement.close
+            ):
                 return self._not_opened()
             self._on_ready(list(self._fleet))
             if self._signals and not self._once:  # the process is this server's
@@ -231,6 +236,14 @@ class Server:
         except (ConfigError, ConfigErrors) as error:
             self._fleet.reopen(tuple(self._fleet.at_work))
             self._refuse(error.errors if isinstance(error, ConfigErrors) else [error])
+            return
+        refused = [
+            f"{loaded.where(place)}: {said}"
+            for place, said in self._confinement.refusals(loaded.config, self._config)
+        ]
+        if refused:
+            self._fleet.reopen(tuple(self._fleet.at_work))
+            self._refuse(refused)
             return
         self._names.look_up(self._fleet.fresh_routes(loaded.config), partial(self._exchange, loaded))
         waiting = self._names.waiting
