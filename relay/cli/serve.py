@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from functools import partial
 from typing import Annotated
 
 import typer
@@ -47,30 +46,13 @@ def serve(
     ] = None,
 ) -> None:
     """Runs the routes; SIGTERM drains and ends, SIGHUP reloads and opens files anew."""
-    from relay.config.load import load_to_run, load_with_places
-    from relay.confinement.confinement import Confinement
-    from relay.endpoints import passed
-    from relay.journal import logs
-    from relay.serving.notify import Notifier
-    from relay.serving.server import Server
-    from relay.serving.vigil import Vigil, idle_time
-    from relay.serving.welcome import welcome
+    from relay.admin.serving import serve as run_routes
+    from relay.serving.vigil import idle_time
 
     idle = idle_time(exit_idle)
-    passed.receive()
-    notifier = Notifier()
-    loaded = load_to_run(config)
-    confinement = Confinement(loaded, config, user)
-    confinement.begin()  # the log has a thread
-    logs.set_up(log_format.value, log_level.value)
-    server = Server(
-        loaded,
-        on_ready=lambda routes: welcome(routes, built_in=config is None),
-        again=partial(load_with_places, config, to_run=True) if config not in (None, "-") else None,
-        vigil=Vigil(notifier, idle),
-        confinement=confinement,
+    raise typer.Exit(
+        run_routes(config, log_format=log_format.value, log_level=log_level.value, user=user, exit_idle=idle)
     )
-    raise typer.Exit(server.run())
 
 
 def add_to(app: typer.Typer) -> None:

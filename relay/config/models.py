@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError, WithJsonSchema
@@ -144,6 +145,13 @@ def _tcp(value: object) -> Address:
     return address
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name, or all interfaces
+
+
 class Admin(FrozenModel):
     """Where a running relay can be asked and told."""
 
@@ -158,7 +166,14 @@ class Admin(FrozenModel):
             Address, PlainValidator(_tcp), WithJsonSchema({"type": "string", "pattern": r"^tcp://|\$\{"})
         ]
         | None
-    ) = Field(default=None, description="tcp address for metrics and health over HTTP")
+    ) = Field(default=None, description="tcp address for metrics, health and the status page over HTTP")
+    remote: bool = Field(default=False, description="let 'http' be reached from other machines")
+
+    def check_made(self) -> Iterator[Problem]:
+        """An address that others could reach, where nobody said that they may."""
+        if self.http is not None and not self.remote and not _is_loopback(self.http.host):
+            said = f"{self.http} can be reached from elsewhere; listen on tcp://127.0.0.1:{self.http.port}"
+            yield Problem(f"{said}, or write 'remote: true' beside it if that is meant", ("http",))
 
 
 class Confine(FrozenModel):

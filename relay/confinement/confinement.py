@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from relay.config.models import Config, Confine
@@ -97,14 +97,17 @@ def _unallowable(wanted: list[Want], confine: Confine) -> Iterator[str]:
 class Confinement:
     """What relay has given up for `config`, which was read from the file `source` (None, "-": from none).
 
-    `user` is that of the command line, which goes before the configuration's.
+    `user` is that of the command line, which goes before the configuration's; `also` is what is needed besides.
     """
 
-    def __init__(self, config: Config, source: str | None = None, user: str | None = None) -> None:
+    def __init__(
+        self, config: Config, source: str | None = None, user: str | None = None, also: Sequence[Want] = ()
+    ) -> None:
         config = confined_to(config, user)
         self._confine = config.confine
         self._config = config
         self._user = user
+        self._also = also
         self._source = None if source in (None, "-") else source
         self._account: Account | None = None
         self._became = False
@@ -123,7 +126,7 @@ class Confinement:
         machine()  # looks at the system as it is
         if confine.user is not None:
             self._account = Account.of(confine.user, confine.group)
-        wanted = list(wants(self._config))
+        wanted = [*wants(self._config), *self._also]
         version = kernel.landlock_version()
         if self._possible("files", confine.files, version >= 1, "this kernel has no Landlock"):
             self._make_directories(wanted)

@@ -77,9 +77,9 @@ def wants(config: Config) -> Iterator[Want]:
             yield Want(("confine", "write", index), "write", os.path.realpath(path))
     if config.admin is not None:
         if config.admin.socket is not None:
-            yield from _listens(("admin", "socket"), config.admin.socket)
+            yield from listens(("admin", "socket"), config.admin.socket)
         if config.admin.http is not None:
-            yield from _listens(("admin", "http"), config.admin.http)
+            yield from listens(("admin", "http"), config.admin.http)
     for name, route in config.routes.items():
         for want in _route(route):
             place = ("routes", name, *want.place)
@@ -103,7 +103,7 @@ def _end(place: Place, end: SourceSettings | SinkSettings) -> Iterator[Want]:
     address = end.address
     at = (*place, end.verb if end.verb in ("listen", "connect") else address.scheme)
     if end.verb == "listen":
-        yield from _listens(at, address)
+        yield from listens(at, address)
     elif address.scheme == "tcp":
         yield Want(at, "connect", port=address.port)
         if not is_numeric(address.host):
@@ -120,7 +120,8 @@ def _end(place: Place, end: SourceSettings | SinkSettings) -> Iterator[Want]:
         yield Want(at, "write", path, make=mode)
 
 
-def _listens(place: Place, address: Address) -> Iterator[Want]:
+def listens(place: Place, address: Address) -> Iterator[Want]:
+    """What listening on `address` takes."""
     if address.scheme == "tcp":
         yield Want(place, "bind", port=address.port)
         if address.host and not is_numeric(address.host):

@@ -101,6 +101,16 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._live)
 
+    @property
+    def methods(self) -> tuple[str, str]:
+        """How bulk crosses to the sink, and back."""
+        there, back = (core.METHOD_NAMES[method] for method in self._methods)
+        return there, back
+
+    def live(self) -> list[Session]:
+        """Those that are not over. On the engine's thread; a session that is over later has slot -1."""
+        return list(self._live.values())
+
     def begin(self, connections: list[tuple[int, str]]) -> None:
         """New sessions for accepted connections, nonblocking (descriptor, peer); they are this object's from here."""
         now = self._engine.now

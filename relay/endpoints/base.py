@@ -275,6 +275,11 @@ class Sink(End):
         return 0
 
     @property
+    def connects(self) -> tuple[float, ...]:
+        """How long each connect took; only one with a log knows by itself."""
+        return ()
+
+    @property
     def twice(self) -> int:
         """Bytes sent again after a connection broke; only a spill does that."""
         return 0

@@ -31,6 +31,7 @@ class SinkRecord:
     backlog: int = 0
     reconnects: int = 0
     twice: int = 0
+    connects: tuple[float, ...] = ()  # how long each connect that went well took
 
     def as_line(self, method: str, why: str = "", checksum: str = "") -> str:
         """The result for people, in one line: `method` is how its bytes crossed from the source on."""
@@ -69,6 +70,8 @@ class SinkRecord:
         for key in ("reason", "backlog", "twice", "path", "why_method"):
             if value := getattr(self, key):
                 found[key] = value
+        if self.connects:
+            found["connect_seconds"] = round(self.connects[-1], 6)
         if self.blocked_seconds > 0:
             found["blocked_seconds"] = round(self.blocked_seconds, 6)
         return found

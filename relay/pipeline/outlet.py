@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from relay.backoff import Backoff
 from relay.endpoints.base import Sink
@@ -21,6 +22,8 @@ from relay.units import show_size
 from relay.ways import Ways
 
 log = logging.getLogger("relay.pipeline")
+
+CONNECTS = 1000  # of one turn that are remembered
 
 
 @dataclass(eq=False)
@@ -60,6 +63,8 @@ class Outlet:
     settled: bool = False
     place: Place | None = None
     by_ring: bool = False
+    connects: list[float] = field(default_factory=list)
+    connects_before: int = 0
 
     @property
     def hidden(self) -> bool:
@@ -102,6 +107,20 @@ class Outlet:
             if choice.method == "copy":
                 self.node.copies(choice.reason)
         self.put(sink.c)
+
+    def came(self) -> None:
+        """Its sink is open: how long that took is noted. One behind a log notes it itself."""
+        connects = self.settings is not None and self.settings.verb == "connect" and not self.logged
+        if connects and self.sink is not None and len(self.connects) < CONNECTS:
+            self.connects.append(time.monotonic() - self.sink.started_at)
+
+    @property
+    def logged(self) -> bool:
+        """Whether its sink reads through a log."""
+        return self.slow.policy == "spill" or bool(self.slow.buffer)
+
+    def _connects(self) -> tuple[float, ...]:
+        return self.sink.connects if self.logged and self.sink is not None else tuple(self.connects)
 
     def put(self, sink: core.Struct) -> None:
         """That end gets the bytes from now on; with NULL they are dropped."""
@@ -152,6 +171,8 @@ class Outlet:
         self.moved_away = self.lost_before = 0
         self.dropped_before += self.dropped
         self.blocked_before += self.blocked
+        self.connects.clear()
+        self.connects_before = len(self._connects()) if not self.per_turn else 0
 
     def drop(self) -> None:
         """What comes is discarded for this sink alone, from the next border between pieces on."""
@@ -208,8 +229,8 @@ class Outlet:
                 beside = 0 if each is self.gate or each in self.gates or not each.c.next else int(each.c.owed)
                 held += int(each.c.held) - beside
         sink = self.sink
-        spills = self.slow.policy == "spill" or self.slow.buffer  # then the sink's own backlog counts it
-        if sink is not None and sink.c.kind == core.FERRY and not spills:
+        # behind a log the sink's own backlog counts it
+        if sink is not None and sink.c.kind == core.FERRY and not self.logged:
             held += max(0, int(sink.c.moved) - sink.moved)
         return held
 
@@ -242,6 +263,7 @@ class Outlet:
             blocked_seconds=self.blocked / 1e9,
             path=sink.result_path,
             backlog=sink.backlog + (waiting if not never else 0),
+            connects=self._connects()[self.connects_before :],
         )
 
 

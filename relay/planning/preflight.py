@@ -26,7 +26,7 @@ from relay.kernel.pipe import LARGEST_CAPACITY
 from relay.kernel.probe import CAP_NET_BIND_SERVICE, Machine, machine
 from relay.planning import drawing
 from relay.planning.plan import Plan, make_plan
-from relay.serving.route import spilling
+from relay.serving.spilling import spilling
 
 UNKNOWN = "-"  # stands for a placeholder's value in a path
 

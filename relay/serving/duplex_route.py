@@ -8,6 +8,7 @@ its record is written.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from relay.endpoints.listening import Crowd
 from relay.engine import Engine
 from relay.journal.record import SessionRecord
 from relay.kernel import core
+from relay.serving.facts import Facts
 from relay.serving.route import RunningRoute, ids
 
 
@@ -97,6 +99,10 @@ class DuplexRoute(RunningRoute):
         if self.finite:
             self.records.append(record)
         self._look_whether_done()
+
+    def facts(self) -> Facts:
+        """What there is to tell of it now. On its home engine."""
+        return replace(super().facts(), sessions=tuple(self._sessions.items()))
 
     @property
     def under_way(self) -> bool:

@@ -55,6 +55,7 @@ class Reception:
         self._listeners: dict[int, list[Listener]] = {}  # by the place of their end in `ends`
         self._released: list[tuple[Listener, Bound]] = []
         self.bound: list[str] = []
+        self.accepting = not ends  # whether streams may come in; with nobody who listens they always may
 
     def __iter__(self) -> Iterator[Listener]:
         return (listener for listeners in self._listeners.values() for listener in listeners)
@@ -87,6 +88,7 @@ class Reception:
 
     def accept(self) -> None:
         """Whoever connects comes in."""
+        self.accepting = True
         for listener in self:
             listener.resume()
 

@@ -22,8 +22,6 @@ from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.line import Lines
 from relay.endpoints.listening import Crowd
 from relay.endpoints.make import make_source
-from relay.endpoints.options import OnSlow
-from relay.endpoints.settings import SinkSettings
 from relay.endpoints.socket import SocketSource, close_with_reset
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError
@@ -32,13 +30,14 @@ from relay.journal.record import SessionRecord
 from relay.kernel.probe import machine
 from relay.pipeline.pipeline import Pipeline
 from relay.serving.admission import Admission
+from relay.serving.facts import Facts
 from relay.serving.names import Found
 from relay.serving.reception import Reception, Take, nobody
 from relay.serving.redial import Redial
+from relay.serving.spilling import spilling
 from relay.spill.sink import Resumed
 from relay.spill.spills import Spills
-from relay.stages.base import StageSettings
-from relay.stages.stage import Branch, Turn
+from relay.stages.stage import Turn
 from relay.ways import Ways
 
 log = logging.getLogger("relay.serve")
@@ -210,6 +209,21 @@ class RunningRoute:
     def pipelines(self) -> tuple[Pipeline, ...]:
         """Those at work now."""
         return tuple(self._pipelines)
+
+    def facts(self) -> Facts:
+        """What there is to tell of it now. On its home engine."""
+        over = "done" if self._done else "draining" if self._ending else ""
+        return Facts(
+            state="failed" if self.failed else over or ("" if self.reception.accepting else "starting"),
+            listening=tuple(self.bound),
+            connections=self._admission.connections,
+            refused=self._admission.refused,
+            waiting=len(self._waiting),
+            resumed=sum(resumed.left for resumed in self._resumed),
+            pipelines=tuple(self._pipelines),
+            sessions=(),
+            failed=str(self.failed or ""),
+        )
 
     def _closed(self, pipeline: Pipeline) -> None:
         self._pipelines.discard(pipeline)
@@ -417,23 +431,3 @@ class RunningRoute:
         if self._own is not None:
             self._own.stop()
             self._own = None
-
-
-def spilling(
-    route: Route,
-) -> Iterator[tuple[str, SinkSettings, OnSlow, tuple[StageSettings, ...]]]:
-    """Every sink of the route that reads through a log, with its policy and the stages behind the log."""
-
-    def walk(stages: tuple[StageSettings, ...]) -> Iterator[Branch]:
-        for settings in stages:
-            branch = settings.make().branch
-            if branch is not None:
-                yield branch
-                if branch.on_slow.policy != "spill":
-                    yield from walk(branch.stages)
-
-    for branch in walk(route.stages):
-        if branch.on_slow.policy == "spill":
-            yield str(branch.to.address), branch.to, branch.on_slow, branch.stages
-    if route.sink.slow.policy == "spill":
-        yield str(route.sink.address), route.sink, route.sink.slow, ()

@@ -8,9 +8,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from relay.config.models import Config
 from relay.confinement.confinement import Confinement
@@ -31,7 +32,23 @@ if TYPE_CHECKING:
 log = logging.getLogger("relay.serve")
 
 ENDING = ("SIGTERM", "SIGINT")
+RESTARTS = ("engines", "admin")  # keys that a reload does not apply
 ENDING_TIME = 2.0  # seconds that routes have to end after a failure of the program around them
+
+
+State = Literal["starting", "ready", "draining", "ended"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a reload came to, in words; `problems` say why a configuration was refused, one line each."""
+
+    result: Literal["reloaded", "reopened", "refused", "draining"]
+    words: str
+    problems: tuple[str, ...] = ()
+
+
+ENDING_OUTCOME = Outcome("draining", "relay is draining, nothing is reloaded")
 
 
 def exit_code(routes: Iterable[RunningRoute]) -> int:
@@ -84,6 +101,9 @@ class Server:
         self._ready = False
         self._interrupted = ""
         self._deadline: float | None = None
+        self._askers: list[Callable[[Outcome], None]] = []  # who waits for the outcome of a reload
+        self._ended = False
+        self.engines: list[Engine] = []
         self.signalled = 0
 
     def run(self) -> int:
@@ -91,7 +111,7 @@ class Server:
         self._news.listen(signals=self._signals)
         previous = self._catch_signals() if self._signals else {}
         count = self._config.engines or len(os.sched_getaffinity(0))
-        engines = [Engine(f"engine-{i}") for i in range(count)]
+        engines = self.engines = [Engine(f"engine-{i}") for i in range(count)]
         self._fleet = Fleet(self._config, engines, self._done, self._on_record, once=self._once)
         try:
             found = self._look_up()
@@ -99,7 +119,6 @@ class Server:
                 found, lambda: bool(self._interrupted), self._confinement.close
             ):
                 return self._not_opened()
-            self._on_ready(list(self._fleet))
             if self._signals and not self._once:  # the process is this server's
                 _keep_small()
             for engine in engines:
@@ -107,11 +126,14 @@ class Server:
             self._vigil.begin(engines)
             self._say_ready()
             self._ready = True
+            self._on_ready(list(self._fleet))
             if self._reload_asked:  # it came before there was anything to exchange
                 self._news.tell(self._reload)
             return self._serve_on()
         finally:
             self._vigil.end()
+            self._ended = True
+            self._settled(ENDING_OUTCOME)
             self._fleet.close()
             self._news.close()
             for number, handler in previous.items():
@@ -157,6 +179,33 @@ class Server:
         """As the signal `name` does: drains, and ends at once the second time. From any thread."""
         self._interrupted = self._interrupted or name
         self._news.tell(partial(self._told_to_end, name))
+
+    def reload(self, tell: Callable[[Outcome], None]) -> None:
+        """As SIGHUP does, and `tell(outcome)` on the main thread when it is known. From any thread."""
+        if self._ended:
+            tell(ENDING_OUTCOME)
+            return
+        self._news.tell(partial(self._asked_to_reload, tell))
+
+    @property
+    def state(self) -> State:
+        """Where it is in its life; draining from the moment at which a signal came. From any thread."""
+        if self._ended:
+            return "ended"
+        if self._interrupted:
+            return "draining"
+        return "ready" if self._ready else "starting"
+
+    @property
+    def routes(self) -> list[RunningRoute]:
+        """Those at work and those that are leaving. From any thread."""
+        fleet = getattr(self, "_fleet", None)
+        return list(fleet) if fleet is not None else []
+
+    @property
+    def config(self) -> Config:
+        """The present one. From any thread."""
+        return self._config
 
     @property
     def refusal(self) -> RelayError | None:
@@ -208,12 +257,28 @@ class Server:
             self._fleet.abort(f"a second {name}")
             return
         self.signalled = int(signal.Signals[name])
+        self._interrupted = self._interrupted or name
         log.info("draining: %s, %g s at most", why or name, self._config.drain, extra={"event": "drain"})
         self._vigil.notifier.stopping(f"draining: {why or name}", self._config.drain)
         self._deadline = time.monotonic() + self._config.drain
         self._fleet.drain()
 
     # -- reload
+
+    def _asked_to_reload(self, tell: Callable[[Outcome], None]) -> None:
+        self._askers.append(tell)
+        if self._ended or self.signalled:
+            self._settled(ENDING_OUTCOME)
+        elif self._ready:
+            self._reload()
+        else:
+            self._reload_asked = True
+
+    def _settled(self, outcome: Outcome) -> None:
+        """Whoever asked for a reload learns what it came to."""
+        askers, self._askers = self._askers, []
+        for tell in askers:
+            tell(outcome)
 
     def _reload(self) -> None:
         if not self._ready:
@@ -222,11 +287,14 @@ class Server:
         self._reload_asked = False  # before the file is read: a signal from here on asks again
         if self.signalled:
             log.info("SIGHUP: relay is draining, nothing is reloaded")
+            self._settled(ENDING_OUTCOME)
             self._vigil.notifier.stopping("draining", self._config.drain)
         elif self._again is None:
             self._fleet.reopen(tuple(self._fleet.at_work))
             self._say_ready()
-            log.info("SIGHUP: files are opened anew; there is no configuration file to read again")
+            said = "files are opened anew; there is no configuration file to read again"
+            log.info("SIGHUP: %s", said)
+            self._settled(Outcome("reopened", said))
         else:
             self._reload_from(self._again)
 
@@ -253,6 +321,7 @@ class Server:
 
     def _exchange(self, loaded: Loaded, found: Found) -> None:
         if self.signalled:
+            self._settled(ENDING_OUTCOME)
             return
         before = dict(self._fleet.at_work)
         try:
@@ -264,18 +333,21 @@ class Server:
         finally:
             kept = tuple(name for name, route in self._fleet.at_work.items() if before.get(name) is route)
             self._fleet.reopen(kept)
-        if loaded.config.engines != self._config.engines:
-            log.warning(
-                "engines: %s takes a restart", loaded.config.engines, extra={"event": "restart_needed"}
-            )
+        later = [key for key in RESTARTS if getattr(loaded.config, key) != getattr(self._config, key)]
+        for key in later:
+            log.warning("%s: a change of it takes a restart", key, extra={"event": "restart_needed"})
         self._config = loaded.config
         self._say_ready()
         log.info("reloaded: %s", change, extra={"event": "reload", **change._asdict()})
+        restart = f"; a change of {', '.join(later)} takes a restart" if later else ""
+        self._settled(Outcome("reloaded", f"{change}{restart}"))
 
     def _refuse(self, problems: Iterable[object]) -> None:
-        for problem in problems:
+        said = tuple(str(problem) for problem in problems)
+        for problem in said:
             log.error("not reloaded: %s", problem, extra={"event": "reload_refused"})
         log.warning("the configuration stays as it was", extra={"event": "reload_refused"})
+        self._settled(Outcome("refused", "the configuration stays as it was", said))
         self._say_ready("; the last reload was refused, see the log")
 
     def _say_ready(self, more: str = "") -> None:
