@@ -35,7 +35,8 @@ LABEL org.opencontainers.image.title="relay" \
       org.opencontainers.image.base.name="docker.io/library/debian:bookworm-slim"
 
 # What Python has for other uses is taken out again: its help texts, the converter from Python 2, terminals' menus.
-# /data and /run/relay are relay's user's, so that new volumes there are, too.
+# /data is relay's user's, so that a new volume there is, too; a tmpfs on /sockets is root's, with the mode
+# it has here (not under /run, where podman's --read-only puts a tmpfs of its own).
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 \
@@ -45,14 +46,15 @@ RUN apt-get update \
         /usr/lib/python3.11/ensurepip /usr/lib/python3.11/curses /usr/lib/python3.11/sqlite3 \
     && groupadd --system --gid 10001 relay \
     && useradd --system --uid 10001 --gid 10001 --home-dir /data --shell /usr/sbin/nologin relay \
-    && install -d -o 10001 -g 10001 /data /run/relay
+    && install -d -o 10001 -g 10001 /data \
+    && install -d -o 10001 -g 10001 -m 1777 /sockets
 
 COPY --from=build /opt/relay /opt/relay
 
 # Inside a container only 0.0.0.0 can be published; no .pyc is written, since the root may be read-only.
 ENV PATH=/opt/relay/bin:$PATH \
     RELAY_BIND=0.0.0.0 \
-    RELAY_ADMIN=unix:///run/relay/admin.sock \
+    RELAY_ADMIN=unix:///sockets/admin.sock \
     PYTHONDONTWRITEBYTECODE=1
 
 USER 10001:10001
