@@ -24,12 +24,11 @@ RUN python3 -m venv /build \
 # --- what runs: no compiler, no pip, no root --------------------------------------------------------------------
 FROM debian:bookworm-slim
 
-ARG VERSION=0.1.0
 ARG REVISION=
 LABEL org.opencontainers.image.title="relay" \
       org.opencontainers.image.description="Moves streams of bytes to many sockets and files without carrying them" \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.documentation="https://pypi.org/project/splice-relay/" \
       org.opencontainers.image.base.name="docker.io/library/debian:bookworm-slim"
