@@ -19,7 +19,7 @@ def test_refusals_stand_beside_other_problems_of_the_text() -> None:
     with pytest.raises(ConfigErrors) as caught:
         loads(
             "routes:\n  a:\n    source: 'tcp://:1'\n    sink: 'tcp://h:2'\n    duplex: true\n"
-            "    stages: [meter]\n    method: copy\n    method: copy\n",
+            "    wait_for_sinks: 1s\n    method: copy\n    method: copy\n",
             "f",
             to_run=True,
         )

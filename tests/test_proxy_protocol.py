@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from duplexes import Duplex, connected, in_background, outcome, turned_away
+from duplexes import Duplex, connected, descriptors, in_background, outcome, turned_away
 from peers import (
     PATIENCE,
     accept,
@@ -22,6 +23,7 @@ from peers import (
     program,
     receive_all,
     receive_exactly,
+    refused_address,
     running,
     tcp_listener,
     unix_listener,
@@ -32,6 +34,7 @@ from relay.config.load import loads
 from relay.endpoints.address import Address
 from relay.endpoints.proxy_header import make
 from relay.errors import ConfigErrors
+from relay.planning.preflight import show_plan
 
 HERE = "127.0.0.0/8"
 CLIENT, SERVICE = "192.0.2.7:4711", "198.51.100.2:443"
@@ -61,6 +64,15 @@ def behind(source: Any, **sink: Any) -> Iterator[tuple[Duplex, socket.socket]]:
     """A duplex route from `source` to a listening socket of the test's."""
     with tcp_listener() as (listening, address), Duplex(source, {"connect": address, **sink}) as duplex:
         yield duplex, listening
+
+
+@contextlib.contextmanager
+def accept_after(client: socket.socket, listening: socket.socket) -> Iterator[socket.socket]:
+    """What the server gets once `client` has introduced itself and said one byte."""
+    client.sendall(HEADERS["v1"] + b"x")
+    with accept(listening) as server:
+        assert receive_exactly(server, 1) == b"x"
+        yield server
 
 
 def refusals(text: str) -> list[str]:
@@ -193,6 +205,53 @@ def test_who_has_not_introduced_himself_counts() -> None:
                 with accept(listening) as second:
                     assert receive_exactly(second, 1) == b"y"
                     assert turned_away(duplex.address)
+
+
+def test_a_crowd_that_never_introduces_itself(caplog: pytest.LogCaptureFixture) -> None:
+    """Two hundred connections that stop within their headers are gone after `timeout`, with a line or two in the log;
+    a real client comes in at any time where no limit is reached, and nothing of theirs stays open."""
+    source = trusting()
+    source["proxy_protocol"] = {"trust": [HERE], "timeout": "1s"}
+    with behind(source) as (duplex, listening):
+        with connected(duplex.address) as first, accept_after(first, listening) as server:
+            assert server.fileno() >= 0
+        eventually(lambda: len(duplex.records) == 1, "what is made once is made")
+        before = descriptors()
+        crowd = [connected(duplex.address) for _ in range(200)]
+        for number, sock in enumerate(crowd):
+            sock.sendall(HEADERS["v2"][: number % len(HEADERS["v2"])])
+        eventually(lambda: len(duplex.route._introductions or ()) == 200, "all are accepted")
+        with connected(duplex.address) as client, accept_after(client, listening) as server:
+            client.sendall(b"y")
+            assert receive_exactly(server, 1) == b"y"
+        for sock in crowd:
+            assert outcome(sock) == (b"", "ConnectionResetError")
+            sock.close()
+        assert duplex.route._admission.refused == 200
+        assert not duplex.route._introductions
+        eventually(lambda: descriptors() == before, "all are closed")
+        assert len(refusals(caplog.text)) <= 3
+
+
+def test_a_reload_leaves_nobody_behind(tmp_path: Path) -> None:
+    """Who was accepted before a reload and introduces himself after it is served as the old settings say."""
+    with tcp_listener() as (listening, address):
+        limits = "limits: {connections: 9}"
+        source = f'{{listen: "unix://{tmp_path}/s", proxy_protocol: true, {limits}}}'
+        config = f'routes: {{r: {{source: {source}, duplex: true, sink: "{address}"}}}}'
+        with serving(config, tmp_path) as served:
+            with connected(served.addresses(1)[0]) as early:
+                early.sendall(b"PROXY")
+                with connected(served.addresses(1)[0]) as other, accept_after(other, listening):
+                    pass  # who came before it has been accepted, too
+                served.config.write_text(config.replace("connections: 9", "connections: 8"))
+                served.signal(signal.SIGHUP)
+                served.until(lambda: [line for line in served.lines if "reload" in line["message"]])
+                early.sendall(b" TCP4 192.0.2.7 198.51.100.2 4711 443\r\nx")
+                with accept(listening) as server:
+                    assert receive_exactly(server, 1) == b"x"
+            records = served.sessions(2)
+            assert CLIENT in {record["peer"] for record in records}
 
 
 def test_limits_are_those_of_the_named_peer(caplog: pytest.LogCaptureFixture) -> None:
@@ -366,6 +425,29 @@ def test_a_peer_without_an_address_is_unknown(tmp_path: Path) -> None:
             assert receive_exactly(server, 15) == b"PROXY UNKNOWN\r\n"
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_the_next_upstream_gets_the_header_whole(version: str) -> None:
+    """An upstream that refuses costs nothing of the header: the one that takes the session gets all of it."""
+    with tcp_listener() as (listening, address):
+        sink = {"connect": [refused_address(), address], "balance": "first", "proxy_protocol": version}
+        with Duplex("tcp://127.0.0.1:0", sink) as duplex, connected(duplex.address) as client:
+            expected = make(version, name_of(client), peer_of(client))  # type: ignore[arg-type] # as given
+            client.sendall(b"x")
+            with accept(listening) as server:
+                assert receive_exactly(server, len(expected) + 1) == expected + b"x"
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_check_introduces_itself(version: str) -> None:
+    """A health check goes to a server that expects headers, too: it says that it comes for nobody, then asks."""
+    health = {"every": "50ms", "send": "ping", "expect": "pong"}
+    with tcp_listener() as (listening, address):
+        sink = {"connect": address, "proxy_protocol": version, "health": health}
+        with Duplex("tcp://127.0.0.1:0", sink), accept(listening) as server:
+            expected = {"v1": b"PROXY UNKNOWN\r\n", "v2": LOCAL}[version] + b"ping"
+            assert receive_exactly(server, len(expected)) == expected
+
+
 ONE_WAY = {
     "alone": '{{connect: "{0}", proxy_protocol: {1}}}',
     "drop": '{{connect: "{0}", proxy_protocol: {1}, on_slow: drop}}',
@@ -460,6 +542,24 @@ def test_what_cannot_be_is_refused(route: str, said: str) -> None:
     assert error.line == 1
 
 
+def test_a_plan_names_who_is_believed_and_told(tmp_path: Path) -> None:
+    """The plan of a route says whose headers are expected, and which sinks begin with one."""
+    config = tmp_path / "relay.yaml"
+    config.write_text(
+        "routes:\n"
+        "  a: {source: {listen: 'tcp://:1', proxy_protocol: [10.0.0.0/8, '192.0.2.1']},\n"
+        "      stages: [{tee: {to: {connect: 'tcp://h:4', proxy_protocol: v1}}}], sink: 'tcp://h:5'}\n"
+        "  b: {source: {listen: 'unix:///x', proxy_protocol: true}, duplex: true,\n"
+        "      sink: {connect: ['tcp://h:2', 'tcp://h:3'], proxy_protocol: v2, transparent: true}}\n"
+    )
+    text = show_plan(str(config), "text")
+    assert "expects PROXY headers from 10.0.0.0/8, 192.0.2.1/32" in text
+    assert "tcp://h:4 (connects), begins with a PROXY header (v1)" in text
+    assert "tcp://h:5 (connects), " not in text
+    assert "expects PROXY headers from whoever may connect" in text
+    assert "begins with a PROXY header (v2), from the peer's own address" in text
+
+
 # --- with programs that nobody here wrote -------------------------------------------------------------------
 
 TELLS = '"%[src]:%[src_port] %[dst]:%[dst_port]"'
@@ -485,6 +585,14 @@ def asked(address: str) -> tuple[str, str, str]:
         ends = name_of(client), peer_of(client)
         client.sendall(b"GET / HTTP/1.0\r\n\r\n")
         return receive_all(client).rpartition(b"\r\n\r\n")[2].decode(), *ends
+
+
+def is_answered(address: str) -> bool:
+    """Whether the server behind `address` is at work."""
+    try:
+        return bool(asked(address)[0])
+    except ConnectionResetError:
+        return False
 
 
 @pytest.mark.parametrize("version", ["send-proxy", "send-proxy-v2"])
@@ -554,6 +662,6 @@ def test_to_nginx(version: str, tmp_path: Path) -> None:
     argv = [program("nginx"), "-p", str(tmp_path), "-c", str(config)]
     sink = {"connect": f"unix://{tmp_path}/s", "proxy_protocol": version}
     with running(argv, stderr=subprocess.DEVNULL), Duplex("tcp://127.0.0.1:0", sink) as duplex:
-        eventually(lambda: (tmp_path / "s").exists() and asked(duplex.address)[0], "nginx listens")
+        eventually(lambda: is_answered(duplex.address), "nginx listens")
         told, client, service = asked(duplex.address)
         assert told == f"{client} {service}"

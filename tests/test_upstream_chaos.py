@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from admins import asked, figure, figures
 from duplexes import Duplex, connected, descriptors, in_background, outcome, reset, turned_away
 from netns import PEER, network
 from peers import PATIENCE, accept, assert_same, eventually, payload, receive_exactly, tcp_listener
-from relays import serving
+from relays import Process, run_relay, serving
 
 HELLO = 8  # bytes: every server says its name first
 
@@ -315,6 +316,18 @@ def test_one_that_hangs_costs_its_share_of_time_once(servers: list[Server]) -> N
             assert dict(duplex.records[0].sinks[0].passed_over)[address] == "Connection timed out (ETIMEDOUT)"
 
 
+def test_connect_timeout_is_for_all_tries_together() -> None:
+    """Where every upstream hangs the client is reset when connect_timeout is over, not later."""
+    with hanging() as one, hanging() as other:
+        with Duplex(LISTEN, {"connect": [one, other], "connect_timeout": "0.6s"}) as duplex:
+            began = time.monotonic()
+            assert turned_away(duplex.address)
+            assert 0.5 < time.monotonic() - began < 3
+            record = duplex.record()
+            assert "ETIMEDOUT" in record.reason
+            assert (record.sinks[0].tries, len(record.sinks[0].passed_over)) == (2, 1)
+
+
 def test_a_trial_holds_up_one_client_at_most(servers: list[Server]) -> None:
     """While one session tries an upstream that hangs, all others pass it over."""
     with hanging() as address:
@@ -554,6 +567,21 @@ def test_a_check_asks_and_looks_at_the_answer() -> None:
             eventually(lambda: states(duplex) == ["up", "up"], "both are well")
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_check_introduces_nobody(version: str) -> None:
+    """To an upstream that is sent PROXY headers a check says in one that there is no client, and then its question."""
+    health = {**QUICK, "send": "PING\r\n", "expect": "+PONG"}
+    with Answering() as one:
+        sink = {"connect": one.address, "health": health, "proxy_protocol": version}
+        with Duplex(LISTEN, sink) as duplex:
+            eventually(lambda: one.asked, "it was asked")
+            assert one.asked[0].endswith(b"PING\r\n")
+            assert one.asked[0].startswith(
+                b"PROXY UNKNOWN\r\n" if version == "v1" else b"\r\n\r\n\0\r\nQUIT\n"
+            )
+            assert states(duplex) == ["up"]
+
+
 def test_a_check_that_fails_at_the_start_counts_at_once(servers: list[Server]) -> None:
     """An upstream that is away when relay starts is down after the first check of many that it takes later."""
     servers[0].kill()
@@ -576,6 +604,21 @@ def test_checks_hold_no_descriptors(servers: list[Server]) -> None:
             duplex.over()
         eventually(lambda: not servers[1]._connections, "no check is under way")
     assert descriptors() == before
+
+
+def test_every_try_begins_with_the_header(servers: list[Server]) -> None:
+    """The second upstream that is tried gets the whole PROXY header, then what the client had sent."""
+    servers[0].kill()
+    with tcp_listener() as (listener, address):
+        sink = {"connect": [servers[0].address, address], "balance": "first", "proxy_protocol": "v1"}
+        with Duplex(LISTEN, sink) as duplex, connected(duplex.address) as client:
+            client.sendall(b"hello")
+            with accept(listener) as server:
+                host, port = client.getsockname()
+                header = (
+                    f"PROXY TCP4 {host} 127.0.0.1 {port} {duplex.address.rpartition(':')[2]}\r\n".encode()
+                )
+                assert receive_exactly(server, len(header) + 5) == header + b"hello"
 
 
 # -- in the program itself
@@ -614,6 +657,102 @@ def test_an_upstream_is_drained_by_a_reload(tmp_path: Path, servers: list[Server
             assert all(session["result"] == "delivered" for session in sessions)
     finally:
         fourth.kill()
+
+
+def test_what_a_running_relay_tells_of_upstreams(tmp_path: Path, servers: list[Server]) -> None:
+    """Status and figures have each upstream with its state and its sessions; after a reload without one it is leaving
+    for as long as it has sessions, and is counted once."""
+    with tcp_listener() as (free, here):
+        free.close()
+    admin = f"admin: {{socket: 'unix://{tmp_path}/admin'}}\n"
+    servers[2].kill()
+    text = admin + config(here, addresses(servers), ", health: {every: 0.05s, fall: 2}")
+    with serving(text, tmp_path) as relay, contextlib.ExitStack() as stack:
+        relay.said("is down")
+        relay.said("ready")
+        clients = [stack.enter_context(Client(here)) for _ in range(4)]
+
+        def told() -> list[tuple[str, str, int]]:
+            routes = json.loads(asked(tmp_path / "admin", "/api/v1/status")[1])["routes"]
+            route = next(route for route in routes if route["upstreams"])
+            return [(one["upstream"], one["state"], one["sessions"]) for one in route["upstreams"]]
+
+        one, other, dead = addresses(servers)
+        assert told() == [(one, "up", 2), (other, "up", 2), (dead, "down", 0)]
+        words = run_relay("status", "--admin", f"unix://{tmp_path}/admin", cwd=tmp_path).stdout.decode()
+        assert f"{one}: up for " in words
+        assert "Connection refused (ECONNREFUSED)" in words
+        relay.config.write_text(admin + config(here, [one]))
+        relay.signal(signal.SIGHUP)
+        relay.said("reloaded")
+        eventually(lambda: told() == [(one, "up", 2), (other, "leaving", 2)], "it is leaving")
+        found = figures(tmp_path / "admin")
+        assert figure(found, "relay_upstream_sessions", upstream=one) == 2
+        assert figure(found, "relay_upstream_state", upstream=other, state="leaving") == 1
+        assert figure(found, "relay_upstream_state", upstream=one, state="up") == 1
+        for client in clients:
+            client.sock.close()
+        relay.sessions(4)
+        eventually(lambda: told() == [(one, "up", 0)], "the other has left")
+
+
+def test_many_reloads_leave_nothing_behind(tmp_path: Path, servers: list[Server]) -> None:
+    """Lists that change again and again, with checks at work and sessions that stay: in the end the process holds what
+    it held before, and every session has gone on."""
+    with tcp_listener() as (free, here):
+        free.close()
+    text = config(here, addresses(servers))
+    with serving(text, tmp_path) as relay, contextlib.ExitStack() as stack:
+        relay.addresses(1)
+
+        def held() -> tuple[int, int]:
+            there = Path(f"/proc/{relay.pid}")
+            return len(list((there / "fd").iterdir())), len(list((there / "task").iterdir()))
+
+        with Client(here) as client:
+            client.works()
+        relay.sessions(1)
+        before = held()
+        clients = []
+        for turn in range(12):
+            clients.append(stack.enter_context(Client(here)))
+            there = addresses(servers[turn % 3 :] + servers[: turn % 2])
+            relay.config.write_text(
+                config(here, list(dict.fromkeys(there)), ", health: {every: 0.02s, expect: s}")
+            )
+            relay.signal(signal.SIGHUP)
+            eventually(lambda want=turn + 1: reloads(relay) == want, "it is reloaded")
+        for client in clients:
+            client.works()
+            client.sock.close()
+        relay.sessions(13)
+        relay.config.write_text(text)
+        relay.signal(signal.SIGHUP)
+        eventually(lambda: reloads(relay) == 13, "it is reloaded")
+        eventually(lambda: held() == before, "it holds what it held before")
+
+
+def reloads(relay: Process) -> int:
+    """How many there were so far."""
+    with contextlib.suppress(AssertionError):
+        relay._read(0.05)
+    return sum(line.get("event") == "reload" for line in relay.lines)
+
+
+def test_a_network_that_cannot_be_reached(tmp_path: Path) -> None:
+    """An upstream to which there is no route costs nothing: the next one is tried at once."""
+    with network() as net, contextlib.ExitStack() as stack:
+        far = stack.enter_context(net.listener())
+        there = ["tcp://203.0.113.1:9", f"tcp://{PEER}:{far.getsockname()[1]}"]
+        with serving(config("tcp://:0", there), tmp_path, prefix=tuple(net.prefix)) as relay:
+            port = relay.port()
+            for _ in range(3):
+                with net.connected(net.relay, port) as client, accept(far) as server:
+                    client.sendall(b"x")
+                    assert receive_exactly(server, 1) == b"x"
+            first, second, _third = (session["sinks"][0] for session in relay.sessions(3))
+            assert "ENETUNREACH" in first["passed_over"][0]["why"]
+            assert (first["tries"], second["tries"]) == (2, 1)
 
 
 def test_a_host_that_vanishes(tmp_path: Path, servers: list[Server]) -> None:

@@ -106,6 +106,18 @@ def route_lines(route: dict[str, Any]) -> Iterator[str]:
         yield f"  failed: {route['failed']}"
     for sink in route["sinks"]:
         yield f"  -> {sink_words(sink)}"
+    if len(route["upstreams"]) > 1 or any(one["state"] != "up" for one in route["upstreams"]):
+        yield from (f"     {upstream_words(one)}" for one in route["upstreams"])
+
+
+def upstream_words(one: dict[str, Any]) -> str:
+    """An upstream of a duplex route in one line."""
+    parts = [f"{one['upstream']}: {one['state']} for {_time(one['seconds'])}", f"{one['sessions']} sessions"]
+    if one["fails"]:
+        parts.append(f"{one['fails']} failed connects")
+    if one["failed_checks"]:
+        parts.append(f"{one['failed_checks']} failed checks")
+    return ", ".join([*parts, *([one["why"]] if one["why"] else [])])
 
 
 def sink_words(sink: dict[str, Any]) -> str:

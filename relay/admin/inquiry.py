@@ -258,6 +258,7 @@ def _route(look: Look, totals: RouteTotals | None) -> RouteStatus:
         hops=tuple(_hops(running, live, look.crowds.values())),
         details=tuple(streams[:DETAILS]),
         bytes_back=totals.back + crowd.back if duplex else None,
+        upstreams=facts.upstreams if facts else (),
         resumed=facts.resumed if facts else 0,
         failed=facts.failed if facts else "",
     )

@@ -88,6 +88,9 @@ class Route(FrozenModel):
             if sink.transparent and beside:
                 said = "'transparent' needs 'duplex: true': what comes back to that address has nowhere to go"
                 yield Problem(said, (*place, "transparent"), at_key=True)
+            elif sink.transparent and self.source.address.scheme != "tcp" and not self.source.proxy_protocol:
+                said = "'transparent' connects from the address of the source's peer; a unix peer has none"
+                yield Problem(said, (*place, "transparent"), at_key=True)
             if not sink.proxy_protocol or not beside:
                 continue
             if not self.source.listen:

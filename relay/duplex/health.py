@@ -16,7 +16,8 @@ from collections.abc import Callable
 from relay.duplex.upstream import BLAMELESS, Upstream, in_words
 from relay.duplex.upstreams import Upstreams
 from relay.endpoints.connecting import Connecting
-from relay.endpoints.options import Health
+from relay.endpoints.proxy_header import own
+from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine, Timer, Watch
 from relay.errors import KernelError
 
@@ -29,10 +30,15 @@ class Probe:
     it silently."""
 
     def __init__(
-        self, engine: Engine, upstream: Upstream, health: Health, done: Callable[[str | None], None]
+        self, engine: Engine, upstream: Upstream, sink: SinkSettings, done: Callable[[str | None], None]
     ) -> None:
+        health = sink.health
+        assert health is not None
         self._engine = engine
         self._health = health
+        # an upstream that wants to be told of peers is told that there is none
+        header = own(sink.proxy_protocol) if sink.proxy_protocol is not None else b""
+        self._says = header + (health.send or "").encode()
         self._done: Callable[[str | None], None] | None = done
         self._sock: socket.socket | None = None
         self._watch: Watch | None = None
@@ -54,12 +60,12 @@ class Probe:
             self._finish(None if code in BLAMELESS else in_words(code))
             return
         self._sock = sock
-        if not self._expected:
-            self._finish("")
-            return
         try:
-            if self._health.send:
-                sock.send(self._health.send.encode())
+            if self._says:
+                sock.send(self._says)
+            if not self._expected:
+                self._finish("")
+                return
             self._watch = self._engine.watch(sock.fileno(), select.EPOLLIN, self._readable)
         except OSError as error:
             self._finish(in_words(error.errno or errno.EIO))
@@ -117,14 +123,16 @@ class Probe:
 
 
 class Checks:
-    """Checks every upstream of a route until `stop`. All on `engine`, the route's home."""
+    """Checks every upstream of a route to `sink`, which says how, until `stop`. All on `engine`, the route's home."""
 
     def __init__(
-        self, engine: Engine, upstreams: Upstreams, health: Health, chance: random.Random | None = None
+        self, engine: Engine, upstreams: Upstreams, sink: SinkSettings, chance: random.Random | None = None
     ) -> None:
+        assert sink.health is not None
         self._engine = engine
         self._upstreams = upstreams
-        self._health = health
+        self._sink = sink
+        self._health = sink.health
         self._chance = chance or random.Random()
         self._timers: dict[Upstream, Timer] = {}
         self._probes: dict[Upstream, Probe] = {}
@@ -167,7 +175,7 @@ class Checks:
                 self._upstreams.checked(one, why, began, self._health.fall, self._health.rise)
             self._wait(one, self._health.every * self._chance.uniform(1 - JITTER / 2, 1 + JITTER / 2))
 
-        probe = Probe(self._engine, one, self._health, done)
+        probe = Probe(self._engine, one, self._sink, done)
         if not verdict:
             self._probes[one] = probe
 

@@ -349,7 +349,7 @@ class Sessions:
         self._exchange.give_back(slot)
         seconds = self._engine.now - session.began
         result = "failed" if reason else "delivered"
-        sink = SinkRecord(address, address, to.bytes, seconds, to.method, result, lost=to.lost)
+        sink = SinkRecord(self._sink, address, to.bytes, seconds, to.method, result, lost=to.lost)
         sink.upstream, sink.tries, sink.passed_over = upstream, session.tries, session.passed
         record = SessionRecord(
             route=self._name,

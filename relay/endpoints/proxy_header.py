@@ -164,6 +164,11 @@ def make(version: Version, peer: str, local: str) -> bytes:
     return _START.pack(SIGNATURE, 0x21, 0x11 if four else 0x21, len(body)) + body
 
 
+def own(version: Version) -> bytes:
+    """The header for a connection that is relay's own, for nobody: a health check."""
+    return b"PROXY UNKNOWN\r\n" if version == "v1" else _START.pack(SIGNATURE, 0x20, 0x00, 0)
+
+
 def local_of(fd: int) -> str:
     """Where the peer of the connection `fd`, which is borrowed, connected to; empty for a unix socket."""
     sock = socket.socket(fileno=fd)

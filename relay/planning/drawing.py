@@ -137,7 +137,8 @@ def _label(hop: Hop) -> str:
     if hop.role == "log":
         return f"log {f'in {hop.address}' if hop.address else 'in memory'}, {hop.detail}"
     policy = "" if hop.policy in ("", "block") else f", {hop.policy} when slow"
-    return f"{hop.name if hop.kind == 'stdio' else hop.address or hop.name}{verb}{policy}" + (
+    more = f", {hop.detail}" if hop.detail and hop.address else ""
+    return f"{hop.name if hop.kind == 'stdio' else hop.address or hop.name}{verb}{policy}{more}" + (
         "" if hop.sure else " (known when it is opened)"
     )
 

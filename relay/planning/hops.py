@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from relay import needs
+from relay.endpoints.settings import SinkSettings, SourceSettings
 from relay.needs import Need
 from relay.pipeline.ring_shape import Across
 from relay.ways import Choice
@@ -102,3 +103,16 @@ def hops(route: RoutePlan) -> Iterator[Hop]:
         hop = waiting.pop()
         yield hop
         waiting.extend(reversed(hop.branch))
+
+
+def expects(source: SourceSettings) -> str:
+    """Whose PROXY headers a source believes, in words; empty for nobody's."""
+    if source.proxy_protocol is None:
+        return ""
+    return f"expects PROXY headers from {', '.join(map(str, source.proxy_protocol.trust)) or 'whoever may connect'}"
+
+
+def introduces(sink: SinkSettings) -> str:
+    """How a sink learns of the source's peer, in words; empty where it does not."""
+    header = [f"begins with a PROXY header ({sink.proxy_protocol})"] if sink.proxy_protocol else []
+    return ", ".join([*header, *["from the peer's own address"] * sink.transparent])

@@ -25,7 +25,7 @@ from relay.kernel.probe import Machine
 from relay.needs import Need
 from relay.pipeline.ring_shape import across
 from relay.planning.duplex import plan_duplex
-from relay.planning.hops import Hold, Hop, Role, RoutePlan
+from relay.planning.hops import Hold, Hop, Role, RoutePlan, expects, introduces
 from relay.planning.staged import plan_staged
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Checksum
@@ -121,7 +121,17 @@ class _Walk:
         need = needs.source(address, self._machine)
         shown = str(address)
         name = "stdin" if address.scheme == "stdio" else shown
-        hop = Hop("source", address.scheme, name, choice, need, shown, route.source.verb, sure=sure)
+        hop = Hop(
+            "source",
+            address.scheme,
+            name,
+            choice,
+            need,
+            shown,
+            route.source.verb,
+            expects(route.source),
+            sure=sure,
+        )
         return hop, chain
 
     def _read(
@@ -278,6 +288,7 @@ class _Walk:
             need + needs.sink(sink, self._machine),
             str(address),
             sink.verb,
+            introduces(sink),
             entry=entry,
             policy=slow.policy or "",
             sure=sure,

@@ -13,7 +13,7 @@ from relay.kernel.probe import Machine
 from relay.needs import Need
 from relay.pipeline.ring_shape import across
 from relay.planning.duplex import checks, counterpart
-from relay.planning.hops import Back, Hold, Hop, RoutePlan
+from relay.planning.hops import Back, Hold, Hop, RoutePlan, expects
 from relay.stages.base import StageSettings
 from relay.ways import Ways
 
@@ -53,6 +53,7 @@ def plan_staged(name: str, route: Route, machine: Machine, there: Walk, back: Wa
         SOCKET,
         str(client.address),
         "listen",
+        expects(route.source),
     )
     answers = Back(
         source=replace(

@@ -25,7 +25,8 @@ from relay.serving.facts import Facts
 from relay.serving.introductions import Introduced
 from relay.serving.names import Found
 from relay.serving.reception import Take, nobody
-from relay.serving.route import RunningRoute, ids
+from relay.serving.resumption import ids
+from relay.serving.route import RunningRoute
 from relay.ways import Ways
 
 Parts = tuple[
@@ -51,6 +52,7 @@ class DuplexRoute(RunningRoute):
         self._told = False
         self.upstreams = Upstreams(self.name, self.route.sink, self.home)
         self._checks: Checks | None = None
+        self._replaced = False
 
     def follow(self, old: RunningRoute) -> None:
         """What the route whose place it takes knows of the upstreams that both have goes on."""
@@ -67,7 +69,7 @@ class DuplexRoute(RunningRoute):
         """Connections come in from now on."""
         self.reception.accept()
         if self.route.sink.health is not None:
-            self._checks = Checks(self.home, self.upstreams, self.route.sink.health)
+            self._checks = Checks(self.home, self.upstreams, self.route.sink)
             self.home.post(self._checks.start)
 
     def _check_no_more(self) -> None:
@@ -78,6 +80,11 @@ class DuplexRoute(RunningRoute):
         """As for every route; upstreams are not checked any more."""
         self._check_no_more()
         super().drain()
+
+    def leave(self) -> None:
+        """As for every route; whoever took its place tells of the upstreams that both have."""
+        self._replaced = True
+        super().leave()
 
     def _crowds(self) -> Crowd:
         return self._crowd
@@ -156,7 +163,8 @@ class DuplexRoute(RunningRoute):
 
     def facts(self) -> Facts:
         """What there is to tell of it now. On its home engine."""
-        return replace(super().facts(), sessions=tuple(self._sessions.items()))
+        upstreams = () if self._replaced else self.upstreams.snapshot()
+        return replace(super().facts(), sessions=tuple(self._sessions.items()), upstreams=upstreams)
 
     @property
     def under_way(self) -> bool:

@@ -34,7 +34,8 @@ from relay.errors import RelayError
 from relay.journal.record import SessionRecord
 from relay.serving.names import Found, listening
 from relay.serving.reception import Handover, keys
-from relay.serving.route import RunningRoute, spilling
+from relay.serving.resumption import spilling
+from relay.serving.route import RunningRoute
 from relay.serving.staged_route import route_of
 from relay.spill.spills import Spills
 

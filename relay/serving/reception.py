@@ -12,6 +12,7 @@ from relay.endpoints import tcp, unix
 from relay.endpoints.listening import Accepted, Bound, Crowd, Key, Listener
 from relay.endpoints.liveness import tune
 from relay.endpoints.settings import SourceSettings
+from relay.endpoints.turnstile import Turnstile
 from relay.engine import Engine
 from relay.errors import RelayError
 from relay.serving.names import End, Found, meaning
@@ -74,7 +75,9 @@ class Reception:
             accepted = partial(_tuned, accepted, end.dead_after)
         else:
             bounds = unix.bind(end.address, mode=end.mode, owner=means.user, group=means.group, take=take)
-        self._listeners[number] = [Listener(self._engine, bound, accepted) for bound in bounds]
+        rate = end.limits.rate if isinstance(end, SourceSettings) else None
+        gate = Turnstile(rate) if rate else None
+        self._listeners[number] = [Listener(self._engine, bound, accepted, gate) for bound in bounds]
         if self._crowd is not None:
             for listener in self._listeners[number]:
                 listener.by_the_crowd(self._crowd)

@@ -7,7 +7,6 @@ file may wait for the disk, and then nothing else should.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import socket
 import threading
@@ -22,9 +21,7 @@ from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.line import Lines
 from relay.endpoints.listening import Crowd
 from relay.endpoints.make import accepted, make_source
-from relay.endpoints.options import OnSlow
 from relay.endpoints.proxy_header import local_of
-from relay.endpoints.settings import SinkSettings
 from relay.endpoints.socket import close_with_reset
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError
@@ -38,15 +35,12 @@ from relay.serving.introductions import Introduced, Introductions
 from relay.serving.names import Found
 from relay.serving.reception import Reception, Take, nobody
 from relay.serving.redial import Redial
-from relay.spill.sink import Resumed
+from relay.serving.resumption import Resumption, ids
 from relay.spill.spills import Spills
-from relay.stages.base import StageSettings
-from relay.stages.stage import Branch, Turn
+from relay.stages.stage import Turn
 from relay.ways import Ways
 
 log = logging.getLogger("relay.serve")
-
-ids = itertools.count(1)  # of streams and sessions, for as long as this process lives
 
 
 def new_turn(route: str, source: Source) -> Turn:
@@ -109,7 +103,7 @@ class RunningRoute:
         self._aborted = ""
         self._own: Engine | None = None
         self._redial: Redial | None = None
-        self._resumed: set[Resumed] = set()
+        self._resumption = Resumption(home, name, route, self._spills, self._ways, self._look_whether_done)
         self._admission = Admission(name, route.source.limits)
         trust = route.source.proxy_protocol
         self._introductions = (
@@ -128,7 +122,7 @@ class RunningRoute:
         `found` is what the listeners' names mean, `take` may have sockets for them. Raises SourceError; see `bound`.
         """
         self.reception.open(found or {}, take)
-        self._resume()
+        self._resumption.begin(standing=self._persistent)
         if self._persistent:
             self._standing = self._pipeline(self.home)
             self._standing.open(self._broadcasts)
@@ -152,28 +146,6 @@ class RunningRoute:
     def bound(self) -> list[str]:
         """The addresses it listens on, those of its sinks first."""
         return self.reception.bound
-
-    def _resume(self) -> None:
-        """What an earlier run left in logs on disk goes on before any new source connects."""
-        for _place, _settings, slow, _stages in spilling(self.route):
-            if slow.directory is not None:
-                self._spills.claim(slow.directory)
-        if self._persistent:
-            return  # the standing sink's own log has it
-
-        def turn() -> Turn:
-            return Turn(self.name, str(next(ids)), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "log")
-
-        for _place, settings, slow, stages in spilling(self.route):
-            self._resumed.update(
-                self._spills.resume(
-                    self.home, self.name, stages, settings, slow, self._ways, turn, self._resumption_over
-                )
-            )
-
-    def _resumption_over(self, resumed: Resumed) -> None:
-        self._resumed.discard(resumed)
-        self._look_whether_done()
 
     def _pipeline(self, engine: Engine) -> Pipeline:
         pipeline: Pipeline
@@ -222,7 +194,7 @@ class RunningRoute:
             connections=self._admission.connections,
             refused=self._admission.refused,
             waiting=len(self._waiting),
-            resumed=sum(resumed.left for resumed in self._resumed),
+            resumed=self._resumption.left,
             pipelines=tuple(self._pipelines),
             sessions=(),
             failed=str(self.failed or ""),
@@ -373,7 +345,7 @@ class RunningRoute:
     @property
     def under_way(self) -> bool:
         """Whether a source connection is open or bytes wait; idle subscribers do not count."""
-        waiting = self._waiting or self._starting or self._resumed or self._introductions
+        waiting = self._waiting or self._starting or self._resumption or self._introductions
         return bool(waiting) or any(p.busy for p in self._pipelines if not p.closed)
 
     @property
@@ -413,9 +385,8 @@ class RunningRoute:
             engine.post(partial(self._give_up, source))
         for pipeline in self._pipelines:
             self._abort_pipeline(pipeline)
-        for resumed in self._resumed:
-            self.cut_short = True
-            resumed.stop(reason)
+        self.cut_short = self.cut_short or bool(self._resumption)
+        self._resumption.stop(reason)
         self._look_whether_done()
 
     def _abort_pipeline(self, pipeline: Pipeline) -> None:
@@ -432,7 +403,7 @@ class RunningRoute:
         standing, more = self._standing, self._waiting or self._introductions
         if standing is not None and standing.source is None and self._ending and not (more or self._aborted):
             standing.finish()
-        if self._done or self._pipelines or more or self._starting or self._resumed:
+        if self._done or self._pipelines or more or self._starting or self._resumption:
             return
         if self._ending or (self.finite and (self.failed or self.records)):
             self._done = True
@@ -449,23 +420,3 @@ class RunningRoute:
         if self._own is not None:
             self._own.stop()
             self._own = None
-
-
-def spilling(
-    route: Route,
-) -> Iterator[tuple[str, SinkSettings, OnSlow, tuple[StageSettings, ...]]]:
-    """Every sink of the route that reads through a log, with its policy and the stages behind the log."""
-
-    def walk(stages: tuple[StageSettings, ...]) -> Iterator[Branch]:
-        for settings in stages:
-            branch = settings.make().branch
-            if branch is not None:
-                yield branch
-                if branch.on_slow.policy != "spill":
-                    yield from walk(branch.stages)
-
-    for branch in walk(route.stages + route.replies):
-        if branch.on_slow.policy == "spill":
-            yield str(branch.to.address), branch.to, branch.on_slow, branch.stages
-    if route.sink.slow.policy == "spill":
-        yield str(route.sink.address), route.sink, route.sink.slow, ()

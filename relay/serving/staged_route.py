@@ -19,7 +19,7 @@ class StagedRoute(DuplexRoute):
     def open(self, found: Found | None = None, take: Take = nobody, *, wait: bool = False) -> None:
         """As a duplex route; what an earlier run left in logs of mirrors goes on first."""
         self.reception.open(found or {}, take)
-        self._resume()
+        self._resumption.begin(standing=False)
         if not wait:
             self.begin()
 
@@ -30,7 +30,7 @@ class StagedRoute(DuplexRoute):
     @property
     def under_way(self) -> bool:
         """Whether a connection is open, or bytes of a mirror wait."""
-        return super().under_way or bool(self._resumed)
+        return super().under_way or bool(self._resumption)
 
     def reopen(self) -> None:
         """Files that were moved away are opened anew, those of mirrors too."""
@@ -41,9 +41,8 @@ class StagedRoute(DuplexRoute):
 
     def abort(self, reason: str) -> None:
         """Resets every connection; logs of mirrors are delivered no further."""
-        for resumed in self._resumed:
-            self.cut_short = True
-            resumed.stop(reason)
+        self.cut_short = self.cut_short or bool(self._resumption)
+        self._resumption.stop(reason)
         super().abort(reason)
 
 
