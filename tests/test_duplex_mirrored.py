@@ -28,7 +28,7 @@ from peers import (
     tcp_listener,
 )
 from real_servers import free_port, nginx, redis, run
-from relays import Process, serving
+from relays import Process, run_relay, serving
 
 RECORDED = {
     "stages": [{"tee": {"to": {"file": "{id}.to"}}}],
@@ -343,3 +343,34 @@ def test_a_refused_upstream_is_in_the_journal(tmp_path: Path) -> None:
         assert (session["result"], session["ended_by"]) == ("failed", "sinks")
         assert "ECONNREFUSED" in session["reason"]
         assert not list(tmp_path.glob("*.to*"))
+
+
+def test_status_tells_what_moved_until_the_mirrors_are_done(tmp_path: Path) -> None:
+    """`relay status` counts a session's bytes both ways while it is open, while its mirror is late, and afterwards."""
+
+    def status() -> dict[str, Any]:
+        done = run_relay("status", "--json", "--admin", "unix://admin.sock", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        (route,) = json.loads(done.stdout)["routes"]
+        return {key: route[key] for key in ("streams", "bytes", "bytes_back")}
+
+    with socket.create_server(("127.0.0.1", 0)) as mirror, tcp_listener() as (listening, address):
+        late = {"to": f"tcp://127.0.0.1:{mirror.getsockname()[1]}", "on_slow": "spill"}
+        given = json.loads(config("tcp://127.0.0.1:0", address, {"replies": [{"tee": late}]}))
+        text = json.dumps({**given, "admin": {"socket": "unix://admin.sock"}})
+        data = payload(4, 20_000_000)
+        with serving(text, tmp_path) as relay:
+            with connected(f"tcp://127.0.0.1:{relay.port()}") as client, accept(listening) as server:
+                client.sendall(b"question")
+                assert receive_exactly(server, 8) == b"question"
+                sender = in_background(server.sendall, data)
+                assert_same(receive_exactly(client, len(data)), data)
+                sender.join(PATIENCE)
+                assert status() == {"streams": 1, "bytes": 8, "bytes_back": len(data)}
+            eventually(lambda: status()["streams"] == 0, "its sockets are closed")
+            assert status() == {"streams": 0, "bytes": 8, "bytes_back": len(data)}
+            assert not [line for line in relay.lines if line.get("event") == "session"]
+            with accept(mirror) as reader:
+                assert_same(receive_all(reader), data)
+            assert relay.sessions(1)[0]["result"] == "delivered"
+            assert status() == {"streams": 0, "bytes": 8, "bytes_back": len(data)}

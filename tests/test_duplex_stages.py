@@ -618,6 +618,22 @@ def test_a_reset_reaches_a_side_that_does_not_read(tmp_path: Path, who: str, sha
         assert outcome(good)[1] == "ConnectionResetError"
 
 
+@pytest.mark.parametrize("shape", ["plain", "mirrored"])
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_a_reset_behind_a_half_close_passes(tmp_path: Path, who: str, shape: str) -> None:
+    """A party ends its stream, and then resets while the other one is silent: that one hears of both, in seconds."""
+    with relayed("tcp", "tcp", tmp_path, **({} if shape == "plain" else BOTH)) as (client, server, duplex):
+        bad, good = (client, server) if who == "client" else (server, client)
+        bad.sendall(b"last words")
+        bad.shutdown(socket.SHUT_WR)
+        assert outcome(good) == (b"last words", "end")
+        reset(bad)
+        record = duplex.record()
+        assert (record.result, record.ended_by) == ("failed", "source" if who == "client" else "sinks")
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            good.sendall(b"nobody hears this")
+
+
 def test_the_mirror_of_a_session_that_broke_is_told(tmp_path: Path) -> None:
     """The client resets: its mirror has what arrived and then a reset, its recording stays a .part."""
     with Mirror(tmp_path, deaf=True) as mirror:
