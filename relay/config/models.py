@@ -86,7 +86,7 @@ class Route(FrozenModel):
         for place, sink in self.sinks():
             beside = not self.duplex or place != ("sink",)
             if sink.transparent and beside:
-                said = "'transparent' needs 'duplex: true': what comes back to that address has nowhere to go"
+                said = "'transparent' needs 'duplex: true'; a one-way sink connects from an address of this machine"
                 yield Problem(said, (*place, "transparent"), at_key=True)
             elif sink.transparent and self.source.address.scheme != "tcp" and not self.source.proxy_protocol:
                 said = "'transparent' connects from the address of the source's peer; a unix peer has none"

@@ -46,6 +46,7 @@ int source_took(struct pass *s, int64_t moved)
     s->read += moved;
     if (source->left > 0)
         source->left -= moved;
+    leave_alone(source, &source->readable, POLLIN);
     return 1;
 }
 

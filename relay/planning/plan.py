@@ -57,7 +57,10 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     """The plan of `config` on `machine`; opens nothing, looks at nothing."""
     engines = config.engines or machine.cpus
     routes = tuple(_plan_route(name, route, machine) for name, route in config.routes.items())
-    return Plan(machine, engines, routes, needs.PROCESS + needs.ENGINE.times(engines))
+    base = needs.PROCESS + needs.ENGINE.times(engines)
+    if config.admin is not None:
+        base += needs.admin(config.admin.socket, config.admin.http)
+    return Plan(machine, engines, routes, base)
 
 
 def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
