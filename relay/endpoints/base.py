@@ -111,9 +111,11 @@ class End:
 
 
 class Source(End):
-    """Where bytes enter. `copies` says why it cannot be spliced; empty when it can."""
+    """Where bytes enter. `copies` says why it cannot be spliced; empty when it can. `quiet`: its owner tells of its
+    failure, in the record of a session."""
 
     failure = SourceError
+    quiet = False
 
     def __init__(self, engine: Engine, address: str) -> None:
         super().__init__(engine, address)

@@ -86,7 +86,7 @@ def set_up(form: Format = "auto", level: str = "info", *, records: bool = False)
 def session(record: SessionRecord) -> None:
     """The line of a finished session."""
     level = logging.INFO if record.result == "delivered" else logging.WARNING
-    if record.back is not None and _put(record, level):
+    if record.plain and _put(record, level):
         return
     _sessions.log(level, "%s", record.as_text(), extra={"event": "session", **record.as_dict()})
 

@@ -26,6 +26,7 @@ from relay.needs import Need
 from relay.pipeline.ring_shape import across
 from relay.planning.duplex import plan_duplex
 from relay.planning.hops import Hold, Hop, Role, RoutePlan, expects, introduces
+from relay.planning.staged import plan_staged
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Checksum
 from relay.units import show_size
@@ -63,9 +64,11 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 
 
 def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
+    ways = Ways(machine, route.method)
+    if route.duplex and (route.stages or route.replies):
+        return plan_staged(name, route, machine, _Walk(ways, machine), _Walk(ways, machine))
     if route.duplex:
         return plan_duplex(name, route, machine)
-    ways = Ways(machine, route.method)
     walk = _Walk(ways, machine)
     chain = walk.chain(route.stages, route.sink, route.sink.slow, gated=False, within=())
     finite = route.source.verb == "read"

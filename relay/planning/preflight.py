@@ -126,7 +126,7 @@ def _route(name: str, route: Route, here: Machine) -> Iterator[Finding]:
         yield from _readable(source.address.path, "the source")
     elif source.address.scheme == "fifo":
         yield from _fifo(source.address.path, os.R_OK)
-    for stage in route.stages:
+    for stage in route.stages + route.replies:
         yield from _stage_files(stage)
     for _address, _sink, slow, _stages in spilling(route):
         if slow.directory is not None:
