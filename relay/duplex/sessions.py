@@ -337,6 +337,7 @@ class Sessions:
         slot, c = session.slot, session.c
         a, b = c.sides[0], c.sides[1]
         to, back = Way.of(a), Way.of(b)
+        connected = c.connected_ns / 1e9
         lib.relay_duplex_close(self._engine.c, c, bool(reason))
         session.slot = -1
         del self._live[slot]
@@ -350,6 +351,8 @@ class Sessions:
         seconds = self._engine.now - session.began
         result = "failed" if reason else "delivered"
         sink = SinkRecord(self._sink, address, to.bytes, seconds, to.method, result, lost=to.lost)
+        if connected:
+            sink.connects = (max(connected - session.began, 1e-6),)
         sink.upstream, sink.tries, sink.passed_over = upstream, session.tries, session.passed
         record = SessionRecord(
             route=self._name,
