@@ -296,6 +296,7 @@ struct relay_duplex {
     uint8_t lends;           /* once connected it is lent */
     uint8_t gauges;          /* its bulk may be measured */
     int64_t last_ns;         /* monotonic time of the last byte */
+    int64_t connected_ns;    /* when its second side was connected; 0: it is not */
     int64_t until_ns;        /* connecting: when it is given up; cutting: when the reset is due */
     int64_t seen;            /* cutting: bytes outstanding when last looked at */
     const char *ahead;       /* goes to the second side before all else: `ahead_size` bytes, Python's until it is over */
