@@ -1,7 +1,7 @@
 """relay moves streams of bytes to many sockets and files without carrying them.
 
-`import relay` is cheap: what is named here is loaded when it is first used. docs/memory.md and
-docs/python.md have examples.
+`import relay` is cheap: what is named here is loaded when it is first used. docs/memory.md
+has examples.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from relay.kernel.transfer import splice as splice
     from relay.kernel.transfer import tee as tee
     from relay.kernel.transfer import vmsplice as vmsplice
+    from relay.sharing.memory import Memory as Memory
     from relay.sharing.shared import Draft as Draft
     from relay.sharing.shared import Shared as Shared
     from relay.sharing.shared import share as share
@@ -44,6 +45,7 @@ _HOMES = {
     "splice": "relay.kernel.transfer",
     "tee": "relay.kernel.transfer",
     "vmsplice": "relay.kernel.transfer",
+    "Memory": "relay.sharing.memory",
     "Draft": "relay.sharing.shared",
     "Shared": "relay.sharing.shared",
     "share": "relay.sharing.shared",
@@ -61,6 +63,7 @@ __all__ = [
     "Block",
     "Cancel",
     "Draft",
+    "Memory",
     "Outcome",
     "Pipe",
     "RelayError",

@@ -51,6 +51,8 @@ PROCESS = Need(
 ENGINE = Need(3)  # epoll, its wake-up, /dev/null
 BACKLOG = 8 << 20  # bytes a subscriber may be behind, beside `buffer` and `burst`: one memory for all
 RESERVE = 8 << 20  # bytes that come while it is found out whether a full subscriber is slow
+THREADED = ("file", "shared")  # ends that a thread serves: what it is handed is a backlog of two pipes
+CLIENTS = 16  # who may talk at the admin sockets at a time
 WAITING = Need(1)  # a connection that waits for its turn
 
 
@@ -72,6 +74,18 @@ def pipe(wanted: int, machine: Machine) -> Need:
 def node(machine: Machine) -> Need:
     """One node of a chain (chain.Node)."""
     return pipe(DEFAULT_CAPACITY, machine)
+
+
+def has_backlog(sink: SinkSettings, slow: OnSlow) -> bool:
+    """Whether a tee's sink has a pipe in front of it: where a policy stands, and where it could hold its neighbours."""
+    if slow.policy != "block" or sink.proxy_protocol:
+        return True
+    return not (slow.buffer or sink.address.scheme in (*THREADED, "null"))
+
+
+def passes_backlog(sink: SinkSettings, slow: OnSlow) -> bool:
+    """Whether its bytes go past that pipe while it is empty."""
+    return slow.policy != "spill" and not slow.buffer and sink.address.scheme not in THREADED
 
 
 def ferry(machine: Machine) -> Need:
@@ -142,6 +156,15 @@ def log(slow: OnSlow, machine: Machine) -> Need:
     bound = (slow.max or 0) if slow.policy == "spill" else slow.buffer
     kept = 2 if slow.directory is not None else bound // segment_size(bound, in_memory=True) + 2
     return ferry(machine) + Need(kept + 1, at_most=True)
+
+
+def admin(*addresses: Address | None) -> Need:
+    """The admin sockets that are named there, and their clients (admin.listeners.Listeners)."""
+    found = NOTHING
+    for address in addresses:
+        if address is not None:
+            found += listener(address)
+    return found + Need(1 + CLIENTS, at_most=True) if found.descriptors else found
 
 
 def _given_pipe(machine: Machine) -> Need:

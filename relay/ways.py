@@ -18,7 +18,7 @@ Method = Literal["splice", "tee", "sendfile", "vmsplice", "copy"]
 
 STRAIGHT = ("tcp", "unix", "fifo")  # sinks that a file reaches by sendfile when nothing else is on the way
 APPENDING = "a file opened to append refuses splice"
-STRAIGHT_TO_FILE = "into memory that the file is written from: splice would copy into the page cache, too"
+STRAIGHT_TO_FILE = "into memory that files are written from: splice would copy into the page cache, too"
 DIRECT = "O_DIRECT takes whole, aligned blocks: bytes are gathered in memory first"
 
 
@@ -53,6 +53,10 @@ class Ways:
             return Choice("copy", reason)
         if copies:
             return Choice("copy", copies)
+        if scheme == "shared":
+            return Choice(
+                "copy", "out of slots that their producer writes again; final memory goes by reference"
+            )
         if scheme == "memory" or (scheme == "file" and self.forced == "vmsplice"):
             refused = self.machine.refused("vmsplice")
             reason = (
@@ -107,12 +111,18 @@ class Ways:
             return Choice("copy", "a checksum must see the bytes")
         return Choice("splice", "pages move to the end by reference")
 
-    def across(self, sinks: int) -> Choice:
-        """How a stream to so many plain sinks, which may go down a chain or through a ring, begins."""
-        if reason := self._copies("splice") or self._copies("tee") * (sinks > 1):
+    def across(self, source: str, sinks: Sequence[str]) -> Choice:
+        """How a stream between ends of those schemes, which may go down a chain or through a ring, begins.
+
+        With files among the sinks it stays that way: what their threads take is not measured.
+        """
+        if reason := self._copies("splice") or self._copies("tee") * (len(sinks) > 1):
             return Choice("copy", f"{reason}; one read into memory, one send a sink out of it")
         if self.forced != "auto":
             return Choice("splice", f"asked for by method: {self.forced}")
+        if "file" in sinks:
+            straight = self.straight(source)
+            return straight or Choice("splice", "pages move by reference up to the file")
         return Choice("splice", "pages move by reference; what that costs is measured as they do")
 
     @staticmethod
@@ -142,6 +152,17 @@ class Ways:
         if scheme == "unix":
             return Choice("copy", "one large buffer costs less than splicing into a unix socket")
         return Choice("splice", "pages move through a pipe by reference; small messages are copied")
+
+    @staticmethod
+    def duplex_odds(scheme: str, way: str) -> float:
+        """What the other way than `way` is thought to cost there, as a multiple."""
+        ring = 0.8 if scheme == "unix" else 1.4
+        return ring if way == "chain" else 1 / ring
+
+    @property
+    def duplex_measured(self) -> bool:
+        """Whether that is where bulk begins, and what it costs decides."""
+        return self.forced == "auto" and not self._copies("splice")
 
     def between(self) -> Choice:
         """How bytes go from one of relay's pipes to the next."""

@@ -16,6 +16,8 @@ from slots import Pipe
 PIECE = 1 << 20  # most bytes asked for in one call
 PATIENT = 256 << 20  # most bytes that a rush must have lasted for
 GIVEN = 16 << 20  # bytes to the readers of rings in one sweep
+SMALL = 64 << 10  # bytes: what fills no pipe
+STUCK = 20_000_000  # nanoseconds that what a sink refuses waits in front of its backlog
 FEWEST = 64 << 10  # bytes into a ring at a time, however many read it
 
 Event = tuple[str, str, int]  # what, the name of the node, sink or pipeline, errno
@@ -166,6 +168,8 @@ class Node:
     pipe: Pipe
     next: Node | None = None
     into: Node | None = None
+    past: bool = False  # `into` is but its sink's backlog
+    stuck: int = 0
     sink: Sink | None = None
     ring: Ring | None = None
     full: bool = False
@@ -231,6 +235,7 @@ class Model:
         self.source_ended = self.keep = self.tell_idle = self.done = False
         self.ring: Ring | None = None  # scatter
         self.still = 0
+        self.pipes = False  # the ends are told to be pipes of others
         self.idle = 0  # since when all but what is apart is empty
         self.wake = 0
         self.now = 0
@@ -339,8 +344,19 @@ class Model:
             else:
                 source.readable = False
         self._read += moved
-        source.moved += moved
+        self._source_took(source, moved)
         return bool(moved)
+
+    def _source_took(self, source: Source, moved: int) -> None:
+        source.moved += moved
+        if moved and self.pipes and not source.pipe.segments and not source.pipe.ended:
+            source.readable = False  # poll says so, and an edge will tell
+
+    def _sink_took(self, sink: Sink, moved: int) -> None:
+        sink.moved += moved
+        sink.last = self.now if moved else sink.last
+        if self.pipes and moved >= SMALL and sink.pipe and sink.pipe.full:
+            sink.writable = False
 
     def _fill_by_hand(self, head: Node, source: Source) -> bool:
         if head.held:
@@ -360,7 +376,7 @@ class Model:
             assert head.pipe.write(data) == len(data), "an empty pipe takes its capacity"
             self.calls += 1
         self._read += len(data)
-        source.moved += len(data)
+        self._source_took(source, len(data))
         return True
 
     def _fill_prefix(self, node: Node) -> bool:
@@ -510,12 +526,19 @@ class Model:
             return False
         if node.ring:
             moved = self._give_to_ring(node, node.ring, size)
+        elif node.past:
+            moved = self._give_past(node, size)
         else:
-            moved = self._give_to_sink(node, node.sink, size) if node.sink else self._give_to_node(node, size)
+            moved = (
+                self._give_to_sink(node, node, node.sink, size)
+                if node.sink
+                else self._give_to_node(node, size)
+            )
         if moved < 0:
             return True
         if not moved:
-            self._blocked(node)
+            if not node.past or (node.into and node.into.refuses):
+                self._blocked(node)
             return False
         node.passed += moved
         if node.ring and node.sink:
@@ -538,7 +561,26 @@ class Model:
         node.into.full |= not moved
         return moved
 
-    def _give_to_sink(self, node: Node, sink: Sink, size: int) -> int:
+    def _give_past(self, node: Node, size: int) -> int:
+        """Straight to the sink while its backlog is empty; else into that, if somebody behind has nothing left."""
+        backlog, following = node.into, node.next
+        assert backlog
+        if not backlog.held and backlog.sink:
+            moved = self._give_to_sink(node, backlog, backlog.sink, size)
+            if moved > 0:
+                backlog.passed += moved
+                backlog.history.append(("passed", moved))
+                node.stuck = 0
+                return moved
+        if backlog.sink and following and following.held:
+            node.stuck = node.stuck or self.now
+            if self.now - node.stuck < STUCK:
+                self._wake_at(node.stuck + STUCK)
+                return 0
+        return self._give_to_node(node, size)
+
+    def _give_to_sink(self, node: Node, outlet: Node, sink: Sink, size: int) -> int:
+        """Bytes of `node` to the sink that stands at `outlet`."""
         if sink.failed or not sink.writable:
             return 0
         if not sink.pipe:
@@ -546,15 +588,14 @@ class Model:
         elif sink.pipe.orphaned:
             self.calls += 1
             sink.failed = True
-            if not node.hold:
-                node.sink, node.since = None, 0
+            if not outlet.hold:
+                outlet.sink, outlet.since = None, 0
             self._tell("SINK_FAILED", sink.name, EPIPE)
             return -1
         else:
             moved = self._move(node, sink.pipe, size)
             sink.writable = bool(moved)
-        sink.moved += moved
-        sink.last = self.now if moved else sink.last
+        self._sink_took(sink, moved)
         return moved
 
     # -- a turn, and the whole chain
@@ -677,7 +718,7 @@ class Model:
         ring.stream += data
         self._judge(ring)
         self._read += len(data)
-        source.moved += len(data)
+        self._source_took(source, len(data))
         return True
 
     @staticmethod
@@ -731,7 +772,7 @@ class Model:
         moved = False
         while sink.writable:
             if not reader.rest and reader.dropping:
-                if not self._end_gap(reader, ring.border(ring.offered, reader.align, down=True)):
+                if not self._end_gap(ring, reader, ring.border(ring.offered, reader.align, down=True)):
                     break
                 moved = True
                 continue
@@ -758,12 +799,11 @@ class Model:
             else:
                 reader.runs.append((reader.at, reader.at + given))
                 reader.at += given
-            sink.moved += given
-            sink.last = self.now
+            self._sink_took(sink, given)
             self._given += given
             moved = True
         if reader.dropping and not reader.rest and ring.ended:
-            moved |= self._end_gap(reader, ring.position)
+            moved |= self._end_gap(ring, reader, ring.position)
         if reader.at >= ring.offered and not reader.rest and not reader.dropping:
             self._reader_kept_up(reader)
             if ring.ended:
@@ -771,9 +811,9 @@ class Model:
                 self._tell("SINK_DRAINED", sink.name)
         return moved
 
-    def _end_gap(self, reader: Reader, to: int) -> bool:
-        """It goes on at the last border that has come."""
-        if to < reader.at:
+    def _end_gap(self, ring: Ring, reader: Reader, to: int) -> bool:
+        """It goes on at the last border that has come, if that is still in memory."""
+        if to < max(reader.at, ring.position - ring.size):
             return False
         reader.dropped += to - reader.at
         reader.at, reader.dropping = to, False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peers import payload
+from peers import eventually, payload
 
 import relay
 from relay.config.load import loads
@@ -29,6 +29,7 @@ class Consumer:
     def __init__(self, path: str, *, stop: int | None = None) -> None:
         self.got = bytearray()
         self.ended = ""
+        self.connected = False
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(path)
         self._listener.listen(1)
@@ -40,6 +41,7 @@ class Consumer:
     def _take(self) -> None:
         with contextlib.suppress(TimeoutError):
             connection, _ = self._listener.accept()
+            self.connected = True
             try:
                 with ShareSource(connection) as source:
                     for block in source:
@@ -151,7 +153,7 @@ def test_a_consumer_that_keeps_its_blocks_does_not_hold_the_end_up(file: Path, t
 @pytest.mark.parametrize(
     ("sink", "said"),
     [
-        ("{shared: 'tcp://127.0.0.1:1'}", "'shared' takes the unix address"),
+        ("{shared: 'tcp://127.0.0.1:1'}", "'shared' takes the address of a unix socket"),
         ("{shared: 'unix:///a', append: true}", "'append' applies to files only"),
         ("'shared://'", "names no socket"),
     ],
@@ -160,12 +162,6 @@ def test_configuration(sink: str, said: str) -> None:
     """What makes no sense is said at its place."""
     with pytest.raises(ConfigErrors, match=said):
         loads(f"routes: {{a: {{source: '-', sink: {sink}}}}}")
-
-
-def test_it_is_no_source() -> None:
-    """A source cannot be shared memory."""
-    with pytest.raises(ConfigErrors, match="is a sink"):
-        loads("routes: {a: {source: 'shared:///x', sink: '-'}}")
 
 
 @contextlib.contextmanager
@@ -199,3 +195,148 @@ def test_the_examples_consume(language: str, file: Path, tmp_path: Path) -> None
     content = file.read_bytes()
     assert f"{len(content)} bytes, their sum is {sum(content)}" in out
     assert process.returncode == 0
+
+
+class Standing:
+    """A route at work whose sink is a consumer at `path`; `feed` is a connection to its source."""
+
+    def __init__(self, path: Path, **sink: Any) -> None:
+        self.records: list[Any] = []
+        self._ready, self._cancel = threading.Event(), relay.Cancel()
+        route = {
+            "source": {"listen": f"unix://{path}.in", "connections": "one"},
+            "sink": {"shared": f"unix://{path}", **sink},
+        }
+        self._thread = threading.Thread(target=self._run, args=({"routes": {"r": route}},))
+        self._thread.start()
+        assert self._ready.wait(20)
+        self.feed = socket.socket(socket.AF_UNIX)
+        self.feed.connect(f"{path}.in")
+
+    def _run(self, config: Any) -> None:
+        relay.run(
+            config,
+            on_ready=lambda _bound: self._ready.set(),
+            on_record=self.records.append,
+            cancel=self._cancel,
+            check=False,
+        )
+
+    def end(self) -> Any:
+        """Ends the stream and the route; the record of its sink."""
+        self.feed.close()
+        eventually(lambda: bool(self.records), "the stream ends")
+        self.stop()
+        return self.records[0].sinks[0]
+
+    def stop(self) -> None:
+        """Ends the route at once."""
+        self.feed.close()
+        self._cancel.cancel()
+        self._cancel.cancel()
+        self._thread.join(20)
+
+
+def test_a_consumer_that_comes_back_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A standing sink connects again: what came while nobody was there waits, and nothing is given twice."""
+    path = tmp_path / "app"
+    first = Consumer(str(path), stop=1 << 20)
+    standing = Standing(path)
+    stream = payload(4, 3 << 20)
+    standing.feed.sendall(stream[: 1 << 20])
+    got = first.wait()
+    path.unlink()
+    assert got == stream[: 1 << 20]
+    eventually(lambda: "is away" in caplog.text, "it is noticed that the consumer left")
+    standing.feed.sendall(
+        stream[1 << 20 : (1 << 20) + 100_000]
+    )  # it fits into the pipe while nobody is there
+    second = Consumer(str(path))
+    standing.feed.sendall(stream[(1 << 20) + 100_000 :])
+    record = standing.end()
+    assert second.wait() == stream[1 << 20 :]
+    assert (record.reconnects, record.lost, record.result) == (1, 0, "delivered")
+    assert record.bytes == len(stream)
+
+
+def test_what_was_not_given_back_is_lost(tmp_path: Path) -> None:
+    """Blocks that a consumer took along are counted as lost, and the sink has failed in the record."""
+    path = tmp_path / "app"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(1)
+    standing = Standing(path)
+    connection, _ = listener.accept()
+    kept = given_back = 0
+    with ShareSource(connection) as source:
+        for number in range(3):
+            standing.feed.sendall(bytes([number]) * 1000)
+            block = source.receive(timeout=20)
+            assert block is not None
+            assert len(block) == 1000
+            if number == 1:
+                kept += 1000  # and never given back
+                blocks = [block]
+            else:
+                block.release()
+                given_back += 1000
+        del block
+        listener.close()
+        path.unlink()
+        connection.shutdown(socket.SHUT_RDWR)
+        blocks.clear()
+    second = Consumer(str(path))
+    standing.feed.sendall(b"last")
+    eventually(lambda: second.got == b"last", "the second consumer has the rest")
+    record = standing.end()
+    second.wait()
+    # from the first block on that was not given back: that those after it were is not remembered
+    assert (record.lost, record.result, record.bytes) == (2000, "failed", 3004)
+    assert record.reconnects == 1
+
+
+def test_drop_while_the_consumer_is_away(tmp_path: Path) -> None:
+    """Under drop an absent consumer holds nobody; what it missed is counted, and it gets what comes later."""
+    path = tmp_path / "app"
+    standing = Standing(path, on_slow={"policy": "drop", "after": "50ms"})
+    stream = payload(6, 6 << 20)
+    standing.feed.settimeout(20)
+    standing.feed.sendall(stream)  # more than any pipe holds
+    consumer = Consumer(str(path))
+    eventually(lambda: consumer.connected, "it is connected")
+    marks = 0
+    while b"mark" not in consumer.got[-64:]:
+        standing.feed.sendall(b"mark")
+        marks += 1
+    record = standing.end()
+    got = consumer.wait()
+    assert got[: 1 << 16] == stream[: 1 << 16]  # its pipe had the beginning
+    assert record.dropped > 0
+    assert record.dropped + record.bytes == len(stream) + 4 * marks
+
+
+def test_spill_carries_on_where_the_consumer_was(tmp_path: Path) -> None:
+    """A sink that spills goes on, at the next consumer, with the first block that was not given back."""
+    path = tmp_path / "app"
+    first = Consumer(str(path), stop=1 << 20)
+    standing = Standing(path, on_slow={"policy": "spill", "max": "64MiB"})
+    stream = payload(7, 8 << 20)
+    standing.feed.sendall(stream)  # nobody is held, however slow the consumer
+    got = first.wait()
+    path.unlink()
+    assert stream.startswith(got)
+    second = Consumer(str(path))
+    eventually(lambda: second.got.endswith(stream[-1000:]), "the second consumer has the rest")
+    record = standing.end()
+    rest = second.wait()
+    assert stream.endswith(rest)
+    assert len(got) + len(rest) >= len(stream)
+    assert (record.result, record.lost) == ("delivered", 0)
+
+
+def test_spill_on_disk_is_allowed() -> None:
+    """A consumer can be reached again, so its log may be on disk."""
+    config = loads(
+        "routes: {a: {source: '-', sink: {shared: 'unix:///x', on_slow: {policy: spill, directory: /d}}}}"
+    )
+    assert config.routes["a"].sink.verb == "connect"

@@ -9,6 +9,7 @@ from typing import Any
 
 from relay.admin.client import Answer, NoAnswer, ask
 from relay.admin.where import place_to_ask
+from relay.errors import UsageError
 from relay.units import show_size
 
 RELOADING = 70.0  # seconds: a little more than the relay itself waits
@@ -59,6 +60,21 @@ def drain(admin: str | None) -> int:
     return 0
 
 
+def change(admin: str | None, route: str, stage: str, values: list[str]) -> int:
+    """Other settings for a stage of a running relay: 0, or 2 when there is no such thing, with what there is."""
+    given = {}
+    for value in values:
+        key, equals, said = value.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{value!r} is no KEY=VALUE; write rate=5MB/s, for example")
+        given[key] = said
+    answer = ask(place_to_ask(admin), "/api/v1/set", {"route": route, "stage": stage, "values": given})
+    if answer.status in (400, 404):
+        raise UsageError(answer.data()["words"])
+    print(checked(answer).data()["words"])
+    return 0
+
+
 def checked(answer: Answer) -> Answer:
     """The answer, if it is one. Raises NoAnswer with what was said instead."""
     if answer.status != 200:
@@ -106,6 +122,18 @@ def route_lines(route: dict[str, Any]) -> Iterator[str]:
         yield f"  failed: {route['failed']}"
     for sink in route["sinks"]:
         yield f"  -> {sink_words(sink)}"
+    if len(route["upstreams"]) > 1 or any(one["state"] != "up" for one in route["upstreams"]):
+        yield from (f"     {upstream_words(one)}" for one in route["upstreams"])
+
+
+def upstream_words(one: dict[str, Any]) -> str:
+    """An upstream of a duplex route in one line."""
+    parts = [f"{one['upstream']}: {one['state']} for {_time(one['seconds'])}", f"{one['sessions']} sessions"]
+    if one["fails"]:
+        parts.append(f"{one['fails']} failed connects")
+    if one["failed_checks"]:
+        parts.append(f"{one['failed_checks']} failed checks")
+    return ", ".join([*parts, *([one["why"]] if one["why"] else [])])
 
 
 def sink_words(sink: dict[str, Any]) -> str:

@@ -208,6 +208,7 @@ def _sessions(look: Look, engine: Engine, sessions: Sessions) -> Callable[[], It
     def steps() -> Iterator[None]:
         crowd = look.crowds[engine] = Crowd(sessions.methods)
         live: list[Session] = sessions.live()
+        crowd.bytes, crowd.back = sessions.untold
         for number, session in enumerate(live):
             if session.slot >= 0:
                 sides = session.c.sides
@@ -257,6 +258,7 @@ def _route(look: Look, totals: RouteTotals | None) -> RouteStatus:
         hops=tuple(_hops(running, live, look.crowds.values())),
         details=tuple(streams[:DETAILS]),
         bytes_back=totals.back + crowd.back if duplex else None,
+        upstreams=facts.upstreams if facts else (),
         resumed=facts.resumed if facts else 0,
         failed=facts.failed if facts else "",
     )

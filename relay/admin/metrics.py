@@ -1,8 +1,8 @@
 """What Prometheus is told: one table of figures, and how each is read off a status and the ledger.
 
-Labels are bounded by the configuration: routes, sinks as it names them, engines, and words out of fixed lists. No
-peer's address is in any. A counter never goes back while a route is at work: what ends in the moment between two
-looks is missing in one of them at worst, and then the figure stays where it was.
+Labels are bounded by the configuration: routes, sinks as it names them, the upstreams that it means now, engines, and
+words out of fixed lists. No peer's address is in any. A counter never goes back while a route is at work: what ends
+in the moment between two looks is missing in one of them at worst, and then the figure stays where it was.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -25,6 +25,7 @@ from prometheus_client.registry import Collector
 from relay.admin.ledger import Histogram, RouteTotals
 from relay.admin.status import RouteStatus, SinkStatus, Status
 from relay.admin.streams import STATES
+from relay.duplex.upstream import State, UpstreamState
 
 Kind = Literal["counter", "gauge", "histogram"]
 ROUTE_STATES = ("starting", "waiting", "flowing", "held", "draining", "done", "failed")
@@ -44,7 +45,8 @@ class Figure(NamedTuple):
         return f"{self.name}_total" if self.kind == "counter" else self.name
 
 
-R, S, E = ("route",), ("route", "sink"), ("engine",)
+R, S, E, U = ("route",), ("route", "sink"), ("engine",), ("route", "upstream")
+UPSTREAM_STATES = get_args(State)
 FIGURES = (
     Figure("relay_build_info", "gauge", "1; the version that runs", ("version",)),
     Figure("relay_ready", "gauge", "1 while new streams may come, 0 while relay starts or drains"),
@@ -111,6 +113,15 @@ FIGURES = (
         S,
     ),
     Figure(
+        "relay_upstream_state",
+        "gauge",
+        "1 for the state that the upstream of a duplex route is in, 0 for the others",
+        (*U, "state"),
+    ),
+    Figure("relay_upstream_sessions", "gauge", "Sessions with the upstream, connecting or open", U),
+    Figure("relay_upstream_failed_connects", "counter", "Connects of sessions that failed", U),
+    Figure("relay_upstream_failed_checks", "counter", "Checks of the upstream that failed", U),
+    Figure(
         "relay_hop_streams",
         "gauge",
         "Streams that cross at the hop by the method",
@@ -121,6 +132,15 @@ BY_NAME = {figure.name: figure for figure in FIGURES}
 
 Row = tuple[str, tuple[str, ...], float]
 Rows = Iterator[Row]
+
+
+def table() -> str:
+    """All of them as a Markdown table, for docs/admin.md."""
+    lines = ["| metric | kind | labels | tells |", "|---|---|---|---|"]
+    for figure in FIGURES:
+        labels = ", ".join(f"`{label}`" for label in figure.labels)
+        lines.append(f"| `{figure.shown}` | {figure.kind} | {labels} | {figure.words} |")
+    return "\n".join(lines)
 
 
 class Figures:
@@ -235,8 +255,17 @@ def _of_route(route: RouteStatus) -> Rows:
     yield "relay_route_unanswered", own, route.unanswered
     for hop in route.hops:
         yield "relay_hop_streams", (route.name, hop.hop, hop.method), hop.streams
+    for upstream in route.upstreams:
+        yield from _of_upstream((route.name, upstream.upstream), upstream)
     for sink in route.sinks:
         yield from _of_sink((route.name, sink.sink), sink, leaves=route.state in ("draining", "done"))
+
+
+def _of_upstream(own: tuple[str, str], one: UpstreamState) -> Rows:
+    yield from _of_state("relay_upstream_state", own, one.state, UPSTREAM_STATES)
+    yield "relay_upstream_sessions", own, one.sessions
+    yield "relay_upstream_failed_connects", own, one.fails
+    yield "relay_upstream_failed_checks", own, one.failed_checks
 
 
 def _of_sink(own: tuple[str, str], sink: SinkStatus, *, leaves: bool) -> Rows:

@@ -7,6 +7,7 @@ from functools import partial
 
 from relay.admin.doors import opened
 from relay.admin.ledger import Ledger
+from relay.admin.summary import summary
 from relay.admin.where import VARIABLE, default_place
 from relay.config.load import load_to_run, load_with_places
 from relay.config.models import Config
@@ -16,6 +17,7 @@ from relay.endpoints import passed
 from relay.journal import logs
 from relay.journal.record import SessionRecord
 from relay.serving.notify import Notifier
+from relay.serving.route import RunningRoute
 from relay.serving.server import Server
 from relay.serving.vigil import Vigil
 from relay.serving.welcome import welcome
@@ -46,10 +48,14 @@ def serve(
         ledger.add(record)
         logs.session(record)
 
+    def ready(routes: list[RunningRoute]) -> None:
+        summary(server.config, routes)
+        welcome(routes, built_in=path is None)
+
     server = Server(
         config,
         on_record=over,
-        on_ready=lambda routes: welcome(routes, built_in=path is None),
+        on_ready=ready,
         again=partial(load_with_places, path, to_run=True) if path not in (None, "-") else None,
         vigil=Vigil(notifier, exit_idle),
         confinement=confinement,

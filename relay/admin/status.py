@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from relay.duplex.upstream import UpstreamState
+
 
 @dataclass(frozen=True)
 class Spill:
@@ -82,7 +84,7 @@ class RouteStatus:
     """`state` is starting, waiting, flowing, held, draining, done or failed. `streams` counts those under way.
 
     `sessions` counts those that are over, by result; `hops` how many streams cross where and how. `details` are
-    some of the streams, the oldest first.
+    some of the streams, the oldest first. `upstreams` are those of a duplex route.
     `unanswered`: an engine did not answer in time, what it knows is as it was before.
     """
 
@@ -103,6 +105,7 @@ class RouteStatus:
     rate: float | None = None
     bytes_back: int | None = None
     rate_back: float | None = None
+    upstreams: tuple[UpstreamState, ...] = ()
     resumed: int = 0
     failed: str = ""
     unanswered: bool = False

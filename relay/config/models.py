@@ -60,6 +60,7 @@ class Route(FrozenModel):
                     "duplex needs one peer at each end, a listening sink broadcasts to many; connect instead"
                 )
                 yield Problem(said, ("sink", "listen"), at_key=True)
+            yield from self._mirrors()
         if self.source.connections == "each":
             for _, sink in self.sinks():
                 if sink.verb == "listen":
@@ -70,6 +71,54 @@ class Route(FrozenModel):
                     )
 
         yield from self._shared_logs()
+        yield from self._named_peers()
+        for place, sink in self.sinks():
+            if not self.duplex or place != ("sink",):
+                yield from (problem.within(*place) for problem in sink.one_way())
+
+    def _named_peers(self) -> Iterator[Problem]:
+        """Sinks that are to learn of a peer where a connection has none, or not one only; what duplex alone knows."""
+        if not self.duplex and self.source.limits.half_closed is not None:
+            said = (
+                "'half_closed' needs 'duplex: true': a connection that goes one way is over with its stream"
+            )
+            yield Problem(said, ("source", "limits", "half_closed"), at_key=True)
+        for place, sink in self.sinks():
+            beside = not self.duplex or place != ("sink",)
+            if sink.transparent and beside:
+                said = "'transparent' needs 'duplex: true'; a one-way sink connects from an address of this machine"
+                yield Problem(said, (*place, "transparent"), at_key=True)
+            elif sink.transparent and self.source.address.scheme != "tcp" and not self.source.proxy_protocol:
+                said = "'transparent' connects from the address of the source's peer; a unix peer has none"
+                yield Problem(said, (*place, "transparent"), at_key=True)
+            if not sink.proxy_protocol or not beside:
+                continue
+            if not self.source.listen:
+                said = (
+                    "'proxy_protocol' names the peer of a connection, and this source accepts none; "
+                    'a fixed header is a stage: header: {text: "PROXY UNKNOWN\\r\\n"}'
+                )
+                yield Problem(said, (*place, "proxy_protocol"), at_key=True)
+            elif self.turns() == "one":
+                said = "'proxy_protocol' names one peer, and here connections take turns; write 'connections: each'"
+                yield Problem(said, (*place, "proxy_protocol"), at_key=True)
+
+    def _mirrors(self) -> Iterator[Problem]:
+        """Sinks of a duplex route's tees that its many sessions, each with its own, could not have at once."""
+        each = "each connection of a duplex route has sinks of its own"
+        for place, sink in self.sinks():
+            scheme = sink.address.scheme
+            if place == ("sink",):
+                continue
+            if sink.verb == "listen":
+                said = f"{each}, and {str(sink.address)!r} can be listened on once only; connect instead"
+                yield Problem(said, (*place, "listen"), at_key=True)
+            elif scheme in ("stdio", "fd"):
+                said = f"{each}, and would mix in {str(sink.address)!r}; write a file with {{id}} in its name"
+                yield Problem(said, place)
+            elif scheme == "file" and not sink.placeholders - {"route"}:
+                said = f"{each}, and {str(sink.address)!r} names one file for all; put {{id}} in the name"
+                yield Problem(said, place)
 
     def _shared_logs(self) -> Iterator[Problem]:
         """Two sinks of one address whose logs would have one name."""
@@ -98,6 +147,7 @@ class Route(FrozenModel):
                     yield place, stage.to, stage.on_slow if own else stage.to.on_slow
 
         yield from walk(self.stages, ("stages",))
+        yield from walk(self.replies, ("replies",))
         yield ("sink", "on_slow"), self.sink, self.sink.on_slow
 
     def sinks(self) -> Iterator[tuple[Place, SinkSettings]]:
@@ -107,6 +157,11 @@ class Route(FrozenModel):
                 for place, sink in stage.sinks():
                     yield (key, index, stage.kind, *place), sink
         yield ("sink",), self.sink
+
+    @property
+    def back(self) -> SinkSettings:
+        """With duplex: the source's connections as the sink of the way back, which blocks as any other."""
+        return SinkSettings.model_construct(connect=self.source.address)
 
     def turns(self) -> Literal["each", "one"]:
         """Whether each connection gets a pipeline of its own, or connections take turns on one.
@@ -265,8 +320,8 @@ def _circles(routes: Mapping[str, Route]) -> Iterator[Problem]:
     def leads_to(name: str) -> Iterator[tuple[Place, str]]:
         for place, sink in routes[name].sinks():
             for other, route in routes.items():
-                if sink.connect and route.source.listen and _reaches(sink.connect, route.source.listen):
-                    yield ("routes", name, *place, "connect"), other
+                if _leads(sink, route.source):
+                    yield ("routes", name, *place, "shared" if sink.shared else "connect"), other
 
     for name in routes:
         for place, first in leads_to(name):
@@ -277,6 +332,13 @@ def _circles(routes: Mapping[str, Route]) -> Iterator[Problem]:
                 ahead += sorted(fresh)
             if name in seen:
                 yield Problem(f"what goes to '{first}' comes back to '{name}', again and again", place)
+
+
+def _leads(sink: SinkSettings, source: SourceSettings) -> bool:
+    """Whether what goes into the one comes out of the other."""
+    if sink.shared or source.shared:
+        return sink.shared == source.shared
+    return bool(sink.connect and source.listen) and any(_reaches(to, source.address) for to in sink.addresses)
 
 
 def _reaches(to: Address, listening: Address) -> bool:
@@ -293,8 +355,9 @@ def _listeners(routes: Mapping[str, Route], admin: Admin | None) -> Iterator[tup
         if address is not None:
             yield ("admin", key), address
     for name, route in routes.items():
-        if route.source.listen:
-            yield ("routes", name, "source", "listen"), route.source.listen
+        if route.source.verb == "listen":
+            key = "shared" if route.source.shared else "listen"
+            yield ("routes", name, "source", key), route.source.address
         for place, sink in route.sinks():
             if sink.listen:
                 yield ("routes", name, *place, "listen"), sink.listen
@@ -302,10 +365,10 @@ def _listeners(routes: Mapping[str, Route], admin: Admin | None) -> Iterator[tup
 
 def _overlap(one: Address, other: Address) -> bool:
     """Whether the kernel would refuse to listen on both; names are compared as they are written."""
+    if "tcp" not in (one.scheme, other.scheme):  # sockets with a path
+        return one.path == other.path
     if one.scheme != other.scheme:
         return False
-    if one.scheme in ("unix", "systemd"):
-        return one.path == other.path
     if one.port != other.port or one.port == 0:
         return False
     hosts = {one.host, other.host}

@@ -4,7 +4,7 @@
     unix:///path        unix://relative/path, unix://@name for an abstract socket
     file:///path        or a plain path; file://relative/path too
     fifo:///path        a named pipe
-    shared:///path      a sink: blocks of shared memory for who listens there; shared://@name, too
+    shared:///path      blocks of shared memory, over the unix socket there; shared://@name, too
     fd://3              a descriptor that relay was started with
     systemd://name      a listening socket that relay was started with (endpoints/passed.py)
     null:               nothing: an empty source, a sink that forgets
@@ -76,6 +76,11 @@ class Address:
             return cls("stdio")
         if text == "null:":
             return cls("null")
+        if text.startswith("memory:"):
+            raise AddressError(
+                f"{text!r}: memory belongs to a program",
+                hint="use it from code (relay.Memory), or hand it over with shared:///path",
+            )
         if matched := _URL.fullmatch(text):
             return cls._of_scheme(text, matched[1], matched[2])
         if matched := _SHORT_OF_SLASHES.fullmatch(text):
@@ -135,7 +140,7 @@ class Address:
     @property
     def abstract(self) -> bool:
         """Whether this is a unix socket that has a name and no file."""
-        return self.scheme == "unix" and self.path.startswith("@")
+        return self.scheme in ("unix", "shared") and self.path.startswith("@")
 
     def __str__(self) -> str:
         """The canonical text: `Address.parse(str(address)) == address`."""

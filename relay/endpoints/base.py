@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from relay.engine import WATCH_HINTS, Engine
 from relay.errors import EndpointError, SinkError, SourceError
 from relay.kernel import core
+
+if TYPE_CHECKING:
+    from relay.endpoints.ferry import Ferry
 
 # What to do next, by errno, where one sentence helps whoever reads the error.
 HINTS = {
@@ -73,6 +77,7 @@ class End:
         nobody would ever say when it is ready, which is this end's failure.
         """
         self.c.fd = fd
+        self.c.is_pipe = not self.c.is_socket and stat.S_ISFIFO(os.fstat(fd).st_mode)
         self.opened_at = time.monotonic()
         code = self.engine.add_end(self.c, mask)
         if not code:
@@ -108,14 +113,17 @@ class End:
 
 
 class Source(End):
-    """Where bytes enter. `copies` says why it cannot be spliced; empty when it can."""
+    """Where bytes enter. `copies` says why it cannot be spliced; empty when it can. `quiet`: its owner tells of its
+    failure, in the record of a session."""
 
     failure = SourceError
+    quiet = False
 
     def __init__(self, engine: Engine, address: str) -> None:
         super().__init__(engine, address)
         self.scheme = "tcp"
         self.peer = ""
+        self.local = ""  # where the peer connected to, as a proxy says; "": to this very socket
         self.name = ""
         self.copies = ""
         self.on_open: Callable[[], None] = _nothing
@@ -142,6 +150,10 @@ class Source(End):
 
     def changed(self) -> str:
         """What changed under the reader while it was read; empty where nothing did."""
+        return ""
+
+    def broke_off(self) -> str:
+        """Why what it gave is not the whole stream, where that is no errno of its descriptor; empty where it is."""
         return ""
 
     def close(self, *, reset: bool = False) -> None:
@@ -206,6 +218,10 @@ class Sink(End):
         """Whether it has memory that a source may be read into, past the pipe; from here on it is, for that reason."""
         return False
 
+    def takes_spans(self, why: str) -> Ferry | None:
+        """The ferry whose thread is handed spans of memory from here on, for that reason; None where it may not be."""
+        return None
+
     def finish(self) -> None:
         """The stream is complete and all of it was handed over: end it so that the receiver knows."""
         self.finished()
@@ -247,6 +263,9 @@ class Sink(End):
     def abort(self, reason: str) -> None:
         """Ends it before its stream is complete, so that the receiver can tell."""
         self.fail(self.error("ending", 0, reason=reason))
+
+    def change(self, old: object, new: object) -> None:
+        """A stage behind it has other settings from now on; only one with a log has stages behind it."""
 
     def reopen(self) -> None:
         """Opens anew the file that it writes and somebody may have moved away; other sinks have none."""

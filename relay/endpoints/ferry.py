@@ -58,6 +58,7 @@ class Ferry:
         for i, pipe in enumerate(self.pipes):
             self.c.pipe_r[i], self.c.pipe_w[i] = pipe.read_fd, pipe.write_fd
         self._buffer: core.Struct = None
+        self._afterwards: list[Callable[[], None]] = []
         self._memory: mmap.mmap | None = None
         self._end = end
         end.kind = core.FERRY
@@ -122,12 +123,16 @@ class Ferry:
             raise OSError(-load, os.strerror(-load))
         return self.pipes[self.c.away], load
 
-    def wait_until(self, timeout: float | None) -> tuple[Pipe, int] | None:
-        """As `wait`, but None after `timeout` seconds (None: never) or when somebody nudged."""
+    def wait_until(self, timeout: float | None, *, beside: int = -1) -> tuple[Pipe, int] | None:
+        """As `wait`, but None after `timeout` seconds (None: never), when somebody nudged, or when the descriptor
+        `beside` can be read."""
         if self.c.turn[self.c.away] != core.lib.RELAY_WITH_THREAD and not self.c.ending:
             poll = select.poll()
             poll.register(self._knock, select.POLLIN)
-            if not poll.poll(None if timeout is None else timeout * 1000):
+            if beside >= 0:
+                poll.register(beside, select.POLLIN)
+            ready = [fd for fd, _mask in poll.poll(None if timeout is None else timeout * 1000)]
+            if self._knock not in ready:
                 return None
             if self.c.turn[self.c.away] != core.lib.RELAY_WITH_THREAD and not self.c.ending:
                 os.eventfd_read(self._knock)  # a nudge; a hand-over after this look knocks again
@@ -168,8 +173,17 @@ class Ferry:
             result, failed = None, error
         self._engine.post(lambda: self._ended(result, failed))
 
+    def afterwards(self, action: Callable[[], None]) -> None:
+        """Calls `action` on the engine's thread once its own thread has ended; at once if it has."""
+        if self._knock < 0:
+            action()
+        else:
+            self._afterwards.append(action)
+
     def _ended(self, result: Any, failed: BaseException | None) -> None:
         self._thread.join()
+        for i in range(2):  # it failed, and what it had is nobody's any more
+            self.c.load[i], self.c.turn[i] = 0, core.lib.RELAY_WITH_ENGINE
         self._then(result, failed)
         self.close()
 
@@ -178,6 +192,9 @@ class Ferry:
         if self._knock < 0:
             return
         self.release()
+        for action in self._afterwards:
+            action()
+        self._afterwards.clear()
         for pipe in self.pipes:
             pipe.close()
         if self._memory is not None:

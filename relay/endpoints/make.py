@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 
 from relay.endpoints.address import Address
@@ -12,12 +13,14 @@ from relay.endpoints.line import Writer
 from relay.endpoints.null import NullSink, NullSource
 from relay.endpoints.options import DEAD_AFTER
 from relay.endpoints.settings import SinkSettings
+from relay.endpoints.socket import SocketSource
 from relay.endpoints.stdio import InheritedSource, inherited_sink
 from relay.endpoints.tcp import TcpSink, TcpSource
 from relay.endpoints.unix import UnixSink, UnixSource
 from relay.endpoints.written import Writing
 from relay.engine import Engine
 from relay.errors import RelayBug
+from relay.ways import Ways
 
 
 def make_source(engine: Engine, address: Address, *, dead_after: float = DEAD_AFTER) -> Source:
@@ -38,6 +41,21 @@ def make_source(engine: Engine, address: Address, *, dead_after: float = DEAD_AF
         case "null":
             return NullSource(engine)
     raise RelayBug(f"no source for {address}")
+
+
+def accepted(
+    engine: Engine, address: Address, sock: socket.socket, peer: str, local: str, ways: Ways
+) -> Source:
+    """The source for a connection that came in on `address`; `local` is where the peer had connected to."""
+    if address.scheme == "shared":
+        from relay.endpoints.shared import SharedSource  # few routes have one, and it brings a lot along
+
+        return SharedSource(
+            engine, str(address), sock, peer, spliced=ways.from_source("memfd").method == "splice"
+        )
+    source = SocketSource(engine, str(address), sock, peer, local)
+    source.scheme = address.scheme
+    return source
 
 
 def make_sink(

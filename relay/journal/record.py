@@ -14,7 +14,8 @@ from relay.units import show_size
 class SinkRecord:
     """One sink's part. `result` is delivered or failed; `bytes` reached the sink, `lost` of these are known
     not to have arrived, `dropped` never left by policy, `backlog` waits in its log, `twice`
-    were sent again after a connection broke. `reason` says why it ended when not by the stream."""
+    were sent again after a connection broke. `reason` says why it ended when not by the stream. Of a duplex session:
+    the `upstream` it had, in figures, how many `tries` that took, and who was `passed_over` with the reason."""
 
     sink: str
     address: str
@@ -31,7 +32,11 @@ class SinkRecord:
     backlog: int = 0
     reconnects: int = 0
     twice: int = 0
+    upstream: str = ""
+    tries: int = 0
+    passed_over: tuple[tuple[str, str], ...] = ()
     connects: tuple[float, ...] = ()  # how long each connect that went well took
+    way: str = ""  # back: it took what came back on a duplex route
 
     def as_line(self, method: str, why: str = "", checksum: str = "") -> str:
         """The result for people, in one line: `method` is how its bytes crossed from the source on."""
@@ -67,9 +72,11 @@ class SinkRecord:
             "method": self.method,
             "result": self.result,
         }
-        for key in ("reason", "backlog", "twice", "path", "why_method"):
+        for key in ("way", "reason", "backlog", "twice", "path", "why_method", "upstream", "tries"):
             if value := getattr(self, key):
                 found[key] = value
+        if self.passed_over:
+            found["passed_over"] = [{"upstream": name, "why": why} for name, why in self.passed_over]
         if self.connects:
             found["connect_seconds"] = round(self.connects[-1], 6)
         if self.blocked_seconds > 0:
@@ -105,6 +112,13 @@ class SessionRecord:
     def failed_sinks(self) -> int:
         """How many sinks did not get their stream whole."""
         return sum(1 for sink in self.sinks if sink.result == "failed")
+
+    @property
+    def plain(self) -> bool:
+        """Whether `as_json` says all there is, as of any duplex session without stages."""
+        if self.back is None or len(self.sinks) != 1 or self.stages or self.measured:
+            return False
+        return not (self.sinks[0].blocked_seconds or self.sinks[0].why_method)
 
     def crossing(self, sink: SinkRecord) -> tuple[str, str]:
         """How bytes crossed from the source to `sink`, in one word, and why where that is worth saying."""
@@ -145,7 +159,7 @@ class SessionRecord:
             f'"seconds": {self.seconds:.6f}, "method": "{self.method}", "ended_by": "{self.ended_by}", '
             f'"result": "{self.result}", "sinks": [{{{ends[2]}, "bytes": {sink.bytes}, "lost": {sink.lost}, '
             f'"dropped": 0, "reconnects": 0, "seconds": {sink.seconds:.6f}, "method": "{sink.method}", '
-            f'"result": "{sink.result}"}}], "bytes_back": {self.back}, "lost_back": {self.back_lost}, '
+            f'"result": "{sink.result}"{_upstream(sink)}}}], "bytes_back": {self.back}, "lost_back": {self.back_lost}, '
             f'"method_back": "{self.back_method}"{reason}{why}'
         )
 
@@ -156,7 +170,9 @@ class SessionRecord:
                 f"{self.route} #{self.id} from {self.peer}: {self.bytes} B there and {self.back} B back in "
             )
             said += f"{self.seconds:.2f} s, {self.result}, ended by {self.ended_by}"
-            return f"{said}; {self.reason}" if self.reason else said
+            said = "; ".join([said, *([self.reason] if self.reason else [])])
+            said += "".join(_passed(sink) for sink in self.sinks)
+            return "; ".join([said, *self._parts()]) if len(self.sinks) > 1 or self.stages else said
         rate = show_size(self.bytes / self.seconds) if self.seconds > 0 else "0 B"
         parts = [
             f"{self.route} #{self.id} from {self.peer or self.source}: {show_size(self.bytes)} "
@@ -164,8 +180,14 @@ class SessionRecord:
         ]
         if self.reason:
             parts.append(self.reason)
+        return "; ".join([*parts, *self._parts()])
+
+    def _parts(self) -> list[str]:
+        """What sinks and stages have to say, for people."""
+        parts = []
         for sink in self.sinks:
-            text = f"{sink.sink} {show_size(sink.bytes)} {sink.method} {sink.result}"
+            way = f"{sink.way} " if sink.way else ""
+            text = f"{way}{sink.sink} {show_size(sink.bytes)} {sink.method} {sink.result}"
             if sink.path:
                 text += f" {sink.path}"
             if sink.dropped:
@@ -180,7 +202,26 @@ class SessionRecord:
             for stage in self.stages
             if "digest" in stage
         ]
-        return "; ".join(parts)
+        return parts
+
+
+def _upstream(sink: SinkRecord) -> str:
+    """The part of a duplex session's JSON that says where it went: see SinkRecord.as_dict."""
+    found = f', "upstream": {_quoted(sink.upstream)}' if sink.upstream else ""
+    if sink.tries:
+        found += f', "tries": {sink.tries}'
+    if sink.passed_over:
+        passed = [{"upstream": name, "why": why} for name, why in sink.passed_over]
+        found += f', "passed_over": {_quoted(passed)}'
+    return found
+
+
+def _passed(sink: SinkRecord) -> str:
+    """For people: which upstream it was, where others were passed over."""
+    if not sink.passed_over:
+        return ""
+    passed = ", ".join(f"{name} ({why})" for name, why in sink.passed_over)
+    return f"; {f'to {sink.upstream}, ' if sink.upstream else ''}passed over: {passed}"
 
 
 _quoted = json.JSONEncoder(ensure_ascii=False).encode

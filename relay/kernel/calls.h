@@ -19,6 +19,7 @@
 #include <sys/socket.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "pump.h"
@@ -26,6 +27,14 @@
 #define RELAY_PIECE (1 << 20)   /* most bytes in one call: the largest pipe an ordinary user gets */
 
 static inline int64_t result(ssize_t n) { return n < 0 ? -(int64_t)errno : (int64_t)n; }
+
+/* What this thread has used of the CPU: a system call. */
+static inline int64_t cpu_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (int64_t)now.tv_sec * 1000000000LL + now.tv_nsec;
+}
 
 static inline int64_t call_splice(int from, loff_t *offset, int to, int64_t size, unsigned more)
 {
@@ -94,8 +103,9 @@ static inline int not_this_way(int64_t n)
 /* pump.c, for loop.c: sweeps p, appends to out[*count..max), says whether the budget stopped it. */
 int relay_pump(struct relay_engine *e, struct relay_pipeline *p, struct relay_event *out, int *count, int max);
 
-/* dial.c: a socket that connects, *connected set if it is so already, or -errno; and the end of one. */
-int dial_connect(const struct relay_dial *dial, int *connected);
+/* dial.c: a socket that connects, *connected set if it is so already, or -errno; and the end of one. `from`: a sockaddr
+ * that it connects from, though that may be somebody else's; `from_size` 0 for none. */
+int dial_connect(const struct relay_dial *dial, const char *from, int from_size, int *connected);
 void hang_up(int fd, int reset);
 
 /* duplex.c, for loop.c: what epoll said of a side; every session that is ready has its turn. */

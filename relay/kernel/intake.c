@@ -46,6 +46,7 @@ int source_took(struct pass *s, int64_t moved)
     s->read += moved;
     if (source->left > 0)
         source->left -= moved;
+    leave_alone(source, &source->readable, POLLIN);
     return 1;
 }
 
@@ -124,6 +125,41 @@ static int fill_by_hand(struct pass *s, struct relay_node *head)
     return source_took(s, moved);
 }
 
+/* Out of memory that is written again once all of it is gone: straight to a socket that nothing waits for, else into the
+ * pipe as far as there is room. A write to a socket costs less than one to a pipe, which takes page by page. */
+static int64_t fill_from_memory(struct pass *s, struct relay_node *head, int64_t most)
+{
+    struct relay_end *source = s->p->source, *sink = head->sink;
+    const char *from = source->memory + source->offset;
+    int64_t moved = -EAGAIN;
+    int straight = sink && !sink->failed && sink->is_socket && sink->fd >= 0 && sink->writable && !head->next
+        && !head->into && !head->ring && !head->held && !head->rate && head->left < 0 && !head->skip && !head->dropping
+        && !head->prefix_left;
+
+    if (straight) {
+        moved = call_write(sink->fd, 1, from, most);
+        if (moved > 0) {
+            sink->method = RELAY_COPY;
+            sink_took(s, sink, moved);
+            head->passed += moved;
+            drained(s, head, 0);        /* it is not slow, and holds nothing */
+        } else if (moved == -EAGAIN) {
+            if (says_ready(sink->fd, POLLOUT))
+                look_again(s);
+            sink->writable = 0;
+        }                               /* any other answer is met by whoever empties the pipe */
+        s->e->calls++;
+    }
+    if (moved <= 0) {
+        moved = call_write(head->pipe_w, 0, from, most);
+        if (moved > 0)
+            head->held += moved;
+    }
+    if (moved > 0)
+        source->offset += moved;
+    return moved;
+}
+
 /* Whether the source may be asked for bytes now; -1 when it was found at its end. */
 int source_gives(struct pass *s)
 {
@@ -152,13 +188,14 @@ int fill_from_source(struct pass *s)
     struct relay_end *source = p->source;
     int64_t most = RELAY_PIECE, moved;
     loff_t offset;
-    int gives = source_gives(s);
+    int gives = source_gives(s), from_memory;
 
     if (gives <= 0)
         return gives < 0;
     if (source->left > 0 && most > source->left)
         most = source->left;
-    if (source->method == RELAY_COPY)
+    from_memory = source->memory && source->fd < 0 && !(head->out_copies && head->stash && !head->next);
+    if (source->method == RELAY_COPY && !from_memory)
         return goes_straight(head) ? fill_ferry(s, head) : fill_by_hand(s, head);
     if (source->method == RELAY_SENDFILE) {
         struct relay_end *sink = head->sink;
@@ -198,7 +235,9 @@ int fill_from_source(struct pass *s)
         source->method = RELAY_SPLICE;
         return 1;
     }
-    if (source->method == RELAY_VMSPLICE) {
+    if (source->method == RELAY_COPY) {
+        moved = fill_from_memory(s, head, most);
+    } else if (source->method == RELAY_VMSPLICE) {
         moved = call_lend(head->pipe_w, source->memory + source->offset, most);
         if (moved > 0)
             source->offset += moved;
@@ -212,7 +251,8 @@ int fill_from_source(struct pass *s)
     }
     s->e->calls++;
     if (moved > 0) {
-        head->held += moved;
+        if (source->method != RELAY_COPY)
+            head->held += moved;
         return source_took(s, moved);
     }
     if (moved == 0) {
@@ -222,11 +262,13 @@ int fill_from_source(struct pass *s)
     if (moved == -EAGAIN) {
         if (head->held)
             head->full = 1;
+        else if (source->is_socket && says_ready(source->fd, POLLIN))
+            return fill_by_hand(s, head);   /* tcp does not splice past urgent data, recv does */
         else
             source_empty(s, source);
         return 0;
     }
-    if (not_this_way(moved)) {
+    if (source->method != RELAY_COPY && not_this_way(moved)) {
         source->method = RELAY_COPY;
         tell(s, p->token, RELAY_SOURCE_COPIES, moved);
         return 1;

@@ -42,7 +42,7 @@ _NAMES: Final = {
     FUTURE_WRITE: "FUTURE_WRITE",
 }
 _NOEXEC_SEAL: Final = 0x8  # MFD_NOEXEC_SEAL, Linux 6.3: some systems refuse memfds without it
-_PIECE: Final = 1 << 30  # most bytes of one write
+PIECE: Final = 1 << 30  # most bytes of one write
 
 
 def make(name: str) -> int:
@@ -67,7 +67,7 @@ def fill(fd: int, content: memoryview) -> None:
     at = 0
     try:
         while at < len(content):
-            at += os.pwrite(fd, content[at : at + _PIECE], at)
+            at += os.pwrite(fd, content[at : at + PIECE], at)
     except OSError as error:
         raise _out_of_memory(len(content), error) from error
 

@@ -89,12 +89,26 @@ static inline void note_acknowledged(struct relay_end *sink)
     __atomic_store_n(sink->acknowledged, sink->base + sink->moved - waiting, __ATOMIC_RELAXED);
 }
 
+/* Whoever writes or reads the other end of a pipe holds it locked while it copies, and a call on it spins that long on
+ * another CPU: it took half of all that moving between pipes cost. poll(2) takes no lock. So a pipe that was just
+ * emptied or filled is not asked again: the edge comes when the other side is through. What poll calls empty or full at
+ * this moment changes with an edge only. */
+static inline void leave_alone(struct relay_end *end, int *ready, short events)
+{
+    if (end->is_pipe && end->fd >= 0 && !says_ready(end->fd, events))
+        *ready = 0;
+}
+
+#define RELAY_SMALL (64 << 10)  /* bytes: what fills no pipe */
+
 /* Bytes were given to a sink. The event may wait for a sweep with room: it is told for as long as nobody heard. */
 static inline void sink_took(struct pass *s, struct relay_end *sink, int64_t moved)
 {
     sink->moved += moved;
     sink->last_ns = s->e->now_ns;
     note_acknowledged(sink);
+    if (moved >= RELAY_SMALL)
+        leave_alone(sink, &sink->writable, POLLOUT);
     if (sink->rouse && s->count < s->max) {
         sink->rouse = 0;
         tell(s, sink->token, RELAY_SINK_BUSY, 0);
@@ -129,6 +143,12 @@ static inline int ferry_is_empty(struct relay_ferry *f)
     return ferry_has(f, 0) && ferry_has(f, 1) && !f->load[0] && !f->load[1];
 }
 
+/* Whether a thread has a part of the ring that this reader reads. */
+static inline int has_spans(const struct relay_reader *r) { return r->ends[0] || r->ends[1]; }
+
+/* From where on memory is to be kept for a reader, and what it did not take yet. */
+static inline int64_t needs_from(const struct relay_reader *r) { return has_spans(r) ? r->kept : r->at; }
+
 /* Where in a ring's memory a position lies. */
 static inline int64_t place(const struct relay_ring *ring, int64_t at) { return (at - ring->base) % ring->size; }
 
@@ -161,6 +181,9 @@ int goes_straight(const struct relay_node *head);
 int fill_ferry(struct pass *s, struct relay_node *head);
 void ferry_flush(struct pass *s, struct relay_ferry *f);
 void pace_source(struct pass *s);
+void take_back_spans(struct relay_reader *r);
+int64_t give_span(struct pass *s, const struct relay_ring *ring, struct relay_reader *r);
+void ask_for_spans(struct pass *s, const struct relay_ring *ring, struct relay_reader *r);
 
 /* ring.c */
 int64_t ring_take(struct pass *s, struct relay_node *n, int64_t amount);

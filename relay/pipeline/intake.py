@@ -88,6 +88,8 @@ class Intake:
             self._failed(broken_off)
             if self.source.c.is_socket:  # its peer is told at once, however long what it gave takes
                 self.source.close(reset=True)
+        elif why := self.source.broke_off():
+            self._failed(why)
         elif not self.look_for_change() and code:
             self._failed("", code=code)
         elif not self.error and self.source.c.left > 0:
@@ -102,7 +104,8 @@ class Intake:
     def _failed(self, reason: str, advice: str = "", code: int = 0) -> None:
         error = self.source.error("reading from", code, reason=reason, advice=advice)
         self.error = str(error)
-        log.warning("%s: %s", self._route, error)
+        if not self.source.quiet:
+            log.warning("%s: %s", self._route, error)
 
     def close(self, *, reset: bool) -> None:
         """Closes the source, with a reset when its peer must know that the stream was not delivered."""

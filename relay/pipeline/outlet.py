@@ -88,6 +88,11 @@ class Outlet:
         return (self.node,) if self.node is self.gate else (self.gate, self.node)
 
     @property
+    def _givers(self) -> tuple[Node, ...]:
+        """The nodes that give bytes to its sink."""
+        return (self.node, self.gate) if self.gate.c.past else (self.node,)
+
+    @property
     def waiting(self) -> int:
         """Bytes that wait for its sink alone."""
         return self.place.waiting if self.place is not None else int(self.node.c.held)
@@ -105,7 +110,8 @@ class Outlet:
         if self.settings is not None and not self.listens and sink.c.kind != core.FERRY:
             choice = ways.to_sink(self.settings.address.scheme, copies=sink.copies)
             if choice.method == "copy":
-                self.node.copies(choice.reason)
+                for node in self._givers:
+                    node.copies(choice.reason)
         self.put(sink.c)
 
     def came(self) -> None:
@@ -240,7 +246,10 @@ class Outlet:
         assert self.settings is not None
         if sink is None:
             return SinkRecord(self.name, str(self.settings.address), 0, 0.0, "", "failed")
-        by_hand = "copy" if self.node.c.out_copies or self.by_ring else "splice"
+        written = (
+            any(node.c.out_copies for node in self._givers) or self.by_ring or sink.c.method == core.COPY
+        )
+        by_hand = "copy" if written else "splice"
         method = sink.method if sink.c.kind == core.FERRY or self.listens else by_hand
         failed = sink.state == "failed" and not self.absent
         lost = self.lost_before + (0 if self.absent else sink.lost - self.lost_earlier)
@@ -253,7 +262,7 @@ class Outlet:
             bytes=sink.moved - self.moved_before + self.moved_away,
             seconds=sink.seconds,
             method="sendfile" if sendfile else method,
-            why_method=self.node.why or sink.copies,
+            why_method=next((node.why for node in self._givers if node.why), sink.copies),
             result="failed" if failed or missed else "delivered",
             reason=sink.reason or self.why_away,
             lost=lost,

@@ -19,11 +19,12 @@ from relay.config.models import Config, Route
 from relay.confinement import confinement
 from relay.endpoints import unix
 from relay.endpoints.address import Address
+from relay.endpoints.dial import TRANSPARENT
 from relay.endpoints.settings import SinkSettings, SourceSettings
 from relay.endpoints.template import placeholders
 from relay.errors import SourceError
 from relay.kernel.pipe import LARGEST_CAPACITY
-from relay.kernel.probe import CAP_NET_BIND_SERVICE, Machine, machine
+from relay.kernel.probe import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, CAP_NET_RAW, Machine, machine
 from relay.planning import drawing
 from relay.planning.plan import Plan, make_plan
 from relay.serving.spilling import spilling
@@ -78,6 +79,12 @@ def _planned(config: Config) -> Plan:
 def findings(config: Config, plan: Plan) -> Iterator[Finding]:
     """Everything that would keep these routes from running as they should, here and now."""
     yield from limits(plan)
+    for address in (config.admin.socket, config.admin.http) if config.admin is not None else ():
+        if address is not None and not address.abstract:
+            for finding in (
+                _socket_path(address) if address.scheme == "unix" else _port(address, plan.machine)
+            ):
+                yield Finding(f"admin: {finding.about}", finding.what, finding.remedy)
     yield from (Finding("confine", what, remedy) for what, remedy in confinement.lacks(config))
     for name, route in config.routes.items():
         for finding in _route(name, route, plan.machine):
@@ -125,7 +132,7 @@ def _route(name: str, route: Route, here: Machine) -> Iterator[Finding]:
         yield from _readable(source.address.path, "the source")
     elif source.address.scheme == "fifo":
         yield from _fifo(source.address.path, os.R_OK)
-    for stage in route.stages:
+    for stage in route.stages + route.replies:
         yield from _stage_files(stage)
     for _address, _sink, slow, _stages in spilling(route):
         if slow.directory is not None:
@@ -139,6 +146,11 @@ def _route(name: str, route: Route, here: Machine) -> Iterator[Finding]:
             yield from _writable(name, sink)
         elif sink.address.scheme == "fifo":
             yield from _fifo(sink.address.path, os.W_OK)
+        if sink.transparent and not here.capabilities & (1 << CAP_NET_ADMIN | 1 << CAP_NET_RAW):
+            remedy = (
+                "AmbientCapabilities=CAP_NET_RAW in the unit, or setcap cap_net_raw+ep on the interpreter"
+            )
+            yield Finding(str(sink.address), f"'transparent': {TRANSPARENT}", remedy)
 
 
 def _stage_files(stage: object) -> Iterator[Finding]:
@@ -152,11 +164,16 @@ def _stage_files(stage: object) -> Iterator[Finding]:
 
 def _listener(end: SourceSettings | SinkSettings, here: Machine) -> Iterator[Finding]:
     address = end.address
-    if address.scheme == "unix":
+    if address.scheme in ("unix", "shared"):
         if not address.abstract:
             yield from _socket_path(address)
             yield from _accounts(end)
-    elif 0 < address.port < here.first_port and not here.capabilities & 1 << CAP_NET_BIND_SERVICE:
+    else:
+        yield from _port(address, here)
+
+
+def _port(address: Address, here: Machine) -> Iterator[Finding]:
+    if 0 < address.port < here.first_port and not here.capabilities & 1 << CAP_NET_BIND_SERVICE:
         yield Finding(
             str(address),
             f"ports below {here.first_port} take CAP_NET_BIND_SERVICE",

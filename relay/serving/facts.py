@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from relay.duplex.sessions import Sessions
+from relay.duplex.upstream import UpstreamState
 from relay.engine import Engine
 from relay.pipeline.pipeline import Pipeline
 
@@ -25,3 +26,4 @@ class Facts:
     pipelines: tuple[Pipeline, ...]
     sessions: tuple[tuple[Engine, Sessions], ...]
     failed: str
+    upstreams: tuple[UpstreamState, ...] = ()

@@ -32,11 +32,11 @@ from relay.endpoints.listening import Key
 from relay.engine import Engine
 from relay.errors import RelayError
 from relay.journal.record import SessionRecord
-from relay.serving.duplex_route import route_of
 from relay.serving.names import Found, listening
 from relay.serving.reception import Handover, keys
 from relay.serving.route import RunningRoute
 from relay.serving.spilling import spilling
+from relay.serving.staged_route import route_of
 from relay.spill.spills import Spills
 
 log = logging.getLogger("relay.serve")
@@ -228,6 +228,8 @@ class Fleet:
                         ended.append(rival)
                         self._end(old[rival], "the configuration of its route changed")
                 fresh[name] = self._make(name, config.routes[name])
+                if name in old:
+                    fresh[name].follow(old[name])
                 try:
                     fresh[name].home.call(partial(fresh[name].open, found, hand.take, wait=True))
                 except RelayError as error:

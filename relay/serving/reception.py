@@ -12,6 +12,7 @@ from relay.endpoints import tcp, unix
 from relay.endpoints.listening import Accepted, Bound, Crowd, Key, Listener
 from relay.endpoints.liveness import tune
 from relay.endpoints.settings import SourceSettings
+from relay.endpoints.turnstile import Turnstile
 from relay.engine import Engine
 from relay.errors import RelayError
 from relay.serving.names import End, Found, meaning
@@ -28,7 +29,7 @@ def nobody(_key: Key) -> Bound | None:
 
 def keys(route: str, end: End, found: Found) -> list[Key]:
     """Names the sockets that `end` of the route of that name listens on. Raises SourceError."""
-    if end.address.scheme == "unix":
+    if end.address.scheme != "tcp":
         return [unix.key(end.address)]
     return tcp.keys(end.address, meaning(end, found).places, _owner(route, end))
 
@@ -74,7 +75,9 @@ class Reception:
             accepted = partial(_tuned, accepted, end.dead_after)
         else:
             bounds = unix.bind(end.address, mode=end.mode, owner=means.user, group=means.group, take=take)
-        self._listeners[number] = [Listener(self._engine, bound, accepted) for bound in bounds]
+        rate = end.limits.rate if isinstance(end, SourceSettings) else None
+        gate = Turnstile(rate) if rate else None
+        self._listeners[number] = [Listener(self._engine, bound, accepted, gate) for bound in bounds]
         if self._crowd is not None:
             for listener in self._listeners[number]:
                 listener.by_the_crowd(self._crowd)
@@ -133,7 +136,7 @@ class Reception:
                 self._open(number, nobody)
                 for listener in self._listeners[number]:
                     listener.resume()
-            elif end.address.scheme == "unix":
+            elif end.address.scheme != "tcp":
                 means = meaning(end, self.found)
                 unix.dress(end.address, mode=end.mode, owner=means.user, group=means.group)
 

@@ -287,8 +287,8 @@ class Server:
         self._reload_asked = False  # before the file is read: a signal from here on asks again
         if self.signalled:
             log.info("SIGHUP: relay is draining, nothing is reloaded")
-            self._settled(ENDING_OUTCOME)
             self._vigil.notifier.stopping("draining", self._config.drain)
+            self._settled(ENDING_OUTCOME)
         elif self._again is None:
             self._fleet.reopen(tuple(self._fleet.at_work))
             self._say_ready()
@@ -347,8 +347,8 @@ class Server:
         for problem in said:
             log.error("not reloaded: %s", problem, extra={"event": "reload_refused"})
         log.warning("the configuration stays as it was", extra={"event": "reload_refused"})
-        self._settled(Outcome("refused", "the configuration stays as it was", said))
         self._say_ready("; the last reload was refused, see the log")
+        self._settled(Outcome("refused", "the configuration stays as it was", said))
 
     def _say_ready(self, more: str = "") -> None:
         routes = list(self._fleet.at_work.values())
@@ -371,8 +371,8 @@ def _place(config: Config, error: NotExchanged) -> Place:
     base: Place = ("routes", error.name)
     if isinstance(inner, EndpointError):
         if inner.address == str(route.source.address):
-            return (*base, "source", route.source.verb)
+            return (*base, "source", "shared" if route.source.shared else route.source.verb)
         for place, sink in route.sinks():
             if inner.address == str(sink.address):
-                return (*base, *place, sink.verb)
+                return (*base, *place, "shared" if sink.shared else sink.verb)
     return base

@@ -26,6 +26,7 @@ from relay.errors import RelayBug, ShareError
 from relay.kernel.arena import in_use, whole_pages
 from relay.sharing import wire
 from relay.sharing.content import Content, content_of, describe
+from relay.sharing.shared import Shared
 from relay.sharing.slots import Slots
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ _ROOM = 4096  # bytes of a send buffer that one message takes at most, the kerne
 
 
 class _Reader:
-    """One receiver: its socket, and the blocks it has. `held` is turn -> slot; -1 for a ring that was left."""
+    """One receiver: its socket, and the blocks it has. `held` is turn -> slot; -1 for memory of its own, and for a
+    ring that was left."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -68,6 +70,7 @@ class ShareSink:
         self._holders = [0] * slots  # how many receivers have the slot
         self._drafts: set[int] = set()  # slots that are being filled
         self._readers: list[_Reader] = []
+        self._gone_with: int | None = None  # the first turn that a receiver took along
         self._process = os.getpid()
         for sock in sockets:
             self.join(sock)
@@ -92,12 +95,28 @@ class ShareSink:
         """Slots that some receiver has and has not given back."""
         return sum(1 for count in self._holders if count)
 
+    @property
+    def behind(self) -> int:
+        """How many of the blocks sent last contain all that was not given back; every one before them was.
+
+        What a receiver had that went away never is.
+        """
+        first = [next(iter(reader.held)) for reader in self._readers if reader.held]
+        first += [self._gone_with] if self._gone_with is not None else []
+        return max(((self._turn - turn & 0xFFFFFFFF) + 1 for turn in first), default=0)
+
+    def collect(self) -> None:
+        """Takes back what receivers gave back so far; BrokenPipeError when none is left. Never waits."""
+        self._collect()
+        if not self._readers:
+            raise BrokenPipeError("no receiver is left")
+
     def join(self, sock: socket.socket) -> None:
         """Takes over `sock`: its receiver gets every block from the next one on."""
         self._own()
         wire.unix_only(sock)
         sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, (self._count + 2) * _ROOM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, (2 * self._count + 2) * _ROOM)
         reader = _Reader(sock)
         self._readers.append(reader)
         if self._ring is not None and not self._stale:
@@ -108,8 +127,14 @@ class ShareSink:
 
         Waits for a free slot, `timeout` seconds at most (None: as long as it takes): TimeoutError, with
         nothing sent, when there is none. BrokenPipeError when no receiver is left. TypeError for what has no
-        dtype to tell, as `share`.
+        dtype to tell, as `share`. A `Shared` is not copied: its own pages are handed over, as many of them at
+        once as there are slots.
         """
+        if isinstance(block, Shared):
+            self._own()
+            self._wait(self._room_for_final, timeout)
+            self._hand_over(-1, block.content, block.fileno())
+            return
         content, flat = describe(block)
         number = self._free_slot(content.size, timeout)
         if flat:
@@ -237,13 +262,21 @@ class ShareSink:
             self._ring = None
         self._holders = [0] * self._count
 
-    def _hand_over(self, number: int, content: Content) -> None:
+    def _room_for_final(self) -> bool:
+        if not self._readers:
+            raise BrokenPipeError("no receiver is left")
+        return all(list(reader.held.values()).count(-1) < self._count for reader in self._readers)
+
+    def _hand_over(self, number: int, content: Content, fd: int = -1) -> None:
+        """A block in slot `number`, or in memory of its own with -1."""
         self._turn = (self._turn + 1) & 0xFFFFFFFF
-        header = wire.Header(wire.BLOCK, content.size, content, number, self._turn)
+        kind, slot = (wire.BLOCK, number) if number >= 0 else (wire.FINAL, wire.NO_SLOT)
+        header = wire.Header(kind, content.size, content, slot, self._turn)
         for reader in list(self._readers):
             reader.held[self._turn] = number
-            self._holders[number] += 1
-            self._tell(reader, header)
+            if number >= 0:
+                self._holders[number] += 1
+            self._tell(reader, header, fd)
         if not self._readers:
             raise BrokenPipeError("no receiver is left")
 
@@ -260,6 +293,8 @@ class ShareSink:
         self._readers.remove(reader)
         reader.sock.close()
         log.debug("a receiver of shared blocks left: %s", why)
+        if reader.held and self._gone_with is None:
+            self._gone_with = next(iter(reader.held))
         if any(number >= 0 for number in reader.held.values()):
             self._stale = True
 

@@ -10,19 +10,22 @@ import socket
 import time
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
 from relay.errors import ShareError
+from relay.kernel import memfd
 from relay.kernel.arena import in_use
 from relay.sharing import wire
 from relay.sharing.content import Content
+from relay.sharing.shared import MAX_BYTES, Shared
 from relay.sharing.slots import received
-
-MAX_BYTES: Final = 1 << 30  # what a receiver maps unless told otherwise
 
 
 class Block:
     """One block, in the sender's memory until it is given back: `release`, or the end of a `with` block.
+
+    Most are in a slot that the sender writes again. `final` is there for one that came in memory of its own, which
+    nobody can change: it may be kept when the block is given back.
 
     `view` and `array` look at it without a copy; nothing of them may be left when it is given back. A sender
     that does not keep to the rules could change the bytes meanwhile (but not their number): whoever must not
@@ -70,6 +73,13 @@ class Block:
         """The sides of the array, C-ordered."""
         return self.content.shape
 
+    @property
+    def final(self) -> Shared | None:
+        """The memory of its own that it came in; None for a slot, ValueError once it was given back."""
+        if self._memory is None:
+            raise ValueError("the block was given back")
+        return self._memory if isinstance(self._memory, Shared) else None
+
     def view(self) -> memoryview:
         """The bytes, read-only; ValueError once it was given back."""
         if self._memory is None:
@@ -78,7 +88,7 @@ class Block:
 
     def array(self) -> Any:
         """A read-only NumPy array over the bytes, without a copy (booleans are copied). Needs NumPy."""
-        return self.content.array(self.view(), final=False)
+        return self.content.array(self.view(), final=isinstance(self._memory, Shared))
 
     def release(self) -> None:
         """Gives it back: the sender will write the next block there. Safe to call again.
@@ -155,26 +165,37 @@ class ShareSource:
         """
         until = None if timeout is None else time.monotonic() + timeout
         while True:
-            self._sweep()
-            if self._refused:
-                raise ShareError(self._refused, hint="close the connection")
-            if self._ended:
-                return None
             try:
-                message = wire.receive(self._sock)
-                if message is None:
-                    raise ConnectionResetError(
-                        "the sender of shared blocks went away before the stream's end"
-                    )
-                block = self._take(*message)
+                block = self.step()
             except BlockingIOError:
                 self._await(until, timeout)
                 continue
-            except ShareError as error:
-                self._refused = error.message
-                raise
-            if block is not None:
+            if block is not None or self._ended:
                 return block
+
+    @property
+    def ended(self) -> bool:
+        """Whether the sender has ended the stream, and all of it was received."""
+        return self._ended
+
+    def step(self) -> Block | None:
+        """One message, for who waits for many: a block, or None for what announces one, or the end (see `ended`).
+
+        Never waits: BlockingIOError when none is there. Else raises what `receive` does.
+        """
+        self._sweep()
+        if self._refused:
+            raise ShareError(self._refused, hint="close the connection")
+        if self._ended:
+            return None
+        try:
+            message = wire.receive(self._sock)
+            if message is None:
+                raise ConnectionResetError("the sender of shared blocks went away before the stream's end")
+            return self._take(*message)
+        except ShareError as error:
+            self._refused = error.message
+            raise
 
     def fileno(self) -> int:
         """The socket's descriptor, for a selector: readable when a block has come."""
@@ -230,6 +251,10 @@ class ShareSource:
                 self._maps = received(fd, header.slot, header.size, self._max_bytes)
                 self._out.clear()
                 return None
+            if header.kind == wire.FINAL:
+                taken, fd = fd, -1
+                final = self._final(header, taken)
+                return Block(self, final, wire.NO_SLOT, header.turn, header.content)
         finally:
             if fd >= 0:
                 os.close(fd)
@@ -242,3 +267,24 @@ class ShareSource:
             raise ShareError(f"a block in slot {header.slot}, which was not given back yet")
         self._out[header.turn] = header.slot
         return Block(self, memory, header.slot, header.turn, header.content)
+
+    def _final(self, header: wire.Header, fd: int) -> Shared:
+        """Takes `fd` over."""
+        try:
+            if (
+                not 0 < header.size <= self._max_bytes
+                or header.slot != wire.NO_SLOT
+                or header.turn in self._out
+            ):
+                raise ShareError(
+                    f"a block of {header.size} bytes in memory of its own, for slot {header.slot} and turn "
+                    f"{header.turn}: between 1 and {self._max_bytes} bytes are taken, each turn once",
+                    hint="raise max_bytes if that is right",
+                )
+            memfd.judge(fd, header.size, memfd.WRITE)
+        except BaseException:
+            os.close(fd)
+            raise
+        final = Shared(fd, header.content)
+        self._out[header.turn] = -1
+        return final

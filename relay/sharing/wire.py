@@ -15,6 +15,7 @@ is refused are closed. Every number is checked here before anybody uses it.
 
 kind 1: `size` bytes to keep, with a memfd. 2: a ring of `slot` slots of `size` bytes each, with a memfd.
 3: a block of `size` bytes in slot `slot`, the `turn`th of all. 4: the end of the blocks.
+5: as 3, in a memfd of its own that is final; `slot` is NO_SLOT.
 Back comes `slot u32 | turn u32` for each block.
 """
 
@@ -31,7 +32,9 @@ from relay.errors import ShareError
 from relay.sharing.content import LARGEST, LONGEST_DTYPE, MOST_DIMENSIONS, Content
 
 MAGIC: Final = b"RLY1"
-KEEP, RING, BLOCK, END = 1, 2, 3, 4
+KEEP, RING, BLOCK, END, FINAL = 1, 2, 3, 4, 5
+WITH_MEMORY: Final = (KEEP, RING, FINAL)  # a memfd comes along
+NO_SLOT: Final = 0xFFFFFFFF
 MOST_SLOTS: Final = 128
 
 _FIXED: Final = struct.Struct(f"<4sBBHQII{LONGEST_DTYPE}s")
@@ -82,7 +85,7 @@ def parse(raw: bytes) -> Header:
     magic, kind, dimensions, length, size, slot, turn, dtype = _FIXED.unpack_from(raw)
     if magic != MAGIC:
         raise ShareError(f"a message that begins with {magic!r} instead of {MAGIC!r}")
-    if kind not in (KEEP, RING, BLOCK, END):
+    if kind not in (KEEP, RING, BLOCK, END, FINAL):
         raise ShareError(f"a message of the unknown kind {kind}")
     if dimensions > MOST_DIMENSIONS or length > LONGEST_DTYPE or size > LARGEST:
         raise ShareError("a message with more dimensions, a longer dtype or more bytes than there can be")
@@ -126,7 +129,7 @@ def receive(sock: socket.socket) -> tuple[Header, int] | None:
         if flags & socket.MSG_TRUNC:
             raise ShareError(f"a message longer than {HEADER} bytes")
         header = parse(raw)
-        wanted = 1 if header.kind in (KEEP, RING) else 0
+        wanted = 1 if header.kind in WITH_MEMORY else 0
         if len(found) != wanted:
             raise ShareError(f"{len(found)} descriptors came with a message that has {wanted}")
         return header, found.pop() if found else -1

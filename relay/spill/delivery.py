@@ -10,7 +10,7 @@ from typing import Literal
 from relay.backoff import Backoff
 from relay.endpoints.base import Sink
 from relay.endpoints.options import OnSlow
-from relay.endpoints.settings import SinkSettings
+from relay.endpoints.settings import REACHED_AGAIN, SinkSettings
 from relay.engine import Engine, Timer
 from relay.errors import EndpointError, RelayError, SinkError
 from relay.journal.record import SessionRecord
@@ -156,7 +156,8 @@ class Delivery:
             return
         standing.c.base = self._cursor.position
         standing.c.queues = int(self._sink.address.scheme == "tcp")
-        standing.c.acknowledged = self._noted
+        if self._sink.address.scheme != "shared":  # what its thread has is not with the consumer yet
+            standing.c.acknowledged = self._noted
         source.on_refill = self._look
         self._look()
 
@@ -205,7 +206,7 @@ class Delivery:
             self._in_vain_since = self.engine.now
         reached = self._source.began_at + sink.bytes
         if self._broken == "resume":
-            if self._sink.address.scheme == "tcp":  # elsewhere what was accepted is the peer's
+            if self._sink.address.scheme in ("tcp", "shared"):  # elsewhere what was accepted is the peer's
                 self._advance(reached - sink.lost)
             else:
                 self._advance(reached)
@@ -223,7 +224,7 @@ class Delivery:
             self._unreadable(record.reason)
             return
         given_up = self._patience is not None and self.engine.now - self._in_vain_since >= self._patience
-        can_be_tried_again = self._sink.address.scheme in ("tcp", "unix", "fifo")
+        can_be_tried_again = self._sink.address.scheme in REACHED_AGAIN
         if self._broken == "fail" or given_up or not can_be_tried_again:
             failed = self._standing.failed_with if self._standing is not None else None
             address = str(self._sink.address)
@@ -256,6 +257,13 @@ class Delivery:
     def _again(self, lasted: float) -> None:
         self._backoff.lasted(lasted)
         self._timer = self.engine.later(self._backoff.next(), self.start)
+
+    def change(self, old: StageSettings, new: StageSettings) -> None:
+        """A stage has other settings from now on, in this connection and in those to come."""
+        self._stages = tuple(new if each is old else each for each in self._stages)
+        if self._pipeline is not None and not self._pipeline.closed:
+            self._pipeline.chain.change(old, new)
+            self.engine.ready(self._pipeline.c)
 
     def reopen(self) -> None:
         """A file that was moved away is opened anew."""

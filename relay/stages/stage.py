@@ -30,6 +30,7 @@ class Turn:
     time: str
     peer: str
     name: str = ""
+    local: str = ""  # where the peer connected to
 
     def values(self) -> Mapping[str, str]:
         """For placeholders in paths and headers."""
@@ -80,6 +81,9 @@ class Stage:
     def end(self) -> Mapping[str, Any]:
         """A stream has passed: what the stage has to say of it, for the session record."""
         return {}
+
+    def change(self, settings: StageSettings) -> None:
+        """What of it can be changed while it runs is as `settings` say, from now on. On its engine's thread."""
 
     def close(self) -> None:
         """The pipeline is gone."""
