@@ -172,6 +172,7 @@ class Draft:
             os.ftruncate(self._fd, self.content.size)
             self._map = mmap.mmap(-1, self.content.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memfd.place(self._map, self._fd, writable=True)
+            memfd.advise(self._map)
         except BaseException:
             os.close(self._fd)
             raise
