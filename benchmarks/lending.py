@@ -20,6 +20,7 @@ MIB = 1 << 20
 def lent(total: int, *, huge: bool, busy: bool, lend: bool, piece: int = 256 << 10) -> float:
     """GB/s through one pipe: a process that lends (or writes), one that splices on to /dev/null (or reads)."""
     start, done = os.pipe(), os.pipe()
+    spin = 1.0 if busy else 0.0
     pipe = relay.Pipe()
     pid = os.fork()
     if pid == 0:
@@ -29,14 +30,10 @@ def lent(total: int, *, huge: bool, busy: bool, lend: bool, piece: int = 256 << 
             buffer = bytearray(piece)
             os.read(start[0], 1)
             while left:
-                try:
-                    if lend:
-                        left -= pipe.splice_to(nowhere, left) if busy else relay.splice(pipe, nowhere, left)
-                    else:
-                        left -= os.readv(pipe.read_fd, [buffer])
-                except BlockingIOError:
-                    if not busy:
-                        raise
+                if lend:
+                    left -= relay.splice(pipe, nowhere, left, busy=spin)
+                else:
+                    left -= os.readv(pipe.read_fd, [buffer])
             os.write(done[1], b"x")
             code = 0
         finally:
@@ -47,18 +44,11 @@ def lent(total: int, *, huge: bool, busy: bool, lend: bool, piece: int = 256 << 
     begun, left = time.perf_counter(), total
     view = memoryview(content)[:piece]
     while left:
-        try:
-            if not lend:
-                left -= os.write(pipe.write_fd, view[:left])
-            elif busy:
-                left -= arena.lend(pipe)
-            else:
-                left -= relay.vmsplice(arena, pipe)
-            if lend and not arena.waiting:
-                arena.rewind()
-        except BlockingIOError:
-            if not busy:
-                raise
+        if lend:
+            left -= relay.vmsplice(arena, pipe, busy=spin)
+            arena.rewind()
+        else:
+            left -= relay.vmsplice(view[:left], pipe, busy=spin)
     os.read(done[0], 1)
     seconds = time.perf_counter() - begun
     os.waitpid(pid, 0)

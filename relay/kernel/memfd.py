@@ -24,8 +24,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import functools
+import mmap
 import os
 import stat
 from pathlib import Path
@@ -112,7 +112,9 @@ def fill(fd: int, content: memoryview) -> None:
             os.ftruncate(fd, len(content))
             with mmap.mmap(fd, len(content)) as memory:
                 advise(memory)
-                memory.madvise(POPULATE_WRITE)  # a page that is not to be had is an error here, SIGBUS in a copy
+                memory.madvise(
+                    POPULATE_WRITE
+                )  # a page that is not to be had is an error here, SIGBUS in a copy
                 copy(memory, content)
             return
         while at < len(content):

@@ -393,6 +393,8 @@ void relay_refuse(int fd);
 int64_t relay_lend(int pipe_w, const char *memory, int64_t size);
 int64_t relay_tee(int pipe_r, int pipe_w, int64_t size);
 int64_t relay_splice(int from, int64_t offset, int to, int64_t size, int more);
+/* Asks again and again, for ns at most: 1 when `events` of poll(2) are there, 0 when not, or -errno. */
+int relay_spin(int fd, int events, int64_t ns);
 
 /* Memory that is lent (memory.c). What is mapped at `from` moves to `to`, read-only unless `writable`; `from` stays
  * mapped, and empty where it is private: 0 or -errno. Both are whole pages, `to` private anonymous ones. */

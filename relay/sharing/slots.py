@@ -28,7 +28,9 @@ def _mapped(fd: int, number: int, size: int, *, writable: bool) -> mmap.mmap:
         ) from error
     memfd.place(slot, fd, number * size, writable=writable)
     with contextlib.suppress(OSError):  # before Linux 5.14 every page is entered when it is first looked at
-        slot.madvise(memfd.POPULATE_WRITE if writable else memfd.POPULATE_READ)  # the first blocks are not slower
+        slot.madvise(
+            memfd.POPULATE_WRITE if writable else memfd.POPULATE_READ
+        )  # the first blocks are not slower
     return slot
 
 
