@@ -19,6 +19,7 @@ import pytest
 from descriptors import Descriptors
 from forked import forked
 from peers import payload, receive_exactly
+from pipes import read
 
 import relay
 from relay.kernel import arena as arena_module
@@ -34,14 +35,6 @@ def pipe() -> Iterator[relay.Pipe]:
     """A pipe of 1 MiB, as far as it is granted."""
     with relay.Pipe() as made:
         yield made
-
-
-def read(pipe: relay.Pipe, size: int) -> bytes:
-    """Exactly `size` bytes out of a pipe that holds them."""
-    found = b""
-    while len(found) < size:
-        found += os.read(pipe.read_fd, size - len(found))
-    return found
 
 
 def test_import_is_lazy() -> None:

@@ -31,14 +31,6 @@ def pipe() -> Iterator[relay.Pipe]:
         yield made
 
 
-def read(pipe: relay.Pipe, size: int) -> bytes:
-    """Exactly `size` bytes out of a pipe that holds them, or will."""
-    found = b""
-    while len(found) < size:
-        found += os.read(pipe.read_fd, size - len(found))
-    return found
-
-
 def test_vmsplice_copies_what_is_not_an_arenas(pipe: relay.Pipe) -> None:
     """bytes, a bytearray, an array and an mmap go in by copying: changed afterwards, they arrive unchanged."""
     sources: list[Any] = [
