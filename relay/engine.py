@@ -150,6 +150,17 @@ class Engine:
                 raise  # it is the action's own
             raise RelayBug(f"{self.name} did not answer within {patience:g} s") from error
 
+    @property
+    def cpu_seconds(self) -> float:
+        """What its thread has used of a CPU so far; 0 before it runs and after it ended."""
+        thread = self._thread
+        if thread is None or thread.ident is None or not thread.is_alive():
+            return 0.0
+        try:
+            return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+        except OSError:  # it has ended just now
+            return 0.0
+
     def stop(self) -> None:
         """Ends the loop after what is posted has run, waits for the thread, closes the engine's descriptors."""
         self.post(self._stop)

@@ -51,6 +51,7 @@ PROCESS = Need(
 ENGINE = Need(3)  # epoll, its wake-up, /dev/null
 BACKLOG = 8 << 20  # bytes a subscriber may be behind, beside `buffer` and `burst`: one memory for all
 RESERVE = 8 << 20  # bytes that come while it is found out whether a full subscriber is slow
+THREADED = ("file", "shared")  # ends that a thread serves: what it is handed is a backlog of two pipes
 WAITING = Need(1)  # a connection that waits for its turn
 
 
@@ -72,6 +73,18 @@ def pipe(wanted: int, machine: Machine) -> Need:
 def node(machine: Machine) -> Need:
     """One node of a chain (chain.Node)."""
     return pipe(DEFAULT_CAPACITY, machine)
+
+
+def has_backlog(sink: SinkSettings, slow: OnSlow) -> bool:
+    """Whether a tee's sink has a pipe in front of it: where a policy stands, and where it could hold its neighbours."""
+    if slow.policy != "block" or sink.proxy_protocol:
+        return True
+    return not (slow.buffer or sink.address.scheme in (*THREADED, "null"))
+
+
+def passes_backlog(sink: SinkSettings, slow: OnSlow) -> bool:
+    """Whether its bytes go past that pipe while it is empty."""
+    return slow.policy != "spill" and not slow.buffer and sink.address.scheme not in THREADED
 
 
 def ferry(machine: Machine) -> Need:

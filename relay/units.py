@@ -1,7 +1,7 @@
-"""Sizes, rates and durations as people write them: `64KiB`, `10MB/s`, `1.5s`.
+"""Sizes, rates, durations and paces as people write them: `64KiB`, `10MB/s`, `1.5s`, `100/s`.
 
-`parse_size`, `parse_rate` and `parse_duration` need nothing but the standard library. `Size`, `Rate` and
-`Duration` are the same three as types of a pydantic model's fields.
+`parse_size`, `parse_rate`, `parse_duration` and `parse_pace` need nothing but the standard library. `Size`, `Rate`,
+`Duration` and `Pace` are the same four as types of a pydantic model's fields.
 
 Units are written one way only (`MB` is 10^6 bytes, `MiB` 2^20, `Mbit` 10^6 bits), since `m`, `M`, `mb` and
 `Mb` mean different things to different people and a wrong guess is off by a factor of eight.
@@ -28,6 +28,7 @@ _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400
 
 _NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 _QUANTITY = re.compile(rf"({_NUMBER}) ?([A-Za-z]*)")
+_PACE = re.compile(rf"({_NUMBER})(?: ?/ ?([smhd]))?")
 _LARGEST = 2**63 - 1  # what off_t holds
 _LONGEST = 3650 * 86400.0  # ten years: beyond it lie typing errors and overflowing timers
 
@@ -76,6 +77,20 @@ def parse_duration(value: object) -> float:
     if seconds > _LONGEST:
         raise ValueError(f"{show(value)} is too long: the longest duration is 3650d")
     return seconds
+
+
+def parse_pace(value: object) -> float:
+    """Times a second of `100/s`, `30/m`, `1000/h` or a plain number; ValueError in plain words."""
+    times = math.nan
+    if isinstance(value, str):
+        matched = _PACE.fullmatch(value.strip())
+        if matched:
+            times = float(matched[1]) / _SECONDS[matched[2] or "s"]
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        times = float(value) if abs(value) < _LARGEST else math.inf
+    if not 0 < times < 1e9:
+        raise ValueError(f"expected a number for a time such as 100/s, got {show(value)}")
+    return times
 
 
 def show(value: object) -> str:
@@ -171,6 +186,7 @@ _BYTE_UNITS = "B|kB|[KMGT]i?B"
 _RATE_UNITS = f"{_BYTE_UNITS}|bit|kbit|[KMGT]i?bit"
 _SIZE = Unit(parse_size, "integer", _pattern(_BYTE_UNITS), "64KiB")
 _RATE = Unit(parse_rate, "integer", _pattern(_RATE_UNITS, "/s"), "10MB/s")
+_PER = Unit(parse_pace, "number", rf"^{_NUMBER}( ?/ ?[smhd])?$|\$\{{", "100/s", positive=True)
 _DURATION = Unit(parse_duration, "number", _pattern("us|ms|s|m|h|d") + rf"|^{_NUMBER}$", "1.5s")
 
 Size = Annotated[int, _SIZE]
@@ -178,6 +194,7 @@ Rate = Annotated[int, _RATE]
 Duration = Annotated[float, _DURATION]
 PositiveSize = Annotated[int, replace(_SIZE, positive=True)]
 PositiveRate = Annotated[int, replace(_RATE, positive=True)]
+Pace = Annotated[float, _PER]
 PositiveDuration = Annotated[float, replace(_DURATION, positive=True)]
 
 

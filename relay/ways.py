@@ -18,7 +18,7 @@ Method = Literal["splice", "tee", "sendfile", "vmsplice", "copy"]
 
 STRAIGHT = ("tcp", "unix", "fifo")  # sinks that a file reaches by sendfile when nothing else is on the way
 APPENDING = "a file opened to append refuses splice"
-STRAIGHT_TO_FILE = "into memory that the file is written from: splice would copy into the page cache, too"
+STRAIGHT_TO_FILE = "into memory that files are written from: splice would copy into the page cache, too"
 DIRECT = "O_DIRECT takes whole, aligned blocks: bytes are gathered in memory first"
 
 
@@ -111,12 +111,18 @@ class Ways:
             return Choice("copy", "a checksum must see the bytes")
         return Choice("splice", "pages move to the end by reference")
 
-    def across(self, sinks: int) -> Choice:
-        """How a stream to so many plain sinks, which may go down a chain or through a ring, begins."""
-        if reason := self._copies("splice") or self._copies("tee") * (sinks > 1):
+    def across(self, source: str, sinks: Sequence[str]) -> Choice:
+        """How a stream between ends of those schemes, which may go down a chain or through a ring, begins.
+
+        With files among the sinks it stays that way: what their threads take is not measured.
+        """
+        if reason := self._copies("splice") or self._copies("tee") * (len(sinks) > 1):
             return Choice("copy", f"{reason}; one read into memory, one send a sink out of it")
         if self.forced != "auto":
             return Choice("splice", f"asked for by method: {self.forced}")
+        if "file" in sinks:
+            straight = self.straight(source)
+            return straight or Choice("splice", "pages move by reference up to the file")
         return Choice("splice", "pages move by reference; what that costs is measured as they do")
 
     @staticmethod

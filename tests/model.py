@@ -16,6 +16,7 @@ from slots import Pipe
 PIECE = 1 << 20  # most bytes asked for in one call
 PATIENT = 256 << 20  # most bytes that a rush must have lasted for
 GIVEN = 16 << 20  # bytes to the readers of rings in one sweep
+STUCK = 20_000_000  # nanoseconds that what a sink refuses waits in front of its backlog
 FEWEST = 64 << 10  # bytes into a ring at a time, however many read it
 
 Event = tuple[str, str, int]  # what, the name of the node, sink or pipeline, errno
@@ -166,6 +167,8 @@ class Node:
     pipe: Pipe
     next: Node | None = None
     into: Node | None = None
+    past: bool = False  # `into` is but its sink's backlog
+    stuck: int = 0
     sink: Sink | None = None
     ring: Ring | None = None
     full: bool = False
@@ -510,12 +513,19 @@ class Model:
             return False
         if node.ring:
             moved = self._give_to_ring(node, node.ring, size)
+        elif node.past:
+            moved = self._give_past(node, size)
         else:
-            moved = self._give_to_sink(node, node.sink, size) if node.sink else self._give_to_node(node, size)
+            moved = (
+                self._give_to_sink(node, node, node.sink, size)
+                if node.sink
+                else self._give_to_node(node, size)
+            )
         if moved < 0:
             return True
         if not moved:
-            self._blocked(node)
+            if not node.past or (node.into and node.into.refuses):
+                self._blocked(node)
             return False
         node.passed += moved
         if node.ring and node.sink:
@@ -538,7 +548,26 @@ class Model:
         node.into.full |= not moved
         return moved
 
-    def _give_to_sink(self, node: Node, sink: Sink, size: int) -> int:
+    def _give_past(self, node: Node, size: int) -> int:
+        """Straight to the sink while its backlog is empty; else into that, if somebody behind has nothing left."""
+        backlog, following = node.into, node.next
+        assert backlog
+        if not backlog.held and backlog.sink:
+            moved = self._give_to_sink(node, backlog, backlog.sink, size)
+            if moved > 0:
+                backlog.passed += moved
+                backlog.history.append(("passed", moved))
+                node.stuck = 0
+                return moved
+        if backlog.sink and following and following.held:
+            node.stuck = node.stuck or self.now
+            if self.now - node.stuck < STUCK:
+                self._wake_at(node.stuck + STUCK)
+                return 0
+        return self._give_to_node(node, size)
+
+    def _give_to_sink(self, node: Node, outlet: Node, sink: Sink, size: int) -> int:
+        """Bytes of `node` to the sink that stands at `outlet`."""
         if sink.failed or not sink.writable:
             return 0
         if not sink.pipe:
@@ -546,8 +575,8 @@ class Model:
         elif sink.pipe.orphaned:
             self.calls += 1
             sink.failed = True
-            if not node.hold:
-                node.sink, node.since = None, 0
+            if not outlet.hold:
+                outlet.sink, outlet.since = None, 0
             self._tell("SINK_FAILED", sink.name, EPIPE)
             return -1
         else:
@@ -731,7 +760,7 @@ class Model:
         moved = False
         while sink.writable:
             if not reader.rest and reader.dropping:
-                if not self._end_gap(reader, ring.border(ring.offered, reader.align, down=True)):
+                if not self._end_gap(ring, reader, ring.border(ring.offered, reader.align, down=True)):
                     break
                 moved = True
                 continue
@@ -763,7 +792,7 @@ class Model:
             self._given += given
             moved = True
         if reader.dropping and not reader.rest and ring.ended:
-            moved |= self._end_gap(reader, ring.position)
+            moved |= self._end_gap(ring, reader, ring.position)
         if reader.at >= ring.offered and not reader.rest and not reader.dropping:
             self._reader_kept_up(reader)
             if ring.ended:
@@ -771,9 +800,9 @@ class Model:
                 self._tell("SINK_DRAINED", sink.name)
         return moved
 
-    def _end_gap(self, reader: Reader, to: int) -> bool:
-        """It goes on at the last border that has come."""
-        if to < reader.at:
+    def _end_gap(self, ring: Ring, reader: Reader, to: int) -> bool:
+        """It goes on at the last border that has come, if that is still in memory."""
+        if to < max(reader.at, ring.position - ring.size):
             return False
         reader.dropped += to - reader.at
         reader.at, reader.dropping = to, False

@@ -31,6 +31,7 @@ PACKAGES = {
     "b3sum": "b3sum",
     "prlimit": "util-linux",
     "ip": "iproute2",
+    "promtool": "prometheus",
     "ss": "iproute2",
 }
 

@@ -97,7 +97,12 @@ def working_threads(suffix: str) -> list[str]:
 def environment(**more: str) -> dict[str, str]:
     """What a relay process needs to be found from any directory."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RELAY_")}
+    # the user's own admin socket is nobody's here
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("RELAY_") and key != "XDG_RUNTIME_DIR"
+    }
     return {**kept, "PYTHONPATH": path, **more}
 
 

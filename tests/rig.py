@@ -54,6 +54,7 @@ class Spec:
     align: int = 1
     null: bool = False  # its sink is /dev/null
     hold: bool = False  # a sink that fails is replaced
+    past: bool = False  # a gate's branch is but its sink's backlog, passed by while it is empty
     apart: int = 0  # nanoseconds for which its sink, taking nothing, holds a turn's end
     ring: int = 0  # of the tail: a broadcast whose readers are full when they are so many bytes behind
     reserve: int = 0  # its memory beyond that
@@ -223,6 +224,7 @@ class Rig:
             leaf.c.apart, leaf.model.gate = gate.c, gate.model
         self._give_stash(leaf, spec)
         gate.c.into, gate.model.into = leaf.c, leaf.model
+        gate.c.past, gate.model.past = int(spec.past), spec.past
         return leaf
 
     def _outlet(self, step: Step, gate: Step, spec: Spec) -> None:
@@ -344,6 +346,7 @@ class Rig:
             place = Place(ring, outlet.step, outlet.gate, self._token(name))  # type: ignore[arg-type]
             node, gate = outlet.step.model, outlet.gate.model
             apart = gate.apart if node.gate is gate else 0
+            gate.dropping, gate.rest_need = False, 0
             reader = ModelReader(
                 node.sink, gate.after, gate.align, name, stays=True, hold=node.hold, apart=apart
             )
@@ -391,7 +394,7 @@ class Rig:
             self.ring[0].new_stream()
             self.ring[1].new_stream()
             for outlet in self.outlets:
-                if outlet.reader and not outlet.reader[1].runs and outlet.alive:
+                if outlet.reader and not outlet.reader[1].runs and outlet.reader[1] in self.ring[1].readers:
                     outlet.began = min(outlet.began, outlet.reader[1].at)
 
     def later(self, nanoseconds: int) -> None:
@@ -404,6 +407,9 @@ class Rig:
             if c.since_ns:
                 c.since_ns -= nanoseconds
                 model.since -= nanoseconds
+            if c.stuck_ns:
+                c.stuck_ns -= nanoseconds
+                model.stuck -= nanoseconds
         for outlet in self.outlets:
             if outlet.c.last_ns:
                 outlet.c.last_ns -= nanoseconds
@@ -502,6 +508,7 @@ class Rig:
             for field in ("full", "ended", "done", "slow", "dropping"):
                 assert bool(getattr(c, field)) == getattr(model, field), f"{name}: {field}"
             assert (c.since_ns, c.blocked_ns) == (model.since, model.blocked), f"{name}: blocked"
+            assert c.stuck_ns == model.stuck, f"{name}: stuck"
             assert c.rest_have == len(model.rest), f"{name}: rest"
             assert c.prefix_left == len(model.prefix), f"{name}: prefix"
             if c.next:

@@ -454,7 +454,7 @@ R = "routes: {a: {source: '-', sink: 'null:'}}\n"
         ("admin: {socket: 'tcp://127.0.0.1:1'}", "2:17", "the admin socket is a unix socket"),
         ("admin: {http: 'unix:///x'}", "2:15", "admin http listens on tcp"),
         ("admin: {htp: 'tcp://:1'}", "2:9", "did you mean 'http'?"),
-        ("admin: yes", "2:8", "expected a mapping with socket or http, got 'yes'"),
+        ("admin: yes", "2:8", "expected a mapping with socket, http or remote, got 'yes'"),
     ],
 )  # fmt: skip
 def test_wrong_keys_at_the_top(text: str, place: str, said: str) -> None:

@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("aio",),
-    ("transfers",),
+    ("transfers", "admin"),
     ("serving", "sending", "planning", "doctor", "bench"),
     ("config", "duplex"),
     ("spill",),

@@ -80,7 +80,8 @@ def test_a_reader_that_goes_away_ends_nothing(fds: Descriptors) -> None:
 
 def test_everything_queued_is_written_at_the_end() -> None:
     """A program that logs and ends has logged all of it, and waits a second at most for whoever reads."""
-    code = "from relay import logs; logs.set_up('json', 'info')\nfor i in range(5000): logs.log.info('line %d', i)"
+    code = "from relay.journal import logs\nlogs.set_up('json', 'info')\n"
+    code += "for i in range(5000): logs.log.info('line %d', i)"
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, env=environment(), timeout=20)
     found = [json.loads(line)["message"] for line in done.stderr.splitlines()]
     assert found == [f"line {number}" for number in range(5000)]

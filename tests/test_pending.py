@@ -5,34 +5,7 @@ from __future__ import annotations
 import pytest
 
 from relay.config.load import load_to_run, loads
-from relay.config.pending import PENDING
 from relay.errors import ConfigErrors
-
-HEAD = "routes:\n  a:\n    source: 'tcp://:1'\n    sink: 'tcp://h:2'\n"
-
-# Where each is written, and the place of its key; a line goes with its line of PENDING.
-WRITTEN = {
-    ("Config", "admin"): ("admin: {socket: 'unix:///x'}\n" + HEAD, "1:1"),
-    ("SourceSettings", "limits"): (
-        "routes: {a: {source: {listen: 'tcp://:1', limits: {idle: 1s}}, sink: x}}",
-        "1:43",
-    ),
-    ("SinkSettings", "rotate"): ("routes: {a: {source: '-', sink: {file: x, rotate: 1h}}}", "1:43"),
-    ("SinkSettings", "fsync"): ("routes: {a: {source: '-', sink: {file: x, fsync: 1s}}}", "1:43"),
-    ("SinkSettings", "direct"): ("routes: {a: {source: '-', sink: {file: x, direct: true}}}", "1:43"),
-}
-
-
-@pytest.mark.parametrize("pending", PENDING, ids=lambda pending: f"{pending.model.__name__}.{pending.key}")
-def test_what_is_not_done_is_refused_at_its_key(pending: object) -> None:
-    """Each key of the table is refused at its own line and column, and only by those who would run it."""
-    text, spot = WRITTEN[pending.model.__name__, pending.key]  # type: ignore[attr-defined] # a tuple of names
-    loads(text)
-    with pytest.raises(ConfigErrors) as caught:
-        loads(text, "f", to_run=True)
-    (error,) = caught.value.errors
-    assert f"{error.line}:{error.column}" == spot
-    assert "is not available in this version" in str(error)
 
 
 def test_what_asks_for_nothing_is_accepted() -> None:
@@ -45,9 +18,12 @@ def test_refusals_stand_beside_other_problems_of_the_text() -> None:
     """A duplicate key and a key that is not available come in one report."""
     with pytest.raises(ConfigErrors) as caught:
         loads(
-            "admin: {socket: 'unix:///x'}\n" + HEAD + "    method: copy\n    method: copy\n", "f", to_run=True
+            "routes:\n  a:\n    source: 'tcp://:1'\n    sink: 'tcp://h:2'\n    duplex: true\n"
+            "    stages: [meter]\n    method: copy\n    method: copy\n",
+            "f",
+            to_run=True,
         )
-    assert [(error.line, error.column) for error in caught.value.errors] == [(1, 1), (7, 5)]
+    assert [(error.line, error.column) for error in caught.value.errors] == [(6, 5), (8, 5)]
 
 
 DUPLEX = {

@@ -33,7 +33,8 @@ from relay.kernel.pipe import F_GETPIPE_SZ
 from relay.kernel.probe import Machine, machine
 from relay.pipeline.pipeline import Pipeline
 from relay.planning import drawing
-from relay.planning.plan import Plan, RoutePlan, hops, make_plan
+from relay.planning.hops import RoutePlan, hops
+from relay.planning.plan import Plan, make_plan
 from relay.spill.spills import Spills
 from relay.stages.stage import Turn
 from relay.ways import Ways
@@ -555,3 +556,22 @@ def test_a_duplex_route_takes_two_descriptors_a_connection() -> None:
         "splice",
     )
     assert "copy, back splice" in drawing.as_mermaid(mixed)
+
+
+def test_upstreams_are_drawn_below_their_sink() -> None:
+    """Of a list of upstreams each is a hop, with how one is chosen in words; checks need a descriptor each."""
+    sink = "{connect: ['tcp://127.0.0.1:2', 'unix:///x'], balance: first, tries: 2, health: {every: 5s, expect: x}}"
+    made = planned(f"routes: {{r: {{source: 'tcp://127.0.0.1:1', duplex: true, sink: {sink}}}}}")
+    text = drawing.as_text(made)
+    assert "one of 2 upstreams (first, 2 tries, asked every 5 s)" in text
+    assert "├─ tcp://127.0.0.1:2 (connects)" in text
+    assert "└─ unix:///x (connects)" in text
+    (route,) = drawing.as_data(made)["routes"]
+    assert [hop["address"] for hop in route["chain"][0]["branch"]] == ["tcp://127.0.0.1:2", "unix:///x"]
+    assert [hop["role"] for hop in route["chain"][0]["branch"]] == ["upstream", "upstream"]
+    assert drawing.as_mermaid(made).count("<-.->") == 2
+    plain = planned(
+        "routes: {r: {source: 'tcp://127.0.0.1:1', duplex: true, sink: 'tcp://127.0.0.1:2'}}"
+    ).routes[0]
+    assert made.routes[0].standing.descriptors == plain.standing.descriptors + 2
+    assert made.routes[0].stream.descriptors == 2

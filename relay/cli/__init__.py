@@ -18,7 +18,20 @@ gc.set_threshold(50_000, 20, 50)
 import typer  # noqa: E402 - see above
 
 from relay import __version__  # noqa: E402
-from relay.cli import bench, check, doctor, plan, run, schema, send, serve  # noqa: E402
+from relay.cli import (  # noqa: E402
+    bench,
+    check,
+    doctor,
+    drain,
+    health,
+    plan,
+    reload,
+    run,
+    schema,
+    send,
+    serve,
+    status,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -44,7 +57,7 @@ def relay(
     """Moves streams of bytes to many sockets and files without carrying them."""
 
 
-for module in (serve, run, send, check, plan, doctor, bench, schema):
+for module in (serve, run, send, check, plan, health, status, reload, drain, doctor, bench, schema):
     module.add_to(app)
 
 

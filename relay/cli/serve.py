@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from functools import partial
 from typing import Annotated
 
 import typer
@@ -34,20 +33,24 @@ def serve(
         LogFormat, typer.Option(help="auto is text on a terminal, JSON lines elsewhere.")
     ] = LogFormat.auto,
     log_level: Annotated[LogLevel, typer.Option(help="From which level on to log.")] = LogLevel.info,
+    exit_idle: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="End when nothing was under way for so long, such as 60s; a socket unit starts it again.",
+        ),
+    ] = None,
 ) -> None:
     """Runs the routes; SIGTERM drains and ends, SIGHUP reloads and opens files anew."""
-    from relay.config.load import load_to_run, load_with_places
+    from relay.admin.serving import serve as run_routes
+    from relay.endpoints import passed
     from relay.journal import logs
-    from relay.serving.server import Server
-    from relay.serving.welcome import welcome
+    from relay.serving.vigil import idle_time
 
+    idle = idle_time(exit_idle)
+    passed.receive()
     logs.set_up(log_format.value, log_level.value)
-    server = Server(
-        load_to_run(config),
-        on_ready=lambda routes: welcome(routes, built_in=config is None),
-        again=partial(load_with_places, config, to_run=True) if config not in (None, "-") else None,
-    )
-    raise typer.Exit(server.run())
+    raise typer.Exit(run_routes(config, idle))
 
 
 def add_to(app: typer.Typer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError, WithJsonSchema
@@ -50,7 +51,7 @@ class Route(FrozenModel):
         """Ends that cannot carry two ways, and pipelines that cannot each have the sink."""
         if self.duplex:
             for role, end in (("source", self.source), ("sink", self.sink)):
-                if end.address.scheme not in ("tcp", "unix", "fd"):
+                if end.address.scheme not in ("tcp", "unix", "fd", "systemd"):
                     yield Problem(
                         f"duplex needs a socket at both ends; this {role} is {str(end.address)!r}", (role,)
                     )
@@ -69,6 +70,37 @@ class Route(FrozenModel):
                     )
 
         yield from self._shared_logs()
+        yield from self._named_peers()
+        for place, sink in self.sinks():
+            if not self.duplex or place != ("sink",):
+                yield from (problem.within(*place) for problem in sink.one_way())
+
+    def _named_peers(self) -> Iterator[Problem]:
+        """Sinks that are to learn of a peer where a connection has none, or not one only; what duplex alone knows."""
+        if not self.duplex and self.source.limits.half_closed is not None:
+            said = (
+                "'half_closed' needs 'duplex: true': a connection that goes one way is over with its stream"
+            )
+            yield Problem(said, ("source", "limits", "half_closed"), at_key=True)
+        for place, sink in self.sinks():
+            beside = not self.duplex or place != ("sink",)
+            if sink.transparent and beside:
+                said = "'transparent' needs 'duplex: true': what comes back to that address has nowhere to go"
+                yield Problem(said, (*place, "transparent"), at_key=True)
+            elif sink.transparent and self.source.address.scheme != "tcp" and not self.source.proxy_protocol:
+                said = "'transparent' connects from the address of the source's peer; a unix peer has none"
+                yield Problem(said, (*place, "transparent"), at_key=True)
+            if not sink.proxy_protocol or not beside:
+                continue
+            if not self.source.listen:
+                said = (
+                    "'proxy_protocol' names the peer of a connection, and this source accepts none; "
+                    'a fixed header is a stage: header: {text: "PROXY UNKNOWN\\r\\n"}'
+                )
+                yield Problem(said, (*place, "proxy_protocol"), at_key=True)
+            elif self.turns() == "one":
+                said = "'proxy_protocol' names one peer, and here connections take turns; write 'connections: each'"
+                yield Problem(said, (*place, "proxy_protocol"), at_key=True)
 
     def _shared_logs(self) -> Iterator[Problem]:
         """Two sinks of one address whose logs would have one name."""
@@ -144,6 +176,13 @@ def _tcp(value: object) -> Address:
     return address
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name, or all interfaces
+
+
 class Admin(FrozenModel):
     """Where a running relay can be asked and told."""
 
@@ -158,7 +197,14 @@ class Admin(FrozenModel):
             Address, PlainValidator(_tcp), WithJsonSchema({"type": "string", "pattern": r"^tcp://|\$\{"})
         ]
         | None
-    ) = Field(default=None, description="tcp address for metrics and health over HTTP")
+    ) = Field(default=None, description="tcp address for metrics, health and the status page over HTTP")
+    remote: bool = Field(default=False, description="let 'http' be reached from other machines")
+
+    def check_made(self) -> Iterator[Problem]:
+        """An address that others could reach, where nobody said that they may."""
+        if self.http is not None and not self.remote and not _is_loopback(self.http.host):
+            said = f"{self.http} can be reached from elsewhere; listen on tcp://127.0.0.1:{self.http.port}"
+            yield Problem(f"{said}, or write 'remote: true' beside it if that is meant", ("http",))
 
 
 LONGEST_NAME = 100  # bytes: it is a part of the names of files, which have 255
@@ -239,7 +285,7 @@ def _leads(sink: SinkSettings, source: SourceSettings) -> bool:
     """Whether what goes into the one comes out of the other."""
     if sink.shared or source.shared:
         return sink.shared == source.shared
-    return bool(sink.connect and source.listen) and _reaches(sink.address, source.address)
+    return bool(sink.connect and source.listen) and any(_reaches(to, source.address) for to in sink.addresses)
 
 
 def _reaches(to: Address, listening: Address) -> bool:

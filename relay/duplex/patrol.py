@@ -45,12 +45,16 @@ class Patrol(Generic[One]):
         self._expired = expired
         self._idle = route.source.limits.idle
         self._lifetime = route.source.limits.lifetime
-        tcp = [end.dead_after for end in (route.source, route.sink) if end.address.scheme == "tcp"]
+        self._half_closed = route.source.limits.half_closed
+        schemes = ({route.source.address.scheme}, {address.scheme for address in route.sink.addresses})
+        ends = zip((route.source, route.sink), schemes, strict=True)
+        tcp = [end.dead_after for end, found in ends if "tcp" in found]
         self._dead_after = (route.source.dead_after, route.sink.dead_after)
         self._asked: dict[tuple[int, int], float] = {}
         # seconds after which whatever was sent is known to be answered
         self._quiet = 2 * max(tcp, default=0.0)
-        steps = [limit / STEPS for limit in (self._idle, self._lifetime) if limit is not None]
+        limits = (self._idle, self._lifetime, self._half_closed)
+        steps = [limit / STEPS for limit in limits if limit is not None]
         steps += [after / LOOKS for after in tcp]
         self._step = max(0.01, min([*steps, LONGEST]))
         self._timed = bool(steps)
@@ -98,6 +102,11 @@ class Patrol(Generic[One]):
             return f"it lived for {self._lifetime:g} s (limits.lifetime)"
         if self._idle is not None and now - max(session.began, session.c.last_ns / 1e9) >= self._idle:
             return f"nothing moved for {self._idle:g} s (limits.idle)"
+        half = self._half_closed
+        if half is not None and session.c.first and now - session.c.last_ns / 1e9 >= half:
+            first, other = ("source", "sink") if session.c.first == 1 else ("sink", "source")
+            said = f"the {first} had ended its stream, the {other} had not, and nothing moved"
+            return f"{said} for {half:g} s (limits.half_closed)"
         return ""
 
     def _silent(

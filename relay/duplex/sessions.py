@@ -2,8 +2,10 @@
 
 Theory of operation. There may be thousands of sessions and thousands of new ones a second, so a session is a C struct
 with two descriptors, and here a small object that knows what its record will want. C comes back for two things: a
-connect that failed, after which the next address is tried, and a session that is over. Everything else, how bytes
-move, how ends and resets pass, is C's. A limit of time is looked at for all sessions together (see Patrol).
+connect that failed, after which another upstream is tried, and a session that is over. Everything else, how bytes
+move, how ends and resets pass, is C's. Nothing is read from a client before its upstream is connected, so what it sent
+meanwhile waits in the kernel for whichever upstream that is. A limit of time is looked at for all sessions together
+(see Patrol).
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from relay.config.models import Route
 from relay.duplex.patrol import Patrol
+from relay.duplex.upstream import Attempt, Upstream, in_words
+from relay.duplex.upstreams import Upstreams
 from relay.endpoints.base import hint
-from relay.endpoints.connecting import CONNECT_TIMEOUT
-from relay.endpoints.dial import Dials
+from relay.endpoints.dial import TRANSPARENT, sockaddr_from
+from relay.endpoints.proxy_header import local_of, make
 from relay.endpoints.tcp import CHECK_NAME
 from relay.engine import Engine
 from relay.errors import name_of
@@ -27,17 +31,41 @@ from relay.journal.record import SessionRecord, SinkRecord
 from relay.kernel import core
 from relay.ways import Ways
 
-BACKLOG_FULL = 0.02  # seconds until a unix listener whose backlog was full is tried again
+BACKLOG_FULL = 0.02  # seconds until unix listeners whose backlogs were full are tried again
+TRIAL = 0.01, 0.2  # seconds after which a connect to an ejected upstream is looked at, at first and at most
 
+NOT_FROM_THERE = {
+    errno.EPERM: TRANSPARENT,
+    errno.EAFNOSUPPORT: "'transparent' needs a sink of the peer's address family, IPv4 or IPv6",
+}
 SHORT = (-errno.EMFILE, -errno.ENFILE, -errno.ENOBUFS, -errno.ENOMEM)
 
 lib = core.lib
 
 
 class Session:
-    """One connection and its counterpart. `slot` is its number in the exchange, -1 once it is closed."""
+    """One connection and its counterpart. `slot` is its number in the exchange, -1 once it is closed.
 
-    __slots__ = ("began", "c", "id", "peer", "slot")
+    `attempt` is the upstream it has, or tries, the `tries`-th; `tried` are those that it could not be connected to,
+    `passed` who did not get it and why, `failed` the last of those and the errno, `busy` whether a backlog was full,
+    `until` when it is given up unless it is connected. `ahead` is memory that C sends from before all else.
+    """
+
+    __slots__ = (
+        "ahead",
+        "attempt",
+        "began",
+        "busy",
+        "c",
+        "failed",
+        "id",
+        "passed",
+        "peer",
+        "slot",
+        "tried",
+        "tries",
+        "until",
+    )
 
     def __init__(self, slot: int, c: core.Struct, ident: int, peer: str, began: float) -> None:
         self.slot = slot
@@ -45,6 +73,14 @@ class Session:
         self.id = ident
         self.peer = peer
         self.began = began
+        self.ahead: core.Struct = None
+        self.attempt: Attempt | None = None
+        self.tries = 0
+        self.tried: tuple[Upstream, ...] = ()
+        self.passed: tuple[tuple[str, str], ...] = ()
+        self.until = 0.0
+        self.busy = False
+        self.failed: tuple[Upstream, int] | None = None
 
 
 class Way(NamedTuple):
@@ -75,6 +111,7 @@ class Sessions:
         name: str,
         route: Route,
         ways: Ways,
+        upstreams: Upstreams,
         ids: Iterator[int],
         on_over: Callable[[SessionRecord, str], None],
         on_short: Callable[[int], None] = lambda _code: None,
@@ -83,30 +120,48 @@ class Sessions:
         self._name = name
         self._source = str(route.source.address)
         self._sink = str(route.sink.address)
+        self._route_sink = route.sink
+        self._names_peers = route.sink.proxy_protocol is not None or route.sink.transparent
+        self._tries = route.sink.tries
+        self._timeout = route.sink.connect_timeout
+        self._upstreams = upstreams
         self._ids = ids
         self._on_over = on_over
         self._on_short = on_short
         self._fresh: deque[Session] = deque()  # accepted together, not connecting so far
         self._exchange = engine.exchange()
         self._token = engine.register(self._event)
-        self._dials = Dials(engine, route.sink.address, route.sink.dead_after)
         self._tcp = int(route.source.address.scheme == "tcp")
-        choices = [ways.duplex(end.address.scheme) for end in (route.sink, route.source)]
-        self._methods = [core.SPLICE if choice.method == "splice" else core.COPY for choice in choices]
-        self._why = choices[0].reason if choices[0].method == "copy" else ""
+        there = {scheme: ways.duplex(scheme) for scheme in {each.scheme for each in route.sink.addresses}}
+        codes = {"splice": core.SPLICE, "copy": core.COPY}
+        self._there = {scheme: codes[choice.method] for scheme, choice in there.items()}
+        self._why = {scheme: each.reason for scheme, each in there.items() if each.method == "copy"}
+        back = codes[ways.duplex(route.source.address.scheme).method]
+        self._methods = (self._there[route.sink.address.scheme], back)
         self._live: dict[int, Session] = {}
-        self._attempts: dict[int, tuple[list[core.Struct], int, float]] = {}  # slot: addresses, which, until
         self._patrol = Patrol(engine, route, self._live, self._expired)
 
     def __len__(self) -> int:
         return len(self._live)
 
-    def begin(self, connections: list[tuple[int, str]]) -> None:
-        """New sessions for accepted connections, nonblocking (descriptor, peer); they are this object's from here."""
+    @property
+    def methods(self) -> tuple[str, str]:
+        """How bulk crosses to the sink, and back."""
+        there, back = (core.METHOD_NAMES[method] for method in self._methods)
+        return there, back
+
+    def live(self) -> list[Session]:
+        """Those that are not over. On the engine's thread; a session that is over later has slot -1."""
+        return list(self._live.values())
+
+    def begin(self, connections: Sequence[tuple[int, str, str]]) -> None:
+        """New sessions for accepted connections, nonblocking (descriptor, peer, where that had connected to if it was
+        not here); they are this object's from here.
+        """
         now = self._engine.now
         exchange, live = self._exchange, self._live
         fresh = self._fresh
-        for fd, peer in connections:
+        for fd, peer, local in connections:
             slot = exchange.take()
             c = exchange.sessions[slot]
             session = live[slot] = Session(slot, c, next(self._ids), peer, now)
@@ -116,28 +171,57 @@ class Sessions:
             )
             if error:
                 self._fail(session, -error, "source", "registering")
+            elif self._names_peers:
+                self._name_peer(session, fd, local)
         while fresh:
-            self._dials.get(partial(self._dial, fresh.popleft()))
+            self._upstreams.ready(self._engine, partial(self._dial, fresh.popleft()))
         self._patrol.look_soon()
+
+    def _name_peer(self, session: Session, fd: int, local: str) -> None:
+        """The sink learns of the session's peer, by a PROXY header or by the address that connects to it."""
+        c = session.c
+        if self._route_sink.proxy_protocol is not None:
+            header = make(self._route_sink.proxy_protocol, session.peer, local or local_of(fd))
+            c.ahead = session.ahead = core.ffi.new("char[]", header)
+            c.ahead_size = len(header)
+        if self._route_sink.transparent:
+            address = sockaddr_from(session.peer)
+            core.ffi.memmove(c.origin, address, len(address))
+            c.origin_size = len(address)
 
     # -- connecting
 
-    def _dial(self, session: Session, dials: list[core.Struct], reason: str) -> None:
-        """The addresses are known: the first is tried."""
-        if session.slot < 0:
-            return
-        if not dials:
-            self._fail(session, 0, "sinks", "connecting to", f"{reason}; {CHECK_NAME}")
-            return
-        # most often the first try is all there is
-        share = int(CONNECT_TIMEOUT * 1e9 / len(dials))
-        error = lib.relay_duplex_dial(self._engine.c, session.c, dials[0], share)
-        while error in SHORT and self._make_room(-error):
-            error = lib.relay_duplex_dial(self._engine.c, session.c, dials[0], share)
-        if error:
-            self._attempt(session, dials, 0, session.began + CONNECT_TIMEOUT)
-        elif len(dials) > 1:
-            self._attempts[session.slot] = (dials, 0, session.began + CONNECT_TIMEOUT)
+    def _dial(self, session: Session) -> None:
+        """The upstreams are known: the first that is chosen is tried."""
+        if session.slot >= 0:
+            session.until = self._engine.now + self._timeout
+            self._next(session)
+
+    def _next(self, session: Session) -> None:
+        """Tries one upstream after another until a connect does not fail at once."""
+        most = min(self._tries, len(self._upstreams))
+        while session.slot >= 0:
+            attempt = None
+            if session.tries < most and (not session.tries or self._engine.now < session.until):
+                attempt = self._upstreams.pick(session.peer, session.tried)
+            if attempt is None:
+                self._not_to_be_connected(session)
+                return
+            upstream = attempt.upstream
+            session.attempt = attempt
+            session.tries += 1
+            self._passed(session, attempt.passed)
+            left = max(0.0, session.until - self._engine.now)
+            share = int(left * 1e9 / (most - session.tries + 1))
+            session.c.sides[0].method = self._there[upstream.scheme]
+            error = lib.relay_duplex_dial(self._engine.c, session.c, upstream.dial, share)
+            while error in SHORT and self._make_room(-error):
+                error = lib.relay_duplex_dial(self._engine.c, session.c, upstream.dial, share)
+            if not error:
+                if attempt.trial:
+                    self._look_at_trial(session, attempt, TRIAL[0])
+                return
+            self._refused(session, attempt, -error)
 
     def _make_room(self, code: int) -> bool:
         """No descriptor is left for a connection's counterpart: of those accepted with it the last gives up its own."""
@@ -149,30 +233,51 @@ class Sessions:
                 return True
         return False
 
-    def _attempt(self, session: Session, dials: list[core.Struct], number: int, until: float) -> None:
-        """Tries the addresses from `number` on until one does not fail at once."""
-        if session.slot < 0:
+    def _refused(self, session: Session, attempt: Attempt, code: int) -> None:
+        """An upstream that it could not be connected to is out of the question, and others hear of it."""
+        session.attempt = None
+        session.tried += (attempt.upstream,)
+        session.failed = (attempt.upstream, code)
+        session.busy = session.busy or code == errno.EAGAIN
+        self._upstreams.refused(attempt, code)
+        self._passed(session, [(attempt.upstream.name, in_words(code))])
+
+    def _passed(self, session: Session, those: list[tuple[str, str]]) -> None:
+        """Why upstreams did not get it: the latest word on each."""
+        if those:
+            session.passed = tuple({**dict(session.passed), **dict(those)}.items())
+
+    def _not_to_be_connected(self, session: Session) -> None:
+        """All that may be tried were. A unix listener's backlog that was full may have room soon: nothing tells."""
+        if session.busy and self._engine.now < session.until:
+            session.busy, session.tried, session.tries = False, (), 0
+            self._engine.later(BACKLOG_FULL, partial(self._next, session))
             return
-        code = errno.EADDRNOTAVAIL
-        while number < len(dials):
-            left = until - self._engine.now
-            share = int(max(0.0, left) * 1e9 / (len(dials) - number))
-            code = -lib.relay_duplex_dial(self._engine.c, session.c, dials[number], share)
-            if not code:
-                self._attempts[session.slot] = (dials, number, until)
+        if session.failed is None:
+            self._fail(session, 0, "sinks", "connecting to", f"{self._upstreams.reason}; {CHECK_NAME}")
+            return
+        last, code = session.failed
+        session.passed = tuple(one for one in session.passed if one[0] != last.name)
+        code = errno.ETIMEDOUT if code == errno.EAGAIN else code
+        self._fail(session, code, "sinks", "connecting to", whom=last.name)
+
+    def _look_at_trial(self, session: Session, attempt: Attempt, wait: float) -> None:
+        """It connects to an upstream that was ejected: others may go there again as soon as it is connected."""
+
+        def look() -> None:
+            if session.attempt is not attempt or session.slot < 0:
                 return
-            if code == errno.EAGAIN and left > 0:  # a unix listener's backlog is full
-                self._engine.later(BACKLOG_FULL, partial(self._attempt, session, dials, number, until))
-                return
-            number += 1
-        self._fail(session, errno.ETIMEDOUT if code == errno.EAGAIN else code, "sinks", "connecting to")
+            if session.c.state == lib.RELAY_CONNECTING:
+                self._look_at_trial(session, attempt, min(2 * wait, TRIAL[1]))
+            else:
+                self._upstreams.connected(attempt)
+
+        self._engine.later(wait, look)
 
     def _not_connected(self, session: Session, code: int) -> None:
-        dials, number, until = self._attempts.pop(session.slot, ([], 0, 0.0))
-        if number + 1 < len(dials):
-            self._attempt(session, dials, number + 1, until)
-        else:
-            self._fail(session, code, "sinks", "connecting to")
+        if session.attempt is not None:
+            self._refused(session, session.attempt, code)
+        self._next(session)
 
     # -- the end
 
@@ -188,21 +293,29 @@ class Sessions:
     def _over(self, session: Session) -> None:
         a, b = session.c.sides[0], session.c.sides[1]
         code_a, code_b = a.error, b.error
+        attempt = session.attempt
+        if attempt is not None and attempt.trial:
+            self._upstreams.connected(attempt)
         if not (code_a or code_b):
             self._close(session, "", "source" if session.c.first == 1 else "sinks")
             return
         first = session.c.first
         ended_by = "source" if first == 1 else "sinks" if first == 2 else "source" if code_a else "sinks"
-        who, address, code = ("source", session.peer, code_a) if code_a else ("sink", self._sink, code_b)
+        sink = attempt.upstream.name if attempt is not None else self._sink
+        who, address, code = ("source", session.peer, code_a) if code_a else ("sink", sink, code_b)
         reason = f"the {who} {address}: {os.strerror(code)} ({name_of(code)})"
         self._close(session, reason, ended_by, source_failed=bool(code_a))
 
-    def _fail(self, session: Session, code: int, ended_by: str, operation: str, words: str = "") -> None:
+    def _fail(
+        self, session: Session, code: int, ended_by: str, operation: str, words: str = "", whom: str = ""
+    ) -> None:
         """It never came to be a session of two."""
         if not words:
             advice = hint(code)
-            words = f"{os.strerror(code)} ({name_of(code)})" + (f"; {advice}" if advice else "")
-        whom = self._sink if ended_by == "sinks" else session.peer
+            if self._route_sink.transparent and ended_by == "sinks":
+                advice = NOT_FROM_THERE.get(code, advice)
+            words = in_words(code) + (f"; {advice}" if advice else "")
+        whom = whom or (self._sink if ended_by == "sinks" else session.peer)
         self._close(session, f"{operation} {whom}: {words}", ended_by)
 
     def _expired(self, session: Session, reason: str) -> None:
@@ -222,12 +335,17 @@ class Sessions:
         lib.relay_duplex_close(self._engine.c, c, bool(reason))
         session.slot = -1
         del self._live[slot]
-        if self._attempts:
-            self._attempts.pop(slot, None)
+        attempt, address, upstream, why = session.attempt, self._sink, "", ""
+        if attempt is not None:
+            address, upstream = attempt.upstream.address, attempt.upstream.name
+            why = self._why.get(attempt.upstream.scheme, "") if to.method == "copy" else ""
+            session.passed = tuple(one for one in session.passed if one[0] != upstream)
+            self._upstreams.leave(attempt)
         self._exchange.give_back(slot)
         seconds = self._engine.now - session.began
         result = "failed" if reason else "delivered"
-        sink = SinkRecord(self._sink, self._sink, to.bytes, seconds, to.method, result, lost=to.lost)
+        sink = SinkRecord(self._sink, address, to.bytes, seconds, to.method, result, lost=to.lost)
+        sink.upstream, sink.tries, sink.passed_over = upstream, session.tries, session.passed
         record = SessionRecord(
             route=self._name,
             id=str(session.id),
@@ -239,7 +357,7 @@ class Sessions:
             ended_by=ended_by,
             result=result,
             reason=reason,
-            why_method=self._why if to.method == "copy" else "",
+            why_method=why,
             sinks=[sink],
             source_failed=source_failed,
             back=back.bytes,

@@ -6,6 +6,7 @@
     fifo:///path        a named pipe
     shared:///path      blocks of shared memory, over the unix socket there; shared://@name, too
     fd://3              a descriptor that relay was started with
+    systemd://name      a listening socket that relay was started with (endpoints/passed.py)
     null:               nothing: an empty source, a sink that forgets
     -                   stdin for a source, stdout for a sink
 
@@ -22,7 +23,7 @@ from typing import Any, Literal, get_args
 
 from relay.errors import RelayError, did_you_mean
 
-Scheme = Literal["tcp", "unix", "file", "fifo", "shared", "fd", "null", "stdio"]
+Scheme = Literal["tcp", "unix", "file", "fifo", "shared", "fd", "systemd", "null", "stdio"]
 
 _FORMS = {
     "tcp": "tcp://host:port",
@@ -31,13 +32,17 @@ _FORMS = {
     "fifo": "fifo:///path",
     "shared": "shared:///path or shared://@name",
     "fd": "fd://N",
+    "systemd": "systemd://name",
     "null": "null:",
     "stdio": "-",
 }
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-_SHORT_OF_SLASHES = re.compile(r"(tcp|unix|file|fifo|shared|fd|null|stdio):(.*)", re.DOTALL)
+_SHORT_OF_SLASHES = re.compile(r"(tcp|unix|file|fifo|shared|fd|systemd|null|stdio):(.*)", re.DOTALL)
 _HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9.-]*):([0-9]{1,5})")
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+_PASSED = re.compile(
+    r"[^:/\s\x00-\x1f\x7f]{1,255}(/[0-9]{1,4})?"
+)  # as systemd has names, and which of several
 _LONGEST_UNIX = 107  # sun_path has 108 bytes: a path needs its closing NUL, an abstract name its leading one
 
 
@@ -117,6 +122,12 @@ class Address:
                         f"{text!r} names no descriptor", hint="write its number, such as fd://3"
                     )
                 return cls("fd", number=int(rest))
+            case "systemd":
+                if not _PASSED.fullmatch(rest):
+                    raise AddressError(
+                        f"{text!r} names no socket", hint="write the FileDescriptorName= of its unit"
+                    )
+                return cls("systemd", path=rest)
             case "null" | "stdio":
                 raise AddressError(f"{text!r} is not an address", hint=f"write {_FORMS[scheme]}")
         known = get_args(Scheme)
@@ -137,7 +148,7 @@ class Address:
             case "tcp":
                 host = f"[{self.host}]" if ":" in self.host else self.host
                 return f"tcp://{host}:{self.port}"
-            case "unix" | "fifo" | "shared":
+            case "unix" | "fifo" | "shared" | "systemd":
                 return f"{self.scheme}://{self.path}"
             case "file":
                 try:

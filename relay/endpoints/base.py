@@ -11,11 +11,14 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from relay.engine import WATCH_HINTS, Engine
 from relay.errors import EndpointError, SinkError, SourceError
 from relay.kernel import core
+
+if TYPE_CHECKING:
+    from relay.endpoints.ferry import Ferry
 
 # What to do next, by errno, where one sentence helps whoever reads the error.
 HINTS = {
@@ -116,6 +119,7 @@ class Source(End):
         super().__init__(engine, address)
         self.scheme = "tcp"
         self.peer = ""
+        self.local = ""  # where the peer connected to, as a proxy says; "": to this very socket
         self.name = ""
         self.copies = ""
         self.on_open: Callable[[], None] = _nothing
@@ -210,6 +214,10 @@ class Sink(End):
         """Whether it has memory that a source may be read into, past the pipe; from here on it is, for that reason."""
         return False
 
+    def takes_spans(self, why: str) -> Ferry | None:
+        """The ferry whose thread is handed spans of memory from here on, for that reason; None where it may not be."""
+        return None
+
     def finish(self) -> None:
         """The stream is complete and all of it was handed over: end it so that the receiver knows."""
         self.finished()
@@ -277,6 +285,11 @@ class Sink(End):
     def reconnects(self) -> int:
         """How often it was connected again; only one with a log does that by itself."""
         return 0
+
+    @property
+    def connects(self) -> tuple[float, ...]:
+        """How long each connect took; only one with a log knows by itself."""
+        return ()
 
     @property
     def twice(self) -> int:

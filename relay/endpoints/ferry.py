@@ -58,6 +58,7 @@ class Ferry:
         for i, pipe in enumerate(self.pipes):
             self.c.pipe_r[i], self.c.pipe_w[i] = pipe.read_fd, pipe.write_fd
         self._buffer: core.Struct = None
+        self._afterwards: list[Callable[[], None]] = []
         self._memory: mmap.mmap | None = None
         self._end = end
         end.kind = core.FERRY
@@ -172,8 +173,17 @@ class Ferry:
             result, failed = None, error
         self._engine.post(lambda: self._ended(result, failed))
 
+    def afterwards(self, action: Callable[[], None]) -> None:
+        """Calls `action` on the engine's thread once its own thread has ended; at once if it has."""
+        if self._knock < 0:
+            action()
+        else:
+            self._afterwards.append(action)
+
     def _ended(self, result: Any, failed: BaseException | None) -> None:
         self._thread.join()
+        for i in range(2):  # it failed, and what it had is nobody's any more
+            self.c.load[i], self.c.turn[i] = 0, core.lib.RELAY_WITH_ENGINE
         self._then(result, failed)
         self.close()
 
@@ -182,6 +192,9 @@ class Ferry:
         if self._knock < 0:
             return
         self.release()
+        for action in self._afterwards:
+            action()
+        self._afterwards.clear()
         for pipe in self.pipes:
             pipe.close()
         if self._memory is not None:

@@ -187,6 +187,14 @@ class FileSink(Sink):
             self.copies = self.copies or why
         return self._straight
 
+    def takes_spans(self, why: str) -> Ferry | None:
+        """Its ferry, unless something has to be looked at between two loads."""
+        if self._ferry is None or not self._how.plain:
+            return None
+        self._straight = True
+        self.copies = self.copies or why
+        return self._ferry
+
     def finish(self) -> None:
         """Hands over what is left; on_finish comes when the file is whole and has its name."""
         if self.state in ("opening", "open") and self._ferry is not None:

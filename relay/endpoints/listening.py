@@ -23,6 +23,7 @@ from typing import Any
 
 from relay.endpoints.base import hint
 from relay.endpoints.socket import close_with_reset
+from relay.endpoints.turnstile import Turnstile
 from relay.engine import WATCH_HINTS, Engine, Watch
 from relay.errors import KernelError
 from relay.journal.seldom import Seldom
@@ -43,12 +44,16 @@ Crowd = Callable[[list[tuple[int, str]]], None]
 class Bound:
     """A listening socket, and the file of a unix one; owns both. `address` is what it is bound to, for people.
 
-    `path` is the file, "" if there is none; it is removed at the end if it is still this socket's.
+    `path` is the file, "" if there is none; it is removed at the end if it is still this socket's. `passed`: it is
+    somebody else's, too (endpoints/passed.py), who has it and its backlog after relay.
     """
 
-    def __init__(self, sock: socket.socket, address: str, key: Key, path: str = "") -> None:
+    def __init__(
+        self, sock: socket.socket, address: str, key: Key, path: str = "", *, passed: bool = False
+    ) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self.passed = passed
         self.address = address
         self.key = key
         self._path = path
@@ -78,12 +83,16 @@ def _identity(path: str) -> tuple[int, int] | None:
 class Listener:
     """Accepts on a listening socket; owns it until `release`. `accepted(socket, peer)` owns each connection.
 
-    It begins paused: `resume` it. When no descriptor is left it stops accepting for a moment, says so, and goes on:
-    what runs is not touched.
+    It begins paused: `resume` it. Who comes faster than a `turnstile` lets him in waits in the backlog. When no
+    descriptor is left it stops accepting for a moment, says so, and goes on: what runs is not touched.
     """
 
-    def __init__(self, engine: Engine, bound: Bound, accepted: Accepted) -> None:
+    def __init__(
+        self, engine: Engine, bound: Bound, accepted: Accepted, turnstile: Turnstile | None = None
+    ) -> None:
         self.bound: Bound | None = bound
+        self._turnstile = turnstile
+        self._held_up = Seldom(COMPLAIN)
         self.address = bound.address
         self._engine = engine
         self._accepted = accepted
@@ -101,30 +110,48 @@ class Listener:
         self._crowd = accepted
         self._room = core.ffi.new("struct relay_accepted[]", AT_ONCE)
 
-    def _accept_many(self, listening: socket.socket, accepted: Crowd) -> bool:
-        count = core.lib.relay_accept(listening.fileno(), self._room, AT_ONCE)
+    def _accept_many(self, listening: socket.socket, accepted: Crowd, most: int) -> bool:
+        count = core.lib.relay_accept(listening.fileno(), self._room, most)
         if count < 0:
             self.cannot_accept(-count)
         elif count:
-            self._can_accept()
+            self._can_accept(int(count))
             name = core.ffi.string
             accepted([(got.fd, name(got.peer).decode()) for got in self._room[0:count]])
         return bool(count > 0)
 
     def _readable(self, _mask: int) -> None:
-        for _ in range(1 if self._crowd is not None else AT_ONCE):
-            if self.bound is None or not self._accept(self.bound.sock):
+        room = AT_ONCE if self._turnstile is None else min(AT_ONCE, self._let_through(self._turnstile))
+        for _ in range(min(room, 1 if self._crowd is not None else AT_ONCE)):
+            if self.bound is None or not self._accept(self.bound.sock, room):
                 return
 
-    def _can_accept(self) -> None:
+    def _let_through(self, turnstile: Turnstile) -> int:
+        """How many may come in now; with none the backlog is left alone for a moment."""
+        room = turnstile.room(self._engine.now)
+        if room < 1:
+            if count := self._held_up():
+                log.info(
+                    "accepting on %s: more than %g a second come (limits.rate); they wait",
+                    self.address,
+                    turnstile.rate,
+                    extra={"event": "held_up", "address": self.address, "count": count},
+                )
+            self.pause()
+            self._engine.later(turnstile.wait(), self.resume)
+        return room
+
+    def _can_accept(self, count: int = 1) -> None:
+        if self._turnstile is not None:
+            self._turnstile.took(count)
         if self._short_of:
             log.info("accepting on %s again", self.address, extra={"event": "accepting"})
             self._short_of = ""
 
-    def _accept(self, listening: socket.socket) -> bool:
-        """One connection, or a crowd; False when none waits or none can be had."""
+    def _accept(self, listening: socket.socket, most: int = AT_ONCE) -> bool:
+        """One connection, or a crowd of `most`; False when none waits or none can be had."""
         if self._crowd is not None:
-            return self._accept_many(listening, self._crowd)
+            return self._accept_many(listening, self._crowd, most)
         try:
             sock, peer = listening.accept()
         except ConnectionAbortedError:
@@ -190,12 +217,12 @@ class Listener:
         self.close()
 
     def refuse(self) -> int:
-        """Resets whoever waits, and closes; how many these were."""
+        """Resets whoever waits, and closes; how many these were. At a socket that was passed they wait for the next."""
         count, bound = 0, self.release()
         if bound is None:
             return 0
         try:
-            while count < BACKLOG:
+            while count < BACKLOG and not bound.passed:
                 close_with_reset(bound.sock.accept()[0].detach())
                 count += 1
         except OSError:  # none waits, or no descriptor is left: the kernel resets the rest

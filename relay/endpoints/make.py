@@ -43,15 +43,17 @@ def make_source(engine: Engine, address: Address, *, dead_after: float = DEAD_AF
     raise RelayBug(f"no source for {address}")
 
 
-def accepted(engine: Engine, address: Address, sock: socket.socket, peer: str, ways: Ways) -> Source:
-    """The source for a connection that came in on `address`."""
+def accepted(
+    engine: Engine, address: Address, sock: socket.socket, peer: str, local: str, ways: Ways
+) -> Source:
+    """The source for a connection that came in on `address`; `local` is where the peer had connected to."""
     if address.scheme == "shared":
         from relay.endpoints.shared import SharedSource  # few routes have one, and it brings a lot along
 
         return SharedSource(
             engine, str(address), sock, peer, spliced=ways.from_source("memfd").method == "splice"
         )
-    source = SocketSource(engine, str(address), sock, peer)
+    source = SocketSource(engine, str(address), sock, peer, local)
     source.scheme = address.scheme
     return source
 

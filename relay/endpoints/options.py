@@ -10,11 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from relay.settings import FrozenModel, Problem
-from relay.units import Duration, PositiveDuration, PositiveSize, Size, parse_duration, parse_size, show
+from relay.units import Duration, Pace, PositiveDuration, PositiveSize, Size, parse_duration, parse_size, show
 
 Policy = Literal["block", "drop", "disconnect", "spill"]
+Balance = Literal["round_robin", "least_connections", "source_hash", "first"]
 Network = IPv4Network | IPv6Network
 
+INTRODUCED = 5.0  # seconds within which a proxy says for whom it connects
 DEAD_AFTER = 15.0  # seconds of silence after which a tcp peer is given up
 MEMORY_SPILL = 64 << 20  # bytes that a spill without directory may hold
 
@@ -141,8 +143,16 @@ class Limits(FrozenModel):
 
     connections: int | None = Field(default=None, ge=1, description="connections open at once")
     per_peer: int | None = Field(default=None, ge=1, description="connections open at once from one address")
+    rate: Pace | None = Field(
+        default=None,
+        description="new connections a second, such as 100/s; those beyond it wait to be accepted",
+    )
     idle: PositiveDuration | None = Field(
         default=None, description="end a connection on which nothing moves for so long"
+    )
+    half_closed: PositiveDuration | None = Field(
+        default=None,
+        description="with duplex: the same once one side has ended its stream and the other has not",
     )
     lifetime: PositiveDuration | None = Field(
         default=None, description="end a connection after so long, whatever it does"
@@ -151,6 +161,34 @@ class Limits(FrozenModel):
     deny: tuple[NetworkText, ...] = Field(
         default=(), description="networks that may not; stronger than allow"
     )
+
+
+class Trust(FrozenModel):
+    """Who is believed when he says, by a PROXY header, for whom he connects."""
+
+    short_schema: ClassVar[dict[str, Any] | None] = {
+        "anyOf": [{"type": "boolean"}, {"type": "string"}, {"type": "array", "items": {"type": "string"}}]
+    }
+
+    trust: tuple[NetworkText, ...] = Field(
+        default=(),
+        description="networks of proxies, whose connections must begin with a PROXY header; unix peers are told by "
+        "the socket's permissions",
+    )
+    timeout: PositiveDuration = Field(
+        default=INTRODUCED, description="how long the header may take; a connection without it is reset"
+    )
+
+    @classmethod
+    def from_short(cls, value: object) -> Mapping[str, Any]:
+        """`proxy_protocol: 10.0.0.0/8`, a list of such, or `true` on a unix socket."""
+        if isinstance(value, list | tuple):
+            return {"trust": tuple(value)}
+        if value is True:
+            return {}
+        if isinstance(value, str):
+            return {"trust": (value,)}
+        raise ValueError(f"expected the networks of the proxies that are trusted, got {show(value)}")
 
 
 class Rotate(FrozenModel):
@@ -194,3 +232,42 @@ def read_fsync(value: object) -> str | float:
 
 def read_sidecar(value: object) -> object:
     return {True: "sha256", False: None}[value] if isinstance(value, bool) else value
+
+
+LONGEST_QUESTION = 4096  # bytes: what any socket takes at once
+
+
+class Health(FrozenModel):
+    """How the upstreams of a duplex route are asked whether they are well. The short form is `every`."""
+
+    short_schema: ClassVar[dict[str, Any] | None] = {"type": ["string", "number"]}
+
+    every: PositiveDuration = Field(default=2.0, description="time between two checks of an upstream")
+    timeout: PositiveDuration = Field(default=1.0, description="how long a check may take")
+    fall: int = Field(
+        default=3, ge=1, le=1000, description="checks in a row that must fail before it is down"
+    )
+    rise: int = Field(default=2, ge=1, le=1000, description="checks in a row that must pass before it is up")
+    send: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=LONGEST_QUESTION,
+        description="what a check says once connected",
+    )
+    expect: str | None = Field(
+        default=None, min_length=1, description="what the answer must contain; without it a connect is enough"
+    )
+
+    @classmethod
+    def from_short(cls, value: object) -> Mapping[str, Any]:
+        """`health: 2s`."""
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return {"every": value}
+        return super().from_short(value)
+
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """A question whose answer nobody looks at."""
+        if "send" in given and "expect" not in given:
+            said = "'send' without 'expect' asks and does not listen; write what the answer must contain"
+            yield Problem(said, ("send",), at_key=True)

@@ -7,24 +7,41 @@ rest.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
+from relay.endpoints import passed
 from relay.endpoints.address import Address, AddressError
 from relay.endpoints.options import (
     DEAD_AFTER,
     Account,
+    Balance,
+    Health,
     Limits,
     Mode,
     OnSlow,
     Rotate,
+    Trust,
     read_fsync,
     read_sidecar,
 )
-from relay.endpoints.template import check_path, placeholders
+from relay.endpoints.readers import (
+    FD_JSON,
+    PATH_JSON,
+    SOCKET_JSON,
+    SOCKETS_JSON,
+    ConnectAddress,
+    ListenAddress,
+    read_connecting,
+    read_descriptor,
+    read_fifo,
+    read_file,
+    read_shared,
+    read_template,
+)
+from relay.endpoints.template import placeholders
 from relay.settings import FrozenModel, Problem, list_of
 from relay.units import PositiveDuration, Size, show
 
@@ -32,107 +49,6 @@ Algorithm = Literal["sha256", "blake3", "xxh3", "crc32c"]
 
 ENDS = ("listen", "connect", "file", "fifo", "fd", "shared")
 REACHED_AGAIN = ("tcp", "unix", "fifo", "shared")  # sinks behind which somebody may come back
-
-
-# What may stand behind each of the ENDS.
-
-
-def _socket(verb: str, value: object) -> Address:
-    address = Address.of(value)
-    if address.scheme not in ("tcp", "unix"):
-        fits = address.scheme in ("file", "fifo", "fd")
-        way = (
-            f"write {address.scheme}: {show(address.path or address.number)}"
-            if fits
-            else "write the plain address"
-        )
-        raise AddressError(f"'{verb}' takes a tcp or unix address, got {str(address)!r}", hint=way)
-    return address
-
-
-def _listening(value: object) -> Address:
-    return _socket("listen", value)
-
-
-def _connecting(value: object) -> Address:
-    address = _socket("connect", value)
-    if address.scheme == "tcp" and not address.port:
-        raise AddressError(
-            f"port 0 in {str(address)!r} is for listening only", hint="give the port of the peer"
-        )
-    if address.scheme == "tcp" and not address.host:
-        hint = f"this machine is tcp://127.0.0.1:{address.port}"
-        raise AddressError(f"{str(address)!r} names no host to connect to", hint=hint)
-    return address
-
-
-def _path(scheme: Literal["file", "fifo"], value: object) -> Address:
-    if isinstance(value, Address) and value.scheme == scheme:
-        return value
-    if not isinstance(value, str):
-        quote = "; put it in quotes" if isinstance(value, int | float) else ""
-        raise AddressError(f"expected the path of a {scheme}, got {show(value)}{quote}")
-    if not value or "\0" in value:
-        raise AddressError(f"{value!r} is not a path", hint=f"write the path of a {scheme}")
-    if value == "-" or value == "null:":
-        raise AddressError(
-            f"{value!r} is not the path of a {scheme}",
-            hint=f"write the plain address {value!r} in place of the mapping",
-        )
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
-        address = Address.parse(value)
-        if address.scheme != scheme:
-            raise AddressError(f"'{scheme}' takes a path, got the {address.scheme} address {value!r}")
-        return address
-    return Address(scheme, path=value)
-
-
-def _file(value: object) -> Address:
-    return _path("file", value)
-
-
-def _file_template(value: object) -> Address:
-    address = _path("file", value)
-    check_path(address.path)
-    if address.path.endswith("/"):
-        raise AddressError(
-            f"{address.path!r} is a directory", hint="add a file name, such as {time}-{id}.bin"
-        )
-    return address
-
-
-def _shared(value: object) -> Address:
-    address = Address.of(value)
-    if address.scheme not in ("shared", "unix"):
-        raise AddressError(
-            f"'shared' takes the address of a unix socket, got {str(address)!r}",
-            hint="write unix:///path or unix://@name",
-        )
-    return Address("shared", path=address.path)
-
-
-def _fifo(value: object) -> Address:
-    return _path("fifo", value)
-
-
-def _descriptor(value: object) -> Address:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return Address("fd", number=value)
-    if isinstance(value, Address) or (isinstance(value, str) and value.startswith("fd:")):
-        address = Address.of(value)
-        if address.scheme == "fd":
-            return address
-    raise AddressError(f"expected the number of a descriptor, such as 3, got {show(value)}")
-
-
-_SOCKET_JSON = WithJsonSchema({"type": "string", "pattern": r"^(tcp|unix)://|\$\{"})
-_PATH_JSON = WithJsonSchema({"type": "string", "minLength": 1})
-_FD_JSON = WithJsonSchema(
-    {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^fd://|\$\{"}]}
-)
-
-ListenAddress = Annotated[Address, PlainValidator(_listening), _SOCKET_JSON]
-ConnectAddress = Annotated[Address, PlainValidator(_connecting), _SOCKET_JSON]
 
 
 class _Scope(NamedTuple):
@@ -143,6 +59,7 @@ class _Scope(NamedTuple):
     words: str
 
 
+UPSTREAM_KEYS = ("balance", "health", "tries", "connect_timeout")
 _SOCKETS = frozenset({"tcp", "unix"})
 _LISTEN = frozenset({"listen"})
 _LIVE = frozenset({"listen", "connect"})
@@ -161,10 +78,15 @@ _SCOPES = {
     "peer_eof": _Scope(_LIVE, _SOCKETS, "tcp and unix"),
     "burst": _Scope(_LISTEN, _SOCKETS, "sinks that listen"),
     "connections": _Scope(_LISTEN, _SOCKETS, "sources that listen"),
+    **{key: _Scope(frozenset({"connect"}), _SOCKETS, "sinks that connect") for key in UPSTREAM_KEYS},
     "limits": _Scope(_LIVE, _SOCKETS, "sources that listen or connect"),
 }
+_TRUSTS = _Scope(_LISTEN, _SOCKETS, "sources that listen")
+_TELLS = _Scope(frozenset({"connect"}), _SOCKETS, "sinks that connect")
+_TRANSPARENT = _Scope(frozenset({"connect"}), frozenset({"tcp"}), "sinks that connect to tcp")
 _LIMIT_SCOPES = {
     "connections": _Scope(_LISTEN, _SOCKETS, "sources that listen"),
+    "rate": _Scope(_LISTEN, _SOCKETS, "sources that listen"),
     "per_peer": _Scope(_LISTEN, frozenset({"tcp"}), "sources that listen on tcp"),
     "allow": _Scope(_LISTEN, frozenset({"tcp"}), "sources that listen on tcp"),
     "deny": _Scope(_LISTEN, frozenset({"tcp"}), "sources that listen on tcp"),
@@ -185,18 +107,20 @@ class EndpointSettings(FrozenModel):
     short_verb: ClassVar[Literal["listen", "connect"]]
     role: ClassVar[str]
 
-    listen: ListenAddress | None = Field(default=None, description="tcp or unix address to listen on")
+    listen: ListenAddress | None = Field(
+        default=None, description="tcp, unix or systemd address to listen on"
+    )
     connect: ConnectAddress | None = Field(default=None, description="tcp or unix address to connect to")
-    file: Annotated[Address, PlainValidator(_file), _PATH_JSON] | None = Field(
+    file: Annotated[Address, PlainValidator(read_file), PATH_JSON] | None = Field(
         default=None, description="path of a file"
     )
-    fifo: Annotated[Address, PlainValidator(_fifo), _PATH_JSON] | None = Field(
+    fifo: Annotated[Address, PlainValidator(read_fifo), PATH_JSON] | None = Field(
         default=None, description="path of a named pipe"
     )
-    fd: Annotated[Address, PlainValidator(_descriptor), _FD_JSON] | None = Field(
+    fd: Annotated[Address, PlainValidator(read_descriptor), FD_JSON] | None = Field(
         default=None, description="number of a descriptor that relay was started with"
     )
-    shared: Annotated[Address, PlainValidator(_shared), _SOCKET_JSON] | None = Field(
+    shared: Annotated[Address, PlainValidator(read_shared), SOCKET_JSON] | None = Field(
         default=None,
         description="unix socket over which a local program and relay hand each other blocks of shared memory",
     )
@@ -220,7 +144,7 @@ class EndpointSettings(FrozenModel):
             )
         address = Address.of(value)
         match address.scheme:
-            case "tcp" | "unix":
+            case "tcp" | "unix" | "systemd":
                 return {cls.short_verb: address}
             case "file" | "fifo" | "fd" | "shared":
                 return {address.scheme: address}
@@ -239,14 +163,18 @@ class EndpointSettings(FrozenModel):
                 (second,),
                 at_key=True,
             )
-        verb, scheme, abstract = ends[0], ends[0], False
+        verb, scheme, abstract, handed = ends[0], ends[0], False, False
         if verb in _LIVE:
             try:
                 address = Address.of(given[verb])
+                handed = address.scheme == "systemd"
+                address = passed.meant(address)
             except AddressError:
                 scheme = ""  # reported with the address itself
             else:
                 scheme, abstract = address.scheme, address.abstract
+            if scheme == "systemd":
+                scheme = ""  # which kind of socket that is will be seen when it is passed
         kind = (
             f"{verb} on {scheme}"
             if verb == "listen"
@@ -259,7 +187,8 @@ class EndpointSettings(FrozenModel):
             verb, scheme, abstract = cls._shared_is(given[verb])
         for place, scope in cls._scoped(given):
             wrong_scheme = bool(scheme) and scheme not in scope.schemes
-            if verb not in scope.verbs or wrong_scheme or (abstract and scope is _UNIX_LISTEN):
+            mine = not abstract and not handed  # a file that relay makes
+            if verb not in scope.verbs or wrong_scheme or (scope is _UNIX_LISTEN and not mine):
                 said = f"'{place[-1]}' applies to {scope.words} only, this {cls.role} is '{kind}'"
                 yield Problem(said + " with an abstract name" * abstract, place, at_key=True)
 
@@ -294,10 +223,26 @@ class SourceSettings(EndpointSettings):
         description="each connection gets sinks of its own, or connections take turns on one pipeline",
     )
     limits: Limits = Field(default=Limits(), description="what a listening source lets in, and for how long")
+    proxy_protocol: Trust | None = Field(
+        default=None, description="connections from these networks begin with a PROXY header, version 1 or 2"
+    )
+
+    def check_made(self) -> Iterator[Problem]:
+        """Whom a PROXY header is believed from."""
+        if self.proxy_protocol is None or self.listen is None:
+            return
+        if self.listen.scheme == "tcp" and not self.proxy_protocol.trust:
+            said = "nobody is trusted: name the networks of the proxies, such as 10.0.0.0/8"
+            yield Problem(said, ("proxy_protocol",))
+        elif self.listen.scheme == "unix" and self.proxy_protocol.trust:
+            said = "peers of a unix socket have no network; write 'true', and say who may connect with 'mode'"
+            yield Problem(said, ("proxy_protocol",))
 
     @classmethod
     def _scoped(cls, given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], _Scope]]:
         yield from super()._scoped(given)
+        if "proxy_protocol" in given:
+            yield ("proxy_protocol",), _TRUSTS
         limits = given.get("limits")
         if isinstance(limits, Mapping) and given.keys() & {"listen", "connect", "shared"}:
             for key in limits:
@@ -307,7 +252,7 @@ class SourceSettings(EndpointSettings):
     @classmethod
     def _shared_is(cls, address: object) -> tuple[str, str, bool]:
         try:
-            return "listen", "unix", _shared(address).path.startswith("@")
+            return "listen", "unix", read_shared(address).path.startswith("@")
         except AddressError:
             return "listen", "unix", False  # reported with the address itself
 
@@ -322,8 +267,27 @@ class SinkSettings(EndpointSettings):
 
     short_verb = "connect"
     role = "sink"
+    hidden = frozenset({"plain", "others"})
 
-    file: Annotated[Address, PlainValidator(_file_template), _PATH_JSON] | None = Field(
+    connect: Annotated[Address, PlainValidator(read_connecting), SOCKETS_JSON] | None = Field(
+        default=None,
+        description="tcp or unix address to connect to; with duplex a list of them: a connection gets one",
+    )
+    others: tuple[Address, ...] = Field(
+        default=(), description="the addresses behind the first; set by a list"
+    )
+    balance: Balance | None = Field(
+        default=None,
+        description="with duplex: which upstream a connection gets; round_robin for a list, first for one address",
+    )
+    health: Health | None = Field(default=None, description="with duplex: upstreams are asked how they are")
+    tries: int = Field(
+        default=3, ge=1, le=100, description="with duplex: most upstreams that are tried for one connection"
+    )
+    connect_timeout: PositiveDuration = Field(
+        default=10.0, description="with duplex: how long connecting may take, all tries together"
+    )
+    file: Annotated[Address, PlainValidator(read_template), PATH_JSON] | None = Field(
         default=None, description="path of a file; {route} {time} {peer} {id} {name} are filled in"
     )
     on_slow: OnSlow = Field(default=OnSlow(), description="what happens when this sink does not keep pace")
@@ -333,6 +297,13 @@ class SinkSettings(EndpointSettings):
     peer_eof: Literal["note", "close"] = Field(
         default="note",
         description="what a one-way sink does when its peer ends its own stream: note it, or close",
+    )
+    proxy_protocol: Literal["v1", "v2"] | None = Field(
+        default=None, description="begin each connection with a PROXY header that names the source's peer"
+    )
+    transparent: bool = Field(
+        default=False,
+        description="with duplex: connect from the address of the source's peer (IP_TRANSPARENT)",
     )
     append: bool = Field(default=False, description="write at the end of the file that is there, in place")
     rotate: Rotate | None = Field(default=None, description="begin a new file by size or time")
@@ -351,6 +322,27 @@ class SinkSettings(EndpointSettings):
         default=None,
         description="write a checksum beside the file that the standard tool verifies; true is sha256",
     )
+
+    @classmethod
+    def _known(cls, value: Mapping[Any, Any], found: list[Problem]) -> dict[str, Any]:
+        """As the parent; of a list of addresses the first is `connect`, the rest are `others`."""
+        given = super()._known(value, found)
+        if not isinstance(listed := given.get("connect"), tuple):
+            return given
+        right: list[Address] = []
+        for index, item in enumerate(listed):
+            try:
+                address = read_connecting(item)
+            except ValueError as error:
+                found.append(Problem(str(error), ("connect", index)))
+                continue
+            if address in right:
+                found.append(Problem(f"{address} is in the list already", ("connect", index)))
+            right.append(address)
+        if not listed:
+            found.append(Problem("the list is empty; an upstream is an address to connect to", ("connect",)))
+        nowhere = Address("unix", path="none")  # beside a problem that is told
+        return given | {"connect": right[0] if right else nowhere, "others": tuple(right[1:])}
 
     @classmethod
     def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
@@ -377,9 +369,22 @@ class SinkSettings(EndpointSettings):
         """A policy that this kind of sink cannot have."""
         yield from (problem.within("on_slow") for problem in self.cannot(self.on_slow))
 
+    @classmethod
+    def _scoped(cls, given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], _Scope]]:
+        yield from super()._scoped(given)
+        for key, scope in (("proxy_protocol", _TELLS), ("transparent", _TRANSPARENT)):
+            if key in given:
+                yield (key,), scope
+
     def cannot(self, slow: OnSlow) -> Iterator[Problem]:
         """What in a policy that covers this sink it cannot have, each at its key in the policy."""
         scheme = self.address.scheme
+        if self.proxy_protocol and (slow.policy == "spill" or slow.buffer):
+            key = "buffer" if slow.buffer else "policy" if "policy" in slow.model_fields_set else ""
+            said = (
+                "a log may go to several connections, one after another, and none of them has one peer only"
+            )
+            yield Problem(f"{said}: leave 'proxy_protocol' out", (key,) if key else (), at_key=True)
         if slow.directory is not None and self.verb != "listen" and scheme not in REACHED_AGAIN:
             said = f"a log on disk waits for a sink that can be reached again; {str(self.address)!r} is none"
             hint = "leave 'directory' out: the log is then in memory"
@@ -389,12 +394,32 @@ class SinkSettings(EndpointSettings):
             hint = "leave 'directory' out: 'max' is then how much larger the ring is"
             yield Problem(f"{said}; {hint}", ("directory",), at_key=True)
 
+    def one_way(self) -> Iterator[Problem]:
+        """What means something for the sink of a duplex route only, each at its key."""
+        for key in UPSTREAM_KEYS:
+            if key in self.model_fields_set:
+                said = f"'{key}' is for the sink of a duplex route, which gives each connection an upstream"
+                yield Problem(said, (key,), at_key=True)
+        if self.others:
+            said = "a list of addresses is for the sink of a duplex route; one stream goes to many by 'tee'"
+            yield Problem(said, ("connect",), at_key=True)
+
     @property
     def straight(self) -> bool:
         """Whether it is a file that a socket may be read into memory for: nothing to see to between two loads."""
         looks = self.rotate is not None or isinstance(self.fsync, float) or self.direct
         backlog = self.slow.buffer or self.slow.policy == "spill"
         return self.address.scheme == "file" and not looks and not backlog
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """Where the bytes may go to: one address, or all in the list of a duplex route's sink."""
+        return (self.address, *self.others)
+
+    @property
+    def balanced(self) -> Balance:
+        """Which upstream a connection gets."""
+        return self.balance or ("round_robin" if self.others else "first")
 
     @property
     def verb(self) -> Literal["listen", "connect", "write"]:

@@ -54,11 +54,15 @@ def close_with_reset(fd: int) -> None:
 
 
 class SocketSource(Source):
-    """A connected stream socket as source; owns it. `peer` is where it comes from."""
+    """A connected stream socket as source; owns it. `peer` is where it comes from, `local` where it had connected to
+    when that was somewhere else."""
 
-    def __init__(self, engine: Engine, address: str, sock: socket.socket | None, peer: str) -> None:
+    def __init__(
+        self, engine: Engine, address: str, sock: socket.socket | None, peer: str, local: str = ""
+    ) -> None:
         super().__init__(engine, address)
         self.peer = peer
+        self.local = local
         self.c.is_socket = 1
         self._sock: socket.socket | None = sock
         if sock is not None:

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from relay.endpoints import passed
 from relay.endpoints.address import Address
 from relay.endpoints.base import hint
 from relay.endpoints.connecting import Connecting, Place
@@ -218,7 +219,11 @@ def bind(
 
 
 def _listen_at(address: Address, family: int, place: Any, key: Key) -> Bound:
-    sock: socket.socket | None = None
+    at = Address("tcp", host=str(place[0]) if address.host else "", port=int(place[1]))
+    sock = passed.take(at, family)
+    if sock is not None:
+        host, port = sock.getsockname()[:2]
+        return Bound(sock, str(Address("tcp", host=host, port=port)), key, passed=True)
     try:
         try:
             sock = socket.socket(family, socket.SOCK_STREAM)

@@ -21,6 +21,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from relay.endpoints import passed
 from relay.endpoints.address import Address
 from relay.endpoints.base import hint
 from relay.endpoints.connecting import Connecting
@@ -127,6 +128,17 @@ def bind(
     if bound is not None:
         dress(address, mode=mode, owner=owner, group=group)
         return [bound]
+    if address.scheme == "systemd":
+        raise SourceError(
+            str(address),
+            "listening on",
+            0,
+            "start relay by the unit of that socket, such as relay.socket, or by systemd-socket-activate",
+            reason="no socket was passed",
+        )
+    given = passed.take(address, socket.AF_UNIX)
+    if given is not None:
+        return [Bound(given, str(address), key(address), passed=True)]
     named = not address.path.startswith("@")
     if named:
         _make_way(address)

@@ -14,7 +14,8 @@ from relay.units import show_size
 class SinkRecord:
     """One sink's part. `result` is delivered or failed; `bytes` reached the sink, `lost` of these are known
     not to have arrived, `dropped` never left by policy, `backlog` waits in its log, `twice`
-    were sent again after a connection broke. `reason` says why it ended when not by the stream."""
+    were sent again after a connection broke. `reason` says why it ended when not by the stream. Of a duplex session:
+    the `upstream` it had, in figures, how many `tries` that took, and who was `passed_over` with the reason."""
 
     sink: str
     address: str
@@ -31,6 +32,10 @@ class SinkRecord:
     backlog: int = 0
     reconnects: int = 0
     twice: int = 0
+    upstream: str = ""
+    tries: int = 0
+    passed_over: tuple[tuple[str, str], ...] = ()
+    connects: tuple[float, ...] = ()  # how long each connect that went well took
 
     def as_line(self, method: str, why: str = "", checksum: str = "") -> str:
         """The result for people, in one line: `method` is how its bytes crossed from the source on."""
@@ -66,9 +71,13 @@ class SinkRecord:
             "method": self.method,
             "result": self.result,
         }
-        for key in ("reason", "backlog", "twice", "path", "why_method"):
+        for key in ("reason", "backlog", "twice", "path", "why_method", "upstream", "tries"):
             if value := getattr(self, key):
                 found[key] = value
+        if self.passed_over:
+            found["passed_over"] = [{"upstream": name, "why": why} for name, why in self.passed_over]
+        if self.connects:
+            found["connect_seconds"] = round(self.connects[-1], 6)
         if self.blocked_seconds > 0:
             found["blocked_seconds"] = round(self.blocked_seconds, 6)
         return found
@@ -142,7 +151,7 @@ class SessionRecord:
             f'"seconds": {self.seconds:.6f}, "method": "{self.method}", "ended_by": "{self.ended_by}", '
             f'"result": "{self.result}", "sinks": [{{{ends[2]}, "bytes": {sink.bytes}, "lost": {sink.lost}, '
             f'"dropped": 0, "reconnects": 0, "seconds": {sink.seconds:.6f}, "method": "{sink.method}", '
-            f'"result": "{sink.result}"}}], "bytes_back": {self.back}, "lost_back": {self.back_lost}, '
+            f'"result": "{sink.result}"{_upstream(sink)}}}], "bytes_back": {self.back}, "lost_back": {self.back_lost}, '
             f'"method_back": "{self.back_method}"{reason}{why}'
         )
 
@@ -153,7 +162,8 @@ class SessionRecord:
                 f"{self.route} #{self.id} from {self.peer}: {self.bytes} B there and {self.back} B back in "
             )
             said += f"{self.seconds:.2f} s, {self.result}, ended by {self.ended_by}"
-            return f"{said}; {self.reason}" if self.reason else said
+            said = "; ".join([said, *([self.reason] if self.reason else [])])
+            return said + _passed(self.sinks[0])
         rate = show_size(self.bytes / self.seconds) if self.seconds > 0 else "0 B"
         parts = [
             f"{self.route} #{self.id} from {self.peer or self.source}: {show_size(self.bytes)} "
@@ -178,6 +188,25 @@ class SessionRecord:
             if "digest" in stage
         ]
         return "; ".join(parts)
+
+
+def _upstream(sink: SinkRecord) -> str:
+    """The part of a duplex session's JSON that says where it went: see SinkRecord.as_dict."""
+    found = f', "upstream": {_quoted(sink.upstream)}' if sink.upstream else ""
+    if sink.tries:
+        found += f', "tries": {sink.tries}'
+    if sink.passed_over:
+        passed = [{"upstream": name, "why": why} for name, why in sink.passed_over]
+        found += f', "passed_over": {_quoted(passed)}'
+    return found
+
+
+def _passed(sink: SinkRecord) -> str:
+    """For people: which upstream it was, where others were passed over."""
+    if not sink.passed_over:
+        return ""
+    passed = ", ".join(f"{name} ({why})" for name, why in sink.passed_over)
+    return f"; {f'to {sink.upstream}, ' if sink.upstream else ''}passed over: {passed}"
 
 
 _quoted = json.JSONEncoder(ensure_ascii=False).encode

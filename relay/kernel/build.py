@@ -22,13 +22,14 @@ SOURCES = (
     "ring.c",
     "scatter.c",
     "duplex.c",
+    "direction.c",
     "dial.c",
     "loop.c",
     "ferry.c",
     "feed.c",
     "memory.c",
 )
-HEADERS = ("pump.h", "feed.h", "calls.h", "pass.h")
+HEADERS = ("pump.h", "feed.h", "calls.h", "pass.h", "direction.h")
 
 # hidden: what the files of the core share is nobody else's to call or to replace
 flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing", "-fvisibility=hidden"]

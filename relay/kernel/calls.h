@@ -94,8 +94,9 @@ static inline int not_this_way(int64_t n)
 /* pump.c, for loop.c: sweeps p, appends to out[*count..max), says whether the budget stopped it. */
 int relay_pump(struct relay_engine *e, struct relay_pipeline *p, struct relay_event *out, int *count, int max);
 
-/* dial.c: a socket that connects, *connected set if it is so already, or -errno; and the end of one. */
-int dial_connect(const struct relay_dial *dial, int *connected);
+/* dial.c: a socket that connects, *connected set if it is so already, or -errno; and the end of one. `from`: a sockaddr
+ * that it connects from, though that may be somebody else's; `from_size` 0 for none. */
+int dial_connect(const struct relay_dial *dial, const char *from, int from_size, int *connected);
 void hang_up(int fd, int reset);
 
 /* duplex.c, for loop.c: what epoll said of a side; every session that is ready has its turn. */

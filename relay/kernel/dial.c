@@ -11,6 +11,7 @@
 #include <string.h>
 
 #define RTO_MAX_MS 44 /* TCP_RTO_MAX_MS, Linux 6.15: not in every libc's headers */
+#define BIND_NO_PORT 24 /* IP_BIND_ADDRESS_NO_PORT */
 
 /* host:port, [v6]:port, or pid:N for a unix peer, as records name a peer. */
 static void name_peer(int fd, const struct sockaddr_storage *peer, char *name, size_t room)
@@ -60,7 +61,24 @@ static void set(int fd, int level, int option, int value)
     setsockopt(fd, level, option, &value, sizeof value); /* one that this kernel has not does without */
 }
 
-int dial_connect(const struct relay_dial *dial, int *connected)
+/* The kernel sends from an address that is not its own if it is told so (IP_TRANSPARENT, for which a process needs
+ * CAP_NET_ADMIN or CAP_NET_RAW); the port is chosen when it connects, so that it need not be free of all others. */
+static int bind_from(int fd, int family, const char *from, int from_size)
+{
+    int one = 1, error;
+    if (((const struct sockaddr *)from)->sa_family != family)
+        return -EAFNOSUPPORT;
+    if (family == AF_INET)
+        error = setsockopt(fd, IPPROTO_IP, IP_TRANSPARENT, &one, sizeof one);
+    else
+        error = setsockopt(fd, IPPROTO_IPV6, IPV6_TRANSPARENT, &one, sizeof one);
+    if (error < 0)
+        return -errno;
+    set(fd, IPPROTO_IP, BIND_NO_PORT, 1);
+    return bind(fd, (const struct sockaddr *)from, (socklen_t)from_size) < 0 ? -errno : 0;
+}
+
+int dial_connect(const struct relay_dial *dial, const char *from, int from_size, int *connected)
 {
     int fd = socket(dial->family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     *connected = 0;
@@ -76,6 +94,13 @@ int dial_connect(const struct relay_dial *dial, int *connected)
             setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
         if (dial->longest_ms)
             set(fd, IPPROTO_TCP, RTO_MAX_MS, dial->longest_ms);
+        if (from_size) {
+            int error = bind_from(fd, dial->family, from, from_size);
+            if (error) {
+                close(fd);
+                return error;
+            }
+        }
     }
     if (connect(fd, (const struct sockaddr *)dial->place, (socklen_t)dial->place_size) == 0) {
         *connected = 1;

@@ -15,19 +15,16 @@
  * the kernel's. The end of a stream is passed on when nothing of it waits. When a side breaks, what it had sent is
  * delivered as it would have been over one connection, and then the other side is reset; one that does not take
  * it for GRACE_NS is reset all the same. */
-#include "calls.h"
+#include "direction.h"
 
 #include <netinet/in.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/ioctl.h>
-#include <termios.h>
 
 #define GRACE_NS 2000000000LL
 #define LOOK_NS 50000000LL
-#define SHARE (1 << 20)       /* most bytes at once while somebody else waits for his turn */
 
-int64_t relay_duplex_waits(const struct relay_side *s) { return s->until - s->at + s->held; }
+int64_t relay_duplex_waits(const struct relay_side *s) { return waits(s); }
 
 static struct relay_duplex *session_of(struct relay_side *side)
 {
@@ -83,282 +80,18 @@ static void set_timed(struct relay_engine *e, struct relay_duplex *d, int64_t un
     }
 }
 
-/* Bytes that a reset would destroy on their way to that side. */
-static int64_t outstanding(const struct relay_side *to)
-{
-    int queued = 0;
-    if (!to->tcp || to->error || ioctl(to->fd, TIOCOUTQ, &queued) < 0)
-        return 0;
-    return queued;
-}
-
 int relay_duplex_outstanding(const struct relay_duplex *d)
 {
-    return (outstanding(&d->sides[0]) > 0) | (outstanding(&d->sides[1]) > 0) << 1;
+    return (side_outstanding(&d->sides[0]) > 0) | (side_outstanding(&d->sides[1]) > 0) << 1;
 }
 
-static int others_wait(const struct relay_engine *e) { return e->exchange->first || e->ready_first; }
-
-static void cut(struct relay_engine *e, struct relay_duplex *d)
+void duplex_cut(struct relay_engine *e, struct relay_duplex *d)
 {
     if (d->state == RELAY_CUTTING)
         return;
     d->state = RELAY_CUTTING;
     d->seen = -1;
     set_timed(e, d, e->now_ns + GRACE_NS);
-}
-
-/* ---- memory and pipes ---------------------------------------------------------------------------- */
-
-static char *borrow(struct relay_exchange *x, struct relay_side *s, int large)
-{
-    if (large && x->large_count) {
-        s->large = 1;
-        return s->buffer = x->large + (int64_t)x->large_free[--x->large_count] * x->large_size;
-    }
-    if (!x->small_count)
-        return NULL;
-    s->large = 0;
-    return s->buffer = x->small + (int64_t)x->small_free[--x->small_count] * x->small_size;
-}
-
-static void give_back(struct relay_exchange *x, struct relay_side *s)
-{
-    if (s->large)
-        x->large_free[x->large_count++] = (int32_t)((s->buffer - x->large) / x->large_size);
-    else
-        x->small_free[x->small_count++] = (int32_t)((s->buffer - x->small) / x->small_size);
-    s->buffer = NULL;
-    s->at = s->until = 0;
-}
-
-static int borrow_pipe(struct relay_exchange *x, struct relay_side *s)
-{
-    if (s->pipe_r >= 0)
-        return 1;
-    if (!x->pipe_count) {
-        if (x->wants_pipe == 1)
-            x->wants_pipe = 2;
-        return 0;
-    }
-    x->pipe_count--;
-    s->pipe_r = x->pipes_r[x->pipe_count];
-    s->pipe_w = x->pipes_w[x->pipe_count];
-    return 1;
-}
-
-static void give_pipe_back(struct relay_exchange *x, struct relay_side *s)
-{
-    x->pipes_r[x->pipe_count] = s->pipe_r;
-    x->pipes_w[x->pipe_count] = s->pipe_w;
-    x->pipe_count++;
-    s->pipe_r = s->pipe_w = -1;
-}
-
-/* ---- one way ------------------------------------------------------------------------------------- */
-
-static int register_side(struct relay_engine *e, int operation, struct relay_side *side)
-{
-    struct epoll_event registration;
-    memset(&registration, 0, sizeof registration);
-    registration.events = EPOLLIN | EPOLLRDHUP | EPOLLPRI | EPOLLET | (side->asked ? (uint32_t)EPOLLOUT : 0);
-    registration.data.ptr = side;
-    return epoll_ctl(e->epoll, operation, side->fd, &registration) < 0 ? -errno : 0;
-}
-
-/* It took less than it was offered. Who never had to wait for room was not registered for it. */
-static void filled(struct relay_engine *e, struct relay_side *to)
-{
-    to->writable = 0;
-    if (!to->asked) {
-        to->asked = 1;
-        if (register_side(e, EPOLL_CTL_MOD, to) < 0)
-            to->writable = 1; /* no memory for it: tried again at every turn */
-    }
-}
-
-static void ends(struct relay_duplex *d, struct relay_side *side)
-{
-    side->ended = 1;
-    side->readable = 0;
-    if (!d->first)
-        d->first = (uint8_t)(side->which + 1);
-}
-
-/* Its connection is broken. What it sent before may still be there to be read: that ends of itself. */
-static void broke(struct relay_engine *e, struct relay_duplex *d, struct relay_side *side, int64_t error)
-{
-    side->error = (int)-error;
-    side->writable = 0;
-    side->readable = side->hung = 1;
-    if (!d->first)
-        d->first = (uint8_t)(side->which + 1);
-    cut(e, d);
-}
-
-static void gave(struct relay_engine *e, struct relay_duplex *d, struct relay_side *from, int64_t bytes)
-{
-    from->given += bytes;
-    d->last_ns = e->now_ns;
-}
-
-/* What waits in the pipe moves into a buffer: the kernel refuses to splice it out. Whether there was one. */
-static int out_of_pipe(struct relay_exchange *x, struct relay_side *from)
-{
-    int64_t n;
-    if (!borrow(x, from, 1))
-        return 0;
-    n = call_read(from->pipe_r, 0, from->buffer, from->large ? x->large_size : x->small_size);
-    if (n <= 0) {
-        give_back(x, from);
-        return 0;
-    }
-    from->until = (int32_t)n;
-    from->held -= (int32_t)n;
-    return 1;
-}
-
-/* What waits goes out first. Whether nothing is left of it. */
-static int flush(struct relay_engine *e, struct relay_duplex *d, struct relay_side *from, struct relay_side *to)
-{
-    struct relay_exchange *x = e->exchange;
-    int64_t n;
-    while (to->writable && relay_duplex_waits(from)) {
-        int copies = from->at < from->until;
-        int64_t size = copies ? from->until - from->at : from->held;
-        e->calls++;
-        if (copies)
-            n = call_write(to->fd, 1, from->buffer + from->at, size);
-        else
-            n = call_splice(from->pipe_r, NULL, to->fd, size, 0);
-        if (!copies && not_this_way(n)) {
-            from->method = RELAY_COPY;
-            if (!out_of_pipe(x, from))
-                break; /* memory will be there at another turn */
-            continue;
-        }
-        if (n < 0 && n != -EAGAIN) {
-            broke(e, d, to, n);
-            return 0;
-        }
-        if (n > 0) {
-            gave(e, d, from, n);
-            if (copies) {
-                from->at += (int32_t)n;
-            } else {
-                from->held -= (int32_t)n;
-                from->spliced += n;
-            }
-        }
-        if (copies && from->at == from->until)
-            give_back(x, from);
-        if (n == -EAGAIN || (copies && n < size))
-            filled(e, to);
-    }
-    if (relay_duplex_waits(from))
-        return 0;
-    if (from->pipe_r >= 0)
-        give_pipe_back(x, from);
-    return 1;
-}
-
-/* No memory is free: what is there is looked at, and taken by as much as the other side took. */
-static int64_t peek(struct relay_engine *e, struct relay_duplex *d, struct relay_side *from, struct relay_side *to)
-{
-    int64_t n, sent, rest;
-    do n = result(recv(from->fd, e->scratch, (size_t)e->exchange->small_size, MSG_PEEK | MSG_DONTWAIT));
-    while (n == -EINTR);
-    if (n <= 0)
-        return n;
-    sent = call_write(to->fd, 1, e->scratch, n);
-    if (sent < n)
-        filled(e, to);
-    if (sent == -EAGAIN)
-        return n; /* it is still there */
-    if (sent < 0) {
-        broke(e, d, to, sent);
-        return n;
-    }
-    for (rest = sent; rest > 0;) {
-        int64_t taken = call_read(from->fd, 1, e->scratch, rest);
-        if (taken <= 0)
-            break; /* cannot be: it was just seen there */
-        rest -= taken;
-    }
-    from->moved += sent;
-    gave(e, d, from, sent);
-    return n;
-}
-
-/* Reads once and sends what came: bytes read, 0 at the end of the stream, -errno. */
-static int64_t take(struct relay_engine *e, struct relay_duplex *d, struct relay_side *from, struct relay_side *to)
-{
-    struct relay_exchange *x = e->exchange;
-    int64_t n, size;
-    e->calls++;
-    if (from->bulk && from->method == RELAY_SPLICE && borrow_pipe(x, from)) {
-        n = call_splice(from->fd, NULL, from->pipe_w, RELAY_PIECE, 0);
-        if (n > 0) {
-            from->held = (int32_t)n;
-            from->moved += n;
-            from->bulk = n >= x->small_size;
-            return n;
-        }
-        give_pipe_back(x, from);
-        if (!not_this_way(n))
-            return n;
-        from->method = RELAY_COPY;
-    }
-    if (!borrow(x, from, from->bulk))
-        return peek(e, d, from, to);
-    size = from->large ? x->large_size : x->small_size;
-    if (size > SHARE && others_wait(e))
-        size = SHARE;
-    n = call_read(from->fd, 1, from->buffer, size);
-    if (n <= 0) {
-        give_back(x, from);
-        return n;
-    }
-    from->moved += n;
-    from->at = 0;
-    from->until = (int32_t)n;
-    from->bulk = n >= x->small_size;
-    if (n < size && from->tcp && !from->hung && !from->urgent)
-        from->readable = 0;
-    return n;
-}
-
-/* From one side to the other, as far as it goes; whether the budget stopped it. */
-static int pass(struct relay_engine *e, struct relay_duplex *d, struct relay_side *from, struct relay_side *to)
-{
-    int64_t left = others_wait(e) ? SHARE : e->budget;
-    while (!to->error) {
-        int64_t n;
-        if (relay_duplex_waits(from) && !flush(e, d, from, to))
-            return 0;
-        if (from->ended || !from->readable || !to->writable)
-            return 0;
-        if (left <= 0)
-            return 1;
-        n = take(e, d, from, to);
-        if (n > 0) {
-            left -= n;
-        } else if (n == -EAGAIN) {
-            from->readable = 0;
-        } else {
-            if (n < 0 && !from->error)
-                broke(e, d, from, n);
-            ends(d, from);
-        }
-    }
-    return 0;
-}
-
-/* To a broken side nothing can be given: what comes for it is not even read, what waits is gone. */
-static void lose(struct relay_exchange *x, struct relay_side *from)
-{
-    if (from->buffer)
-        give_back(x, from);
 }
 
 /* ---- a session's turn ---------------------------------------------------------------------------- */
@@ -375,7 +108,7 @@ static int settled(struct relay_engine *e, struct relay_duplex *d)
 {
     struct relay_side *a = &d->sides[0], *b = &d->sides[1];
     if (d->state == RELAY_TURNING) {
-        int a_done = a->ended && !relay_duplex_waits(a), b_done = b->ended && !relay_duplex_waits(b);
+        int a_done = a->ended && !waits(a), b_done = b->ended && !waits(b);
         struct relay_side *deaf = a_done ? b : a;
         if (a_done && b_done)
             return over(e, d);
@@ -383,18 +116,18 @@ static int settled(struct relay_engine *e, struct relay_duplex *d)
             deaf->shut = 1;
             d->last_ns = e->now_ns; /* it wants an answer, too */
             if (shutdown(deaf->fd, SHUT_WR) < 0)
-                broke(e, d, deaf, -errno);
+                side_broke(e, d, deaf, -errno);
         }
         if (a->hung == 2 || b->hung == 2)
-            cut(e, d); /* an error that stands behind bytes which nobody takes */
+            duplex_cut(e, d); /* an error that stands behind bytes which nobody takes */
     }
     if (d->state == RELAY_CUTTING) {
         struct relay_side *bad = a->error ? a : b, *good = a->error ? b : a;
         if (a->error && b->error)
             return over(e, d);
         if (bad->error) {
-            lose(e->exchange, good);
-            if (bad->ended && !relay_duplex_waits(bad) && !outstanding(good))
+            side_lose(e->exchange, good);
+            if (bad->ended && !waits(bad) && !side_outstanding(good))
                 return over(e, d);
         }
     }
@@ -424,6 +157,25 @@ static int connected(struct relay_side *side)
     return 1;
 }
 
+/* What goes ahead of everything to the second side. Whether it has gone, or never will. */
+static int gone_ahead(struct relay_engine *e, struct relay_duplex *d)
+{
+    struct relay_side *b = &d->sides[1];
+    while (d->ahead_at < d->ahead_size && b->writable) {
+        int64_t left = d->ahead_size - d->ahead_at, n = call_write(b->fd, 1, d->ahead + d->ahead_at, left);
+        e->calls++;
+        if (n < 0 && n != -EAGAIN) {
+            side_broke(e, d, b, n);
+            break;
+        }
+        if (n > 0)
+            d->ahead_at += (int32_t)n;
+        if (n < left)
+            side_filled(e, b);
+    }
+    return d->ahead_at == d->ahead_size || b->error;
+}
+
 static void turn(struct relay_engine *e, struct relay_duplex *d, struct relay_event *out, int *count)
 {
     struct relay_side *a = &d->sides[0], *b = &d->sides[1];
@@ -443,8 +195,10 @@ static void turn(struct relay_engine *e, struct relay_duplex *d, struct relay_ev
     }
     if (d->state == RELAY_ENDED || d->state == RELAY_UNCONNECTED)
         return;
-    more = pass(e, d, a, b);
-    more |= pass(e, d, b, a);
+    if (d->ahead_at < d->ahead_size && !gone_ahead(e, d))
+        return;
+    more = direction_pass(e, d, a, b);
+    more |= direction_pass(e, d, b, a);
     if (settled(e, d)) {
         tell(d, RELAY_OVER, 0, out, count);
         return;
@@ -464,7 +218,7 @@ static void look(struct relay_engine *e, struct relay_event *out, int *count, in
         if (d->state == RELAY_CUTTING) {
             struct relay_side *good = &d->sides[d->sides[0].error || d->sides[0].hung == 2 ? 1 : 0];
             struct relay_side *bad = &d->sides[!good->which];
-            int64_t left = outstanding(good) + relay_duplex_waits(bad);
+            int64_t left = side_outstanding(good) + waits(bad);
             if (left != d->seen)
                 d->until_ns = e->now_ns + GRACE_NS;
             d->seen = left;
@@ -547,7 +301,7 @@ int relay_duplex_begin(struct relay_engine *e, struct relay_duplex *d, int fd, i
     d->sides[0].fd = fd;
     d->sides[0].tcp = (uint8_t)tcp;
     d->sides[0].writable = 1;
-    return register_side(e, EPOLL_CTL_ADD, &d->sides[0]);
+    return side_register(e, EPOLL_CTL_ADD, &d->sides[0]);
 }
 
 int relay_duplex_dial(struct relay_engine *e, struct relay_duplex *d, const struct relay_dial *dial, int64_t timeout_ns)
@@ -555,7 +309,8 @@ int relay_duplex_dial(struct relay_engine *e, struct relay_duplex *d, const stru
     struct relay_side *b = &d->sides[1];
     int is_connected, error;
     hang_up(b->fd, 0);
-    b->fd = dial_connect(dial, &is_connected);
+    d->ahead_at = 0;
+    b->fd = dial_connect(dial, d->origin, d->origin_size, &is_connected);
     if (b->fd < 0) {
         error = b->fd;
         b->fd = -1;
@@ -565,7 +320,7 @@ int relay_duplex_dial(struct relay_engine *e, struct relay_duplex *d, const stru
     b->writable = (uint8_t)is_connected;
     b->readable = b->hung = b->urgent = 0;
     b->asked = !is_connected;
-    error = register_side(e, EPOLL_CTL_ADD, b);
+    error = side_register(e, EPOLL_CTL_ADD, b);
     if (error)
         return error;
     d->state = is_connected ? RELAY_TURNING : RELAY_CONNECTING;
@@ -598,14 +353,6 @@ void relay_duplex_close(struct relay_engine *e, struct relay_duplex *d, int rese
         struct relay_side *side = &d->sides[k];
         hang_up(side->fd, reset);
         side->fd = -1;
-        if (side->buffer)
-            give_back(x, side);
-        if (side->pipe_r >= 0 && side->held) {
-            close(side->pipe_r);
-            close(side->pipe_w);
-            side->pipe_r = side->pipe_w = -1;
-        } else if (side->pipe_r >= 0) {
-            give_pipe_back(x, side);
-        }
+        side_release(x, side);
     }
 }

@@ -139,6 +139,67 @@ int fill_ferry(struct pass *s, struct relay_node *head)
     return 1;
 }
 
+/* What the thread has written of a ring, or will not write any more. */
+void take_back_spans(struct relay_reader *r)
+{
+    struct relay_ferry *f = r->ferry;
+    if (!has_spans(r))
+        return;
+    for (int i = 0; i < 2; i++) {
+        int k = f->at ^ i;      /* the elder first */
+        if (!r->ends[k] || !ferry_has(f, k))
+            continue;
+        r->kept = r->ends[k];
+        r->ends[k] = 0;
+    }
+}
+
+/* Hands the thread the next span of a ring: bytes, 0 when it has two, or when a larger one is better waited for. */
+int64_t give_span(struct pass *s, const struct relay_ring *ring, struct relay_reader *r)
+{
+    struct relay_ferry *f = r->ferry;
+    int64_t amount = ring->offered - r->at, lies = place(ring, r->at);
+    int64_t most = RELAY_PIECE - r->sink->moved % RELAY_PIECE;
+    int k = f->at;
+    if (ferry_has(f, k) && f->load[k]) {
+        hand_over(f, 0);        /* it came down the chain */
+        k = f->at;
+    }
+    if (!ferry_has(f, k))
+        return 0;
+    if (most > ring->size - lies)
+        most = ring->size - lies;
+    if (amount >= most)
+        amount = most;
+    else if (!ferry_has(f, k ^ 1) && !ring->ended)
+        return 0;
+    if (!has_spans(r))
+        r->kept = r->at;
+    r->at += amount;
+    r->ends[k] = r->at;
+    f->span[k] = ring->memory + lies;
+    f->load[k] = amount;
+    s->e->calls++;
+    hand_over(f, 0);
+    return amount;
+}
+
+/* The end of a sweep: the thread tells of a span it gives back where that is waited for. */
+void ask_for_spans(struct pass *s, const struct relay_ring *ring, struct relay_reader *r)
+{
+    struct relay_ferry *f = r->ferry;
+    int waits = r->sink && !r->done && r->at < ring->offered;
+    int64_t kept;
+    take_back_spans(r);
+    if (!has_spans(r) || !(waits || ring->tight || s->p->tell_idle || s->p->still))
+        return;
+    kept = r->kept;
+    ask(f);
+    take_back_spans(r);
+    if (r->kept != kept)
+        s->again = 1;
+}
+
 static void set_mark(struct relay_end *source, int mark)
 {
     int bytes = mark ? mark : 1;
@@ -155,7 +216,7 @@ void pace_source(struct pass *s)
     struct relay_ferry *f;
     if (!source || source->fd < 0 || !source->is_socket || source->readable || p->source_ended)
         return;
-    f = source->method == RELAY_COPY && !p->paused && goes_straight(p->head) ? p->head->sink->ferry : NULL;
+    f = source->method == RELAY_COPY && !p->paused && !p->ring && goes_straight(p->head) ? p->head->sink->ferry : NULL;
     if (f && source->mark && !ferry_has(f, f->at)) {    /* a load that comes back is the next thing to wait for */
         ask(f);
         s->again |= ferry_has(f, f->at);

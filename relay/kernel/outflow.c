@@ -1,6 +1,8 @@
 /* Out of a node: tee, splice or copy to the next node, a sink, a ferry, or nowhere. See pass.h. */
 #include "pass.h"
 
+#define STUCK_NS 20000000LL
+
 /* Bytes left the node; `into_stash` says that they were already out of the pipe. */
 void drained(struct pass *s, struct relay_node *n, int64_t moved)
 {
@@ -60,9 +62,8 @@ int64_t give(struct relay_node *n, int to, int is_socket, int64_t amount)
     return call_splice(n->pipe_r, NULL, to, amount, 0);
 }
 
-static int64_t give_to_sink(struct pass *s, struct relay_node *n, int64_t amount)
+static int64_t give_to_sink(struct pass *s, struct relay_node *n, struct relay_end *sink, int64_t amount)
 {
-    struct relay_end *sink = n->sink;
     int64_t moved;
     if (sink->failed)           /* its place is held for another */
         return 0;
@@ -98,6 +99,38 @@ static int64_t give_to_node(struct pass *s, struct relay_node *n, int64_t amount
         return 0;
     }
     return moved ? moved : -EIO;
+}
+
+/* Past an empty backlog straight to its sink. What the sink refuses goes into the backlog where that lets somebody go
+ * on: when the next stage has nothing left, or could take more for as long as STUCK_NS. Otherwise it waits where it is:
+ * a receiver that is a moment behind the others costs no second move. */
+static int64_t give_past(struct pass *s, struct relay_node *n, int64_t amount)
+{
+    struct relay_node *backlog = n->into;
+    struct relay_end *sink = backlog->sink;
+    int64_t moved;
+    if (!backlog->held && !backlog->prefix_left && sink && sink->kind != RELAY_FERRY) {
+        moved = give_to_sink(s, n, sink, amount);
+        if (moved > 0) {
+            backlog->passed += moved;
+            sink_took(s, sink, moved);
+            n->stuck_ns = 0;
+            return moved;
+        }
+        if (moved < 0 && not_this_way(moved) && n->stash_len == n->stash_out)
+            return moved;
+        if (moved < 0)
+            sink_failed(s, backlog, moved);
+    }
+    if (backlog->sink && n->next && n->next->held) {
+        if (!n->stuck_ns)
+            n->stuck_ns = s->e->now_ns;
+        if (s->e->now_ns - n->stuck_ns < STUCK_NS) {
+            wake_at(s, n->stuck_ns + STUCK_NS);
+            return 0;
+        }
+    }
+    return give_to_node(s, n, amount);
 }
 
 /* Reads owed (or, where tee is done by hand too, fresh) bytes out of the pipe, to be written from memory. */
@@ -193,10 +226,11 @@ int move_out(struct pass *s, struct relay_node *n, int64_t amount)
     amount = gate(s, n, amount);
     if (!amount)
         return 0;
-    moved = n->into ? give_to_node(s, n, amount)
-        : n->ring ? ring_take(s, n, amount) : give_to_sink(s, n, amount);
+    moved = n->past ? give_past(s, n, amount) : n->into ? give_to_node(s, n, amount)
+        : n->ring ? ring_take(s, n, amount) : give_to_sink(s, n, n->sink, amount);
     if (moved == 0) {
-        blocked(s, n);
+        if (!n->past || refuses(n->into))
+            blocked(s, n);
         return 0;
     }
     if (moved < 0) {

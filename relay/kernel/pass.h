@@ -129,6 +129,12 @@ static inline int ferry_is_empty(struct relay_ferry *f)
     return ferry_has(f, 0) && ferry_has(f, 1) && !f->load[0] && !f->load[1];
 }
 
+/* Whether a thread has a part of the ring that this reader reads. */
+static inline int has_spans(const struct relay_reader *r) { return r->ends[0] || r->ends[1]; }
+
+/* From where on memory is to be kept for a reader, and what it did not take yet. */
+static inline int64_t needs_from(const struct relay_reader *r) { return has_spans(r) ? r->kept : r->at; }
+
 /* Where in a ring's memory a position lies. */
 static inline int64_t place(const struct relay_ring *ring, int64_t at) { return (at - ring->base) % ring->size; }
 
@@ -161,6 +167,9 @@ int goes_straight(const struct relay_node *head);
 int fill_ferry(struct pass *s, struct relay_node *head);
 void ferry_flush(struct pass *s, struct relay_ferry *f);
 void pace_source(struct pass *s);
+void take_back_spans(struct relay_reader *r);
+int64_t give_span(struct pass *s, const struct relay_ring *ring, struct relay_reader *r);
+void ask_for_spans(struct pass *s, const struct relay_ring *ring, struct relay_reader *r);
 
 /* ring.c */
 int64_t ring_take(struct pass *s, struct relay_node *n, int64_t amount);

@@ -17,6 +17,8 @@ from relay.kernel.arena import Arena
 from relay.kernel.pipe import Pipe
 
 CAP_NET_BIND_SERVICE = 10
+CAP_NET_ADMIN = 12
+CAP_NET_RAW = 13
 CAP_SYS_ADMIN = 21
 CAP_SYS_RESOURCE = 24  # it or the one before lifts the limits on pipes (fs/pipe.c, pipe_is_unprivileged_user)
 

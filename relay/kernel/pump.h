@@ -148,6 +148,10 @@ struct relay_reader {
     int stays;
     int hold;                /* as a node's: a failed sink will be replaced */
     int64_t apart_ns;        /* as a node's */
+    /* a sink behind a thread: the thread writes out of the ring, a span at a time, and `at` is what it was handed */
+    struct relay_ferry *ferry;
+    int64_t ends[2];         /* where the span of each load ends while the thread has it, else 0 */
+    int64_t kept;            /* while it has any: it may still read from here on */
 };
 
 /* Memory that many read, each at its own position (ring.c): the end of a chain, or in place of all of it. */
@@ -164,6 +168,7 @@ struct relay_ring {
     int64_t origins[8];      /* where the last streams began */
     int turns;               /* streams that began, the first at 0: 1 to begin with */
     int ended;
+    int tight;               /* there was no room when bytes were to come */
     int count;
     struct relay_reader *readers;
     /* holding back (scatter.c) */
@@ -182,6 +187,8 @@ struct relay_node {
     struct relay_node *after;  /* sweep order: a node comes before all that it fills */
     struct relay_node *next;   /* teed into */
     struct relay_node *into;   /* moved into: the following stage, or the head of a branch */
+    int past;                  /* `into` is but the backlog of its sink: bytes go past it while it is empty */
+    int64_t stuck_ns;          /* since when that sink refused them, 0: does not */
     struct relay_end *sink;    /* or moved out to this end; with neither, discarded */
     struct relay_ring *ring;   /* beside a sink that only counts: the bytes go into the ring */
     int pipe_r, pipe_w;
@@ -284,6 +291,10 @@ struct relay_duplex {
     int64_t last_ns;         /* monotonic time of the last byte */
     int64_t until_ns;        /* connecting: when it is given up; cutting: when the reset is due */
     int64_t seen;            /* cutting: bytes outstanding when last looked at */
+    const char *ahead;       /* goes to the second side before all else: `ahead_size` bytes, Python's until it is over */
+    int32_t ahead_size, ahead_at;
+    char origin[28];         /* a sockaddr of `origin_size` bytes that it connects from, perhaps not this machine's */
+    int32_t origin_size;     /* 0: one of this machine's own */
     struct relay_duplex *next;
     struct relay_duplex *timed_next, *timed_prev;
 };

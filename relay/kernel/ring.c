@@ -46,17 +46,21 @@ static int holding(const struct relay_reader *r)
 static void find_oldest(struct relay_ring *ring)
 {
     ring->oldest = ring->position;
-    for (struct relay_reader *r = ring->readers; r; r = r->after)
-        if (holding(r) && r->at < ring->oldest)
-            ring->oldest = r->at;
+    for (struct relay_reader *r = ring->readers; r; r = r->after) {
+        take_back_spans(r);
+        if ((holding(r) || has_spans(r)) && needs_from(r) < ring->oldest)
+            ring->oldest = needs_from(r);
+    }
 }
 
 /* Whether nobody has anything to get of what has come. */
 int ring_is_empty(const struct relay_ring *ring)
 {
-    for (const struct relay_reader *r = ring->readers; r; r = r->after)
-        if (r->dropping || (holding(r) && r->at < ring->position))
+    for (struct relay_reader *r = ring->readers; r; r = r->after) {
+        take_back_spans(r);
+        if (r->dropping || has_spans(r) || (holding(r) && r->at < ring->position))
             return 0;
+    }
     return 1;
 }
 
@@ -85,7 +89,7 @@ static void no_longer_full(struct pass *s, struct relay_reader *r)
 static void judge(struct pass *s, struct relay_ring *ring)
 {
     for (struct relay_reader *r = ring->readers; r; r = r->after) {
-        if (!holding(r) || !r->after_ns || ring->position - r->at <= ring->full)
+        if (!holding(r) || !r->after_ns || ring->position - needs_from(r) <= ring->full)
             continue;
         if (!r->since_ns)
             r->since_ns = s->e->now_ns;
@@ -109,7 +113,8 @@ int64_t ring_room(struct pass *s, struct relay_ring *ring, int64_t wanted)
         find_oldest(ring);
         room = ring->size - (ring->position - ring->oldest);
     }
-    if (room < wanted && room < ring->size / 8) {
+    ring->tight = room < wanted && room < ring->size / 8;
+    if (ring->tight) {
         judge(s, ring);
         return 0;
     }
@@ -190,10 +195,11 @@ static void go_by(const struct relay_ring *ring, struct relay_reader *r)
     r->since_ns = 0;
 }
 
-/* The gap is over: the reader goes on at the last border that has come. */
+/* The gap is over: the reader goes on at the last border that has come, if it is still in memory: nothing is kept for
+ * one that drops. */
 static int end_gap(struct pass *s, struct relay_ring *ring, struct relay_reader *r, int64_t to)
 {
-    if (to < r->at)
+    if (to < r->at || to < ring->position - ring->size)
         return 0;
     r->dropped += to - r->at;
     r->at = to;
@@ -204,7 +210,27 @@ static int end_gap(struct pass *s, struct relay_ring *ring, struct relay_reader 
     return 1;
 }
 
-static int reader_turn(struct pass *s, struct relay_ring *ring, struct relay_reader *r)
+/* As below, where a thread takes them: spans of the ring. */
+static int span_turn(struct pass *s, struct relay_ring *ring, struct relay_reader *r)
+{
+    int any = 0;
+    take_back_spans(r);
+    while (r->at < ring->offered || r->dropping) {
+        int64_t moved;
+        if (r->dropping && !(ferry_has(r->ferry, r->ferry->at) && end_gap(s, ring, r, ring->offered)))
+            break;
+        moved = r->at < ring->offered ? give_span(s, ring, r) : 0;
+        if (!moved)
+            break;
+        sink_took(s, r->sink, moved);
+        s->given += moved;
+        any = 1;
+    }
+    return any;
+}
+
+/* Sends a reader what it can take: whether anything moved, -errno where its sink failed. */
+static int64_t send_turn(struct pass *s, struct relay_ring *ring, struct relay_reader *r)
 {
     struct relay_end *sink = r->sink;
     int any = 0;
@@ -237,10 +263,8 @@ static int reader_turn(struct pass *s, struct relay_ring *ring, struct relay_rea
             sink->writable = 0;
             break;
         }
-        if (moved < 0) {
-            reader_failed(s, r, moved);
-            return 1;
-        }
+        if (moved < 0)
+            return moved;
         if (r->rest_left) {
             r->rest += moved;
             r->rest_left -= moved;
@@ -251,6 +275,26 @@ static int reader_turn(struct pass *s, struct relay_ring *ring, struct relay_rea
         s->given += moved;
         any = 1;
     }
+    return any;
+}
+
+static int reader_turn(struct pass *s, struct relay_ring *ring, struct relay_reader *r)
+{
+    struct relay_end *sink = r->sink;
+    int64_t done;
+    int any;
+
+    if (sink->kind == RELAY_FERRY) {
+        int error = __atomic_load_n(&sink->ferry->error, __ATOMIC_ACQUIRE);
+        done = error ? -error : span_turn(s, ring, r);
+    } else {
+        done = send_turn(s, ring, r);
+    }
+    if (done < 0) {
+        reader_failed(s, r, done);
+        return 1;
+    }
+    any = (int)done;
     if (r->dropping && !r->rest_left && ring->ended)
         any |= end_gap(s, ring, r, ring->position);
     if (r->at >= ring->offered && !r->rest_left && !r->dropping) {
@@ -273,9 +317,9 @@ int ring_give(struct pass *s, struct relay_ring *ring)
             go_by(ring, r);
             continue;
         }
-        if (r->sink->failed || r->done || (r->sink->fd < 0 && !(r->stays && ring->ended)))
+        if (r->sink->failed || r->done || (r->sink->fd < 0 && !r->ferry && !(r->stays && ring->ended)))
             continue;
-        if (r->at >= ring->offered && !r->dropping && !r->since_ns && !ring->ended)
+        if (r->at >= ring->offered && !r->dropping && !r->since_ns && !ring->ended && !r->ferry)
             continue;                   /* nothing to do, which most of them have most of the time */
         if (!may_tell(s))
             return moved;

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from relay.errors import KernelError
 from relay.kernel import core
@@ -19,6 +21,16 @@ BATCH = 1 << 20  # bytes: no less is given out while more is coming
 HOLD = 1_000_000  # nanoseconds for which something may be held back
 QUICK = 128 << 10  # bytes in that time: a stream that is faster is a rush
 LEAST = 2 << 20  # bytes that it must last for before anything is held back
+
+
+class Borrower(Protocol):
+    """A ferry: its thread may have spans of a ring."""
+
+    c: core.Struct
+
+    def afterwards(self, action: Callable[[], None]) -> None:
+        """Calls `action` on the engine's thread once its own thread has ended; at once if it has."""
+        ...
 
 
 class Reader:
@@ -157,14 +169,53 @@ class Ring:
         """What comes from now on is another stream: `align` is counted anew."""
         core.lib.relay_ring_stream(self.c)
 
-    def close(self) -> None:
-        """Gives the memory back; bytes pass by from now on. Safe to call again."""
-        if self._map is not None:
-            self.c.memory = core.ffi.NULL
-            core.ffi.release(self._pointer)
-            self._pointer = None
-            if self._pool is not None:
-                self._pool.give_back(self._map)
+    def leave_behind(self, borrowers: Sequence[Borrower]) -> None:
+        """Goes on in other memory, with what readers are still to get: what the threads of `borrowers` have stays where
+        it is until they have ended. Where there is no other memory nothing changes."""
+        if self._map is None:
+            return
+        memory = self._pool.take() if self._pool is not None else None
+        pool = self._pool if memory is not None else None
+        memory = memory or _anonymous(self.size)
+        if memory is None:
+            return
+        memory[:] = memoryview(self._map)[: len(memory)]
+        let_go = self._letting_go(len(borrowers))
+        self._pool = pool
+        self._use(memory)
+        for reader in self._readers:
+            reader.c.ends[0] = reader.c.ends[1] = 0
+        for borrower in borrowers:
+            borrower.afterwards(let_go)
+
+    def _letting_go(self, times: int) -> Callable[[], None]:
+        """Called so many times it gives back the memory that is the ring's now."""
+        pointer, memory, pool, left = self._pointer, self._map, self._pool, times
+
+        def let_go() -> None:
+            nonlocal left
+            left -= 1
+            if left > 0 or memory is None:
+                return
+            core.ffi.release(pointer)
+            if pool is not None:
+                pool.give_back(memory)
             else:
-                self._map.close()
-            self._map = None
+                memory.close()
+
+        return let_go
+
+    def close(self, borrowers: Sequence[Borrower] = ()) -> None:
+        """Gives the memory back; bytes pass by from now on. Safe to call again.
+
+        The threads of `borrowers` may still read it: nobody else gets it before they have ended.
+        """
+        if self._map is None:
+            return
+        let_go = self._letting_go(len(borrowers))
+        self.c.memory = core.ffi.NULL
+        self._pointer = self._map = None
+        for borrower in borrowers:
+            borrower.afterwards(let_go)
+        if not borrowers:
+            let_go()

@@ -12,8 +12,8 @@
  * its first byte, as long as nothing before is to be kept.
  *
  * A reader is a place of the pipeline's: what is said of a node's sink in pump.h (hold, apart_ns, slow, dropping)
- * holds for it. A sink behind a thread (RELAY_FERRY) cannot read a ring yet: its place in reader_turn would give
- * the thread a span, [at, offered), and `at` would move on when the thread has written it. */
+ * holds for it. A sink behind a thread (RELAY_FERRY) is handed spans of the ring, two at a time (loads.c); what a
+ * thread has is not written over, whatever became of its sink. */
 #include "pass.h"
 
 #define PATIENT (256LL << 20)   /* most bytes that a rush must have lasted for */
@@ -106,7 +106,7 @@ int scatter(struct pass *s)
 static int in_turn(struct pass *s, struct relay_ring *ring, struct relay_reader *r)
 {
     int64_t until;
-    if (!r->sink || (!r->rest_left && (r->dropping || r->at >= ring->position)))
+    if (!r->sink || (!r->rest_left && !has_spans(r) && (r->dropping || r->at >= ring->position)))
         return 0;
     if (!r->apart_ns || !s->p->tell_idle)
         return 1;
@@ -131,9 +131,11 @@ int scatter_settle(struct pass *s, int *empty, int *calm)
     if (ring->held_ns)
         wake_at(s, ring->held_ns + ring->hold_ns);
     for (struct relay_reader *r = ring->readers; r; r = r->after) {
+        if (r->ferry)
+            ask_for_spans(s, ring, r);
         if (in_turn(s, ring, r))
             *empty = 0;
-        if (r->rest_left || r->dropping || r->at < ring->position)
+        if (r->rest_left || r->dropping || has_spans(r) || r->at < ring->position)
             *calm = 0;
         if (r->sink && !r->sink->failed && !r->done)
             open++;

@@ -7,5 +7,6 @@ balance                        which of the two is cheaper, by measuring
 sinks, sink_wait, absences     sinks as they are made, waited for, and come back
 stragglers, source_clock       who may hold the end of a stream, and how long a source may be idle
 subscribers                    the readers of a broadcast
+introduction                   a PROXY header in front of a stream
 account                        the turn as one session record
 """

@@ -3,9 +3,10 @@
     node            one kernel pipe and what is done to the stream there (struct relay_node)
     outlet          a place where bytes leave: a leaf node, the sink that stands there, and its policy
 
-A tee's node is teed into the next and moves what it owes into its branch. A branch with nothing but a sink that
-blocks needs no pipe of its own: the tee's node moves straight into the sink. Any other policy stands at the
-branch's head, in front of a pipe that is the sink's backlog.
+A tee's node is teed into the next and moves what it owes into its branch. tee(2) cannot resume further in, so a node
+tees nothing while it owes: what its sink refuses has to go somewhere, or the sink would hold all behind it from the
+first such byte on. So a sink has a pipe in front of it that is its backlog, and is given its bytes past that pipe
+while it is empty. A sink with a thread has backlog enough. The policy stands at the branch's head.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine
 from relay.kernel.pipe import DEFAULT_CAPACITY
+from relay.needs import has_backlog, passes_backlog
+from relay.pipeline.introduction import Introduction
 from relay.pipeline.node import Node, guard
 from relay.pipeline.outlet import Outlet
 from relay.stages.base import StageSettings
@@ -93,8 +96,7 @@ class Chain:
             link(tail)
         leaf = tail
         if gate is None and slow.policy != "block" and sink.verb != "listen":
-            leaf = self._add()
-            self._into(tail, leaf)
+            leaf = self._backlog(tail, sink, slow)
             self._outlet(leaf, tail, sink, slow, digest)
             self._set_apart(tail, self.outlets[-1:], [leaf], [])
         else:
@@ -126,9 +128,8 @@ class Chain:
             self._gates.append(node)
             self._into(node, self._build(branch.stages, branch.to, branch.on_slow, node))
             self._gates.pop()
-        elif branch.on_slow.policy != "block":
-            leaf = self._add()
-            self._into(node, leaf)
+        elif has_backlog(branch.to, branch.on_slow):
+            leaf = self._backlog(node, branch.to, branch.on_slow)
             self._outlet(leaf, node, branch.to, branch.on_slow, None, name=stage.name)
         else:
             self._outlet(node, node, branch.to, branch.on_slow, None, name=stage.name)
@@ -140,6 +141,13 @@ class Chain:
             node.c.next = following.c
 
         return teed
+
+    def _backlog(self, gate: Node, sink: SinkSettings, slow: OnSlow) -> Node:
+        """The pipe in front of a sink, which `gate` fills."""
+        leaf = self._add()
+        self._into(gate, leaf)
+        gate.c.past = int(passes_backlog(sink, slow))
+        return leaf
 
     def _into(self, node: Node, following: Node) -> None:
         node.c.into = following.c
@@ -172,6 +180,9 @@ class Chain:
         )
         if sink.verb != "listen":
             guard(gate, slow)
+        if sink.proxy_protocol:
+            self.stages.append(Introduction(sink.proxy_protocol))
+            self.stages[-1].wire(self._engine, node.c)
         self.outlets.append(outlet)
 
     def _set_apart(

@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from relay.endpoints.file import FileSink
 from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine, Timer
 from relay.kernel import core
-from relay.kernel.ring import Ring
+from relay.kernel.ring import Borrower, Ring
 from relay.pipeline.balance import OWN, SETTLES, Balance, Way
 from relay.pipeline.chain import Chain
 from relay.pipeline.intake import METHODS, Intake
@@ -82,13 +83,13 @@ class Crossing:
             self._ring.new_stream()
         if self._needs_chain or not self._may():
             return
-        self._begins = self._ways.across(len(self._chain.outlets))
+        self._begins = self._ways.across(intake.source.scheme, self._schemes)
         wanted: Way = "ring" if self._begins.method == "copy" else "chain"
         if self._balance is not None:
             wanted = self._balance.way
         if wanted != self.way and not self._waiting():
             self._change()
-        if self._ways.forced == "auto":
+        if self._ways.forced == "auto" and "file" not in self._schemes:
             self._sample()
 
     @property
@@ -102,7 +103,11 @@ class Crossing:
         if source.scheme not in READ or source.c.waits or choice.method in ("sendfile", "vmsplice"):
             return False
         sinks = [outlet.sink for outlet in self._chain.outlets]
-        return all(sink is not None and sink.c.kind != core.FERRY for sink in sinks)
+        if self._pipeline.keep and "file" in self._schemes:
+            return False
+        return all(
+            sink is not None and (sink.c.kind != core.FERRY or isinstance(sink, FileSink)) for sink in sinks
+        )
 
     def _waiting(self) -> bool:
         held = any(node.c.held for node in self._chain.nodes)
@@ -125,13 +130,27 @@ class Crossing:
         for outlet in self._chain.outlets:
             token = self._engine.register(self._hears(outlet))
             self._tokens.append(token)
-            outlet.place = Place(ring, outlet.node, outlet.gate, token)
+            outlet.place = Place(ring, outlet.node, outlet.gate, token, self._borrower(outlet))
         self._pipeline.ring = ring.c
         return True
+
+    def _borrower(self, outlet: Outlet) -> Borrower | None:
+        if outlet.sink is None or outlet.sink.c.kind != core.FERRY:
+            return None
+        assert self._begins is not None
+        return outlet.sink.takes_spans(self._begins.reason)
+
+    def _borrowers(self) -> list[Borrower]:
+        """Whose threads have a part of the ring's memory."""
+        places = [outlet.place for outlet in self._chain.outlets if outlet.place is not None]
+        return [place.borrower for place in places if place.borrower is not None]
 
     def _hears(self, outlet: Outlet) -> Callable[[int, int, int], None]:
         def heard(what: int, _error: int, _mask: int) -> None:
             judge(self._route, outlet, self._chain.outlets, slow=what == core.SLOW)
+            borrowers = self._borrowers() if what == core.SLOW and outlet.policy != "block" else []
+            if borrowers and self._ring is not None:
+                self._ring.leave_behind(borrowers)  # what one thread has must not hold the others
             self._engine.ready(self._pipeline)
 
         return heard
@@ -140,6 +159,7 @@ class Crossing:
         if self._ring is None:
             return
         self._pipeline.ring = core.ffi.NULL
+        borrowers = self._borrowers()
         for outlet in self._chain.outlets:
             if outlet.place is not None:
                 outlet.place.leave()
@@ -147,7 +167,7 @@ class Crossing:
         for token in self._tokens:
             self._engine.forget_token(token)
         self._tokens.clear()
-        self._ring.close()
+        self._ring.close(borrowers)
         self._ring = None
 
     # -- measuring

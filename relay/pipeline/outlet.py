@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from relay.backoff import Backoff
 from relay.endpoints.base import Sink
@@ -21,6 +22,8 @@ from relay.units import show_size
 from relay.ways import Ways
 
 log = logging.getLogger("relay.pipeline")
+
+CONNECTS = 1000  # of one turn that are remembered
 
 
 @dataclass(eq=False)
@@ -60,6 +63,8 @@ class Outlet:
     settled: bool = False
     place: Place | None = None
     by_ring: bool = False
+    connects: list[float] = field(default_factory=list)
+    connects_before: int = 0
 
     @property
     def hidden(self) -> bool:
@@ -83,6 +88,11 @@ class Outlet:
         return (self.node,) if self.node is self.gate else (self.gate, self.node)
 
     @property
+    def _givers(self) -> tuple[Node, ...]:
+        """The nodes that give bytes to its sink."""
+        return (self.node, self.gate) if self.gate.c.past else (self.node,)
+
+    @property
     def waiting(self) -> int:
         """Bytes that wait for its sink alone."""
         return self.place.waiting if self.place is not None else int(self.node.c.held)
@@ -100,8 +110,23 @@ class Outlet:
         if self.settings is not None and not self.listens and sink.c.kind != core.FERRY:
             choice = ways.to_sink(self.settings.address.scheme, copies=sink.copies)
             if choice.method == "copy":
-                self.node.copies(choice.reason)
+                for node in self._givers:
+                    node.copies(choice.reason)
         self.put(sink.c)
+
+    def came(self) -> None:
+        """Its sink is open: how long that took is noted. One behind a log notes it itself."""
+        connects = self.settings is not None and self.settings.verb == "connect" and not self.logged
+        if connects and self.sink is not None and len(self.connects) < CONNECTS:
+            self.connects.append(time.monotonic() - self.sink.started_at)
+
+    @property
+    def logged(self) -> bool:
+        """Whether its sink reads through a log."""
+        return self.slow.policy == "spill" or bool(self.slow.buffer)
+
+    def _connects(self) -> tuple[float, ...]:
+        return self.sink.connects if self.logged and self.sink is not None else tuple(self.connects)
 
     def put(self, sink: core.Struct) -> None:
         """That end gets the bytes from now on; with NULL they are dropped."""
@@ -152,6 +177,8 @@ class Outlet:
         self.moved_away = self.lost_before = 0
         self.dropped_before += self.dropped
         self.blocked_before += self.blocked
+        self.connects.clear()
+        self.connects_before = len(self._connects()) if not self.per_turn else 0
 
     def drop(self) -> None:
         """What comes is discarded for this sink alone, from the next border between pieces on."""
@@ -208,8 +235,8 @@ class Outlet:
                 beside = 0 if each is self.gate or each in self.gates or not each.c.next else int(each.c.owed)
                 held += int(each.c.held) - beside
         sink = self.sink
-        spills = self.slow.policy == "spill" or self.slow.buffer  # then the sink's own backlog counts it
-        if sink is not None and sink.c.kind == core.FERRY and not spills:
+        # behind a log the sink's own backlog counts it
+        if sink is not None and sink.c.kind == core.FERRY and not self.logged:
             held += max(0, int(sink.c.moved) - sink.moved)
         return held
 
@@ -219,7 +246,9 @@ class Outlet:
         assert self.settings is not None
         if sink is None:
             return SinkRecord(self.name, str(self.settings.address), 0, 0.0, "", "failed")
-        written = self.node.c.out_copies or self.by_ring or sink.c.method == core.COPY
+        written = (
+            any(node.c.out_copies for node in self._givers) or self.by_ring or sink.c.method == core.COPY
+        )
         by_hand = "copy" if written else "splice"
         method = sink.method if sink.c.kind == core.FERRY or self.listens else by_hand
         failed = sink.state == "failed" and not self.absent
@@ -233,7 +262,7 @@ class Outlet:
             bytes=sink.moved - self.moved_before + self.moved_away,
             seconds=sink.seconds,
             method="sendfile" if sendfile else method,
-            why_method=self.node.why or sink.copies,
+            why_method=next((node.why for node in self._givers if node.why), sink.copies),
             result="failed" if failed or missed else "delivered",
             reason=sink.reason or self.why_away,
             lost=lost,
@@ -243,6 +272,7 @@ class Outlet:
             blocked_seconds=self.blocked / 1e9,
             path=sink.result_path,
             backlog=sink.backlog + (waiting if not never else 0),
+            connects=self._connects()[self.connects_before :],
         )
 
 

@@ -266,6 +266,7 @@ class Pipeline:
 
     def _opened(self, outlet: Outlet) -> None:
         log.debug("%s: sink %s is open", self.route, outlet.name)
+        outlet.came()
         if outlet.backoff is not None and outlet.sink is not None:
             outlet.put(outlet.sink.c)  # a turn may have ended without it meanwhile
         self._wait.look()

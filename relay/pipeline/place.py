@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from relay.kernel import core
-from relay.kernel.ring import Reader, Ring
+from relay.kernel.ring import Borrower, Reader, Ring
 from relay.pipeline.node import Node
 
 
 class Place:
     """Reads `ring` for the sink of `node`, under the policy at `gate`; what happens to it is told to `token`.
 
-    Made and left when nothing is under way. The node's counters then go on as if all had come down the chain.
+    `borrower` is the ferry whose thread writes for it, if one does. Made and left when nothing is under way. The
+    node's counters then go on as if all had come down the chain.
     """
 
-    def __init__(self, ring: Ring, node: Node, gate: Node, token: int) -> None:
+    def __init__(
+        self, ring: Ring, node: Node, gate: Node, token: int, borrower: Borrower | None = None
+    ) -> None:
         self._ring = ring
+        self._borrower = borrower
         self._node = node.c
         self._gate = gate.c
         self._reader = Reader(node.c.sink, 0.0, int(gate.c.align))
@@ -22,6 +26,9 @@ class Place:
         self.c.token, self.c.stays, self.c.hold = token, 1, node.c.hold
         self.c.after_ns = gate.c.after_ns
         self.c.apart_ns = gate.c.apart_ns if node.c.apart == gate.c else 0
+        gate.c.dropping = gate.c.rest_need = 0  # a gap that was to begin just when all had gone out
+        if borrower is not None:
+            self.c.ferry = borrower.c
         self._began = int(ring.c.position)
         ring.join(self._reader)
 
@@ -35,6 +42,11 @@ class Place:
             self._node.passed += came - dropped
         self._node.sink = self.c.sink
         self._ring.leave(self._reader)
+
+    @property
+    def borrower(self) -> Borrower | None:
+        """The thread that writes for its sink, if it may have a part of the ring still."""
+        return self._borrower if self.c.ends[0] or self.c.ends[1] else None
 
     @property
     def full(self) -> int:

@@ -29,18 +29,33 @@ def chained(stages: Sequence[StageSettings], sink: SinkSettings) -> str:
             return f"the stage '{stage.kind}' works on a chain"
         if stage.stages:
             return "a branch has stages, which work on a chain"
+    files = 0
     for each, slow in sinks_of(stages, sink):
         if each.verb == "listen":
             return "a broadcast has a ring of its own"
         if each.sidecar:
             return "a checksum sees the bytes beside the chain"
+        if each.proxy_protocol:
+            return "a PROXY header is put in front of the stream on a chain"
         if slow.policy == "spill" or slow.buffer:
             return "a log is fed by a chain"
-        if each.address.scheme not in PLAIN:
-            return "a file is written by a thread, which is handed pipes"
+        files += each.address.scheme == "file"
+        if each.address.scheme not in PLAIN and each.address.scheme != "file":
+            return f"a '{each.address.scheme}' sink is written by a thread, which is handed pipes"
+        if each.address.scheme == "file" and looked_at(each):
+            return "between two loads its thread looks at the file, and is handed pipes"
+        if each.address.scheme == "file" and slow.policy == "drop":
+            return "a file that bytes are dropped for has a pipe of its own"
         if slow.align > SIZE // 8:
             return f"pieces of {slow.align} bytes are too large for a ring"
+    if files and (files == 1 or files <= len(stages)):
+        return "a file is written by a thread, which is handed pipes"
     return ""
+
+
+def looked_at(sink: SinkSettings) -> bool:
+    """Whether a file wants attention while it is written."""
+    return sink.rotate is not None or isinstance(sink.fsync, float) or sink.direct
 
 
 def sinks_of(stages: Sequence[StageSettings], sink: SinkSettings) -> Iterator[tuple[SinkSettings, OnSlow]]:
@@ -61,12 +76,24 @@ class Across:
     only: str = ""
 
 
-def across(stages: Sequence[StageSettings], sink: SinkSettings, ways: Ways, source: Choice) -> Across:
-    """For a plan; `source` is how bytes would enter the chain."""
+def across(
+    stages: Sequence[StageSettings],
+    sink: SinkSettings,
+    ways: Ways,
+    scheme: str,
+    source: Choice,
+    *,
+    turns: bool,
+) -> Across:
+    """For a plan; `source` is how bytes of a source of that scheme would enter the chain, on which streams may take
+    turns."""
     only = chained(stages, sink)
+    schemes = [each.address.scheme for each, _slow in sinks_of(stages, sink)]
+    if turns and "file" in schemes:
+        only = only or "files that streams take turns at are written down a chain"
     if source.method in ("sendfile", "vmsplice"):
         only = source.reason
     if only:
         return Across(source, False, only)
-    choice = ways.across(1 + len(stages))
-    return Across(choice, ways.forced == "auto" and choice.method == "splice")
+    choice = ways.across(scheme, schemes)
+    return Across(choice, ways.forced == "auto" and choice.method == "splice" and "file" not in schemes)

@@ -147,6 +147,10 @@ class Subscribers:
             log.warning("%s: subscriber %s is slow: it holds the source", route, peer)
         self._engine.ready(self._pipeline.c)
 
+    def behind(self, member: Member) -> int:
+        """Bytes of the ring that it has not been sent; none while it is in a gap."""
+        return 0 if member.reader.c.dropping else int(self.ring.c.position) - int(member.reader.c.at)
+
     def ended(self) -> None:
         """The stream is over: whoever still has something coming takes it, or falls under the policy.
 

@@ -8,7 +8,8 @@ from typing import Any
 from relay import needs
 from relay.needs import Need
 from relay.pipeline.ring_shape import Across
-from relay.planning.plan import Hop, Plan, RoutePlan, hops
+from relay.planning.hops import Hop, RoutePlan, hops
+from relay.planning.plan import Plan
 from relay.units import show_size
 from relay.ways import Choice
 
@@ -128,7 +129,8 @@ def _label(hop: Hop) -> str:
     if hop.role == "log":
         return f"log {f'in {hop.address}' if hop.address else 'in memory'}, {hop.detail}"
     policy = "" if hop.policy in ("", "block") else f", {hop.policy} when slow"
-    return f"{hop.name if hop.kind == 'stdio' else hop.address or hop.name}{verb}{policy}" + (
+    more = f", {hop.detail}" if hop.detail and hop.address else ""
+    return f"{hop.name if hop.kind == 'stdio' else hop.address or hop.name}{verb}{policy}{more}" + (
         "" if hop.sure else " (known when it is opened)"
     )
 
@@ -233,12 +235,13 @@ def as_mermaid(plan: Plan) -> str:
         lines.append(f'  subgraph route{number}["{escaped(route.name)}"]')
         names = {id(hop): f"r{number}n{index}" for index, hop in enumerate(hops(route))}
         for hop in hops(route):
-            opening, closing = ("([", "])") if hop.role in ("source", "sink") else ("[", "]")
+            opening, closing = ("([", "])") if hop.role in ("source", "sink", "upstream") else ("[", "]")
             lines.append(f'    {names[id(hop)]}{opening}"{escaped(_label(hop))}"{closing}')
         if route.duplex:
             source, sink = names[id(route.source)], names[id(route.chain[0])]
             there, back = route.source.choice.method, route.chain[0].choice.method
             lines.append(f'    {source} <-->|"{there}{"" if back == there else f", back {back}"}"| {sink}')
+            lines += [f"    {sink} <-.-> {names[id(upstream)]}" for upstream in route.chain[0].branch]
         else:
             lines += [f"    {edge}" for edge in _edges(names, route.source, route.chain)]
         lines.append("  end")

@@ -1,10 +1,10 @@
 """A plan: what this configuration will be on this machine, worked out without opening anything.
 
     Hop          one step of a route, and how bytes leave it: a source into the first pipe, a stage onwards, a
-                 sink's pipe out. A tee's branch, what reads a spill's log and a broadcast's subscribers are
-                 hops below it.
+                 sink's pipe out. A tee's branch, what reads a spill's log, a broadcast's subscribers and the
+                 upstreams of a duplex route are hops below it.
     Hold         who can hold the source back, and what lets go of it
-    RoutePlan    the tree of a route's hops, its holds, and what it needs
+    RoutePlan    the tree of a route's hops, its holds, and what it needs (all three: hops.py)
 
 The walk over stages and branches follows chain.py, which builds the same in kernel objects; methods come from
 ways.py, figures from needs.py. What only opening an end can tell (what stdin is) is marked as not sure.
@@ -12,7 +12,7 @@ ways.py, figures from needs.py. What only opening an end can tell (what stdin is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,83 +23,15 @@ from relay.endpoints.settings import SinkSettings
 from relay.kernel.pipe import DEFAULT_CAPACITY
 from relay.kernel.probe import Machine
 from relay.needs import Need
-from relay.pipeline.ring_shape import Across, across
+from relay.pipeline.ring_shape import across
+from relay.planning.duplex import plan_duplex
+from relay.planning.hops import Hold, Hop, Role, RoutePlan, expects, introduces
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Checksum
 from relay.units import show_size
 from relay.ways import APPENDING, STRAIGHT, Choice, Ways
 
-Role = Literal["source", "stage", "log", "sink", "subscriber"]
 INHERITED = ("stdio", "fd")
-
-
-@dataclass(frozen=True)
-class Hop:
-    """One step of a route. `entry` is the way into a pipe of its own in front of it: a branch's first, or a
-    sink's backlog; None without one. `sure` is False where the method depends on what is found at opening.
-    """
-
-    role: Role
-    kind: str
-    name: str
-    choice: Choice
-    need: Need
-    address: str = ""
-    verb: str = ""
-    detail: str = ""
-    entry: Choice | None = None
-    policy: str = ""
-    sure: bool = True
-    branch: tuple[Hop, ...] = ()
-
-    def total(self) -> Need:
-        """What it takes with everything below it, subscribers apart."""
-        found = self.need
-        for below in self.branch:
-            if below.role != "subscriber":
-                found += below.total()
-        return found
-
-
-@dataclass(frozen=True)
-class Hold:
-    """`who` can hold the source. `seconds` is for how long at most, None if nothing lets go; `by` then says
-    whose policy does, `then` what it does."""
-
-    who: str
-    role: Role
-    policy: str
-    seconds: float | None
-    by: str
-    then: str
-    words: str
-
-
-@dataclass(frozen=True)
-class RoutePlan:
-    """One route. `turns`: each stream has a pipeline of its own, streams take turns on one, or there is one
-    stream only. `streams` may be under way at once and `waiting` wait for their turn; None: as many as come.
-    """
-
-    name: str
-    method: str
-    turns: Literal["each", "one", "once"]
-    source: Hop
-    chain: tuple[Hop, ...]
-    holds: tuple[Hold, ...]
-    standing: Need
-    stream: Need
-    subscriber: Need | None
-    streams: int | None
-    waiting: int | None
-    crossing: Across | None = None
-    duplex: bool = False
-
-    @property
-    def at_limit(self) -> Need:
-        """With as many streams as its limit lets in; with one where there is no limit. Subscribers apart."""
-        count = 1 if self.streams is None else self.streams
-        return self.standing + self.stream.times(count) + needs.WAITING.times(self.waiting or 0)
 
 
 @dataclass(frozen=True)
@@ -129,8 +61,9 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 
 def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
     if route.duplex:
-        return _plan_duplex(name, route, machine)
-    walk = _Walk(Ways(machine, route.method), machine)
+        return plan_duplex(name, route, machine)
+    ways = Ways(machine, route.method)
+    walk = _Walk(ways, machine)
     chain = walk.chain(route.stages, route.sink, route.sink.slow, gated=False, within=())
     finite = route.source.verb == "read"
     turns: Literal["each", "one", "once"] = "once" if finite else route.turns()
@@ -160,31 +93,7 @@ def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
         subscriber=needs.subscriber() if listening else None,
         streams=most if turns == "each" else 1,
         waiting=0 if turns != "one" else None if most is None else most - 1,
-        crossing=across(route.stages, route.sink, Ways(machine, route.method), source.choice),
-    )
-
-
-def _plan_duplex(name: str, route: Route, machine: Machine) -> RoutePlan:
-    """Two sockets a connection; each end's method is that of what comes from it."""
-    ways = Ways(machine, route.method)
-    there, back = ways.duplex(route.sink.address.scheme), ways.duplex(route.source.address.scheme)
-    pipes = needs.exchange("splice" in (there.method, back.method), machine)
-    source, sink = str(route.source.address), str(route.sink.address)
-    need = Need(1)
-    words = "holds the source, and the source holds it: back-pressure passes as over one connection"
-    return RoutePlan(
-        name=name,
-        method=route.method,
-        turns="each",
-        source=Hop("source", route.source.address.scheme, source, there, need, source, "listen"),
-        chain=(Hop("sink", route.sink.address.scheme, sink, back, need, sink, "connect"),),
-        holds=(Hold(sink, "sink", "", None, "", "", words),),
-        standing=needs.listener(route.source.address) + pipes,
-        stream=need.times(2),
-        subscriber=None,
-        streams=route.source.limits.connections,
-        waiting=0,
-        duplex=True,
+        crossing=across(route.stages, route.sink, ways, source.kind, source.choice, turns=turns == "one"),
     )
 
 
@@ -209,7 +118,17 @@ class _Walk:
         need = needs.source(address, self._machine)
         shown = str(address)
         name = "stdin" if address.scheme == "stdio" else shown
-        hop = Hop("source", address.scheme, name, choice, need, shown, route.source.verb, sure=sure)
+        hop = Hop(
+            "source",
+            address.scheme,
+            name,
+            choice,
+            need,
+            shown,
+            route.source.verb,
+            expects(route.source),
+            sure=sure,
+        )
         return hop, chain
 
     def _read(
@@ -276,10 +195,11 @@ class _Walk:
                 branch.stages, branch.to, branch.on_slow, gated=True, within=own + within, before=within
             )
         else:
-            backlog = branch.on_slow.policy != "block"
+            backlog = needs.has_backlog(branch.to, branch.on_slow)
+            block = branch.on_slow.policy == "block"
             need = self._node if backlog else needs.NOTHING
-            hop = self._sink(branch.to, branch.on_slow, stage.name, need, into if backlog else None, within)
-            if tee.method == "copy" and not backlog and hop.kind not in ("file", *INHERITED):
+            hop = self._sink(branch.to, branch.on_slow, stage.name, need, None if block else into, within)
+            if tee.method == "copy" and needs.passes_backlog(branch.to, branch.on_slow) and hop.sure:
                 hop = replace(hop, choice=tee)
             below = (hop,)
         return Hop("stage", stage.kind, stage.name, tee, self._node, detail=detail, entry=entry, branch=below)
@@ -365,6 +285,7 @@ class _Walk:
             need + needs.sink(sink, self._machine),
             str(address),
             sink.verb,
+            introduces(sink),
             entry=entry,
             policy=slow.policy or "",
             sure=sure,
@@ -437,12 +358,3 @@ def _detail(settings: StageSettings) -> str:
     """A stage's settings as they were given, those that fit in a line."""
     given: Mapping[str, Any] = settings.model_dump(mode="json", include=settings.model_fields_set - {"name"})
     return ", ".join(f"{key} {value}" for key, value in given.items() if isinstance(value, str | int | float))
-
-
-def hops(route: RoutePlan) -> Iterator[Hop]:
-    """Every hop of a route, from the source on, each before what is below it."""
-    waiting = [*reversed(route.chain), route.source]
-    while waiting:
-        hop = waiting.pop()
-        yield hop
-        waiting.extend(reversed(hop.branch))

@@ -18,14 +18,15 @@ from relay.config.load import load_to_run
 from relay.config.models import Config, Route
 from relay.endpoints import unix
 from relay.endpoints.address import Address
+from relay.endpoints.dial import TRANSPARENT
 from relay.endpoints.settings import SinkSettings, SourceSettings
 from relay.endpoints.template import placeholders
 from relay.errors import SourceError
 from relay.kernel.pipe import LARGEST_CAPACITY
-from relay.kernel.probe import CAP_NET_BIND_SERVICE, Machine, machine
+from relay.kernel.probe import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, CAP_NET_RAW, Machine, machine
 from relay.planning import drawing
 from relay.planning.plan import Plan, make_plan
-from relay.serving.route import spilling
+from relay.serving.resumption import spilling
 
 UNKNOWN = "-"  # stands for a placeholder's value in a path
 
@@ -133,6 +134,11 @@ def _route(name: str, route: Route, here: Machine) -> Iterator[Finding]:
             yield from _writable(name, sink)
         elif sink.address.scheme == "fifo":
             yield from _fifo(sink.address.path, os.W_OK)
+        if sink.transparent and not here.capabilities & (1 << CAP_NET_ADMIN | 1 << CAP_NET_RAW):
+            remedy = (
+                "AmbientCapabilities=CAP_NET_RAW in the unit, or setcap cap_net_raw+ep on the interpreter"
+            )
+            yield Finding(str(sink.address), f"'transparent': {TRANSPARENT}", remedy)
 
 
 def _stage_files(stage: object) -> Iterator[Finding]:

@@ -29,13 +29,26 @@ class Admission:
         self._route = route
         self._limits = limits
         self._open: Counter[str] = Counter()
+        self._expected = 0  # connected, and nobody knows yet for whom
         self.refused = 0
         self._told = Seldom(BETWEEN)
 
     @property
     def connections(self) -> int:
         """How many are admitted and not gone yet."""
-        return self._open.total()
+        return self._open.total() + self._expected
+
+    def expect(self, peer: str) -> bool:
+        """Whether there is room for a connection that has yet to say for whom it comes; it counts until `expected`."""
+        if reason := self._full():
+            self.refuse(peer, reason)
+            return False
+        self._expected += 1
+        return True
+
+    def expected(self) -> None:
+        """It has said so, and asks to be admitted, or it is gone."""
+        self._expected -= 1
 
     def admit(self, peer: str) -> bool:
         """Whether a connection from `peer` may come in; if so it counts until `leave`."""
@@ -44,6 +57,11 @@ class Admission:
         if not reason:
             self._open[host] += 1
             return True
+        self.refuse(peer, reason)
+        return False
+
+    def refuse(self, peer: str, reason: str) -> None:
+        """Counts a connection that is turned away, and says so now and then."""
         self.refused += 1
         if count := self._told():
             log.warning(
@@ -60,7 +78,6 @@ class Admission:
                     "count": count,
                 },
             )
-        return False
 
     def leave(self, peer: str) -> None:
         """A connection that was admitted is gone."""
@@ -75,10 +92,16 @@ class Admission:
             reason = self._by_network(host)
             if reason:
                 return reason
-        if limits.connections is not None and self._open.total() >= limits.connections:
-            return f"{limits.connections} connections are open already (limits.connections)"
+        if reason := self._full():
+            return reason
         if limits.per_peer is not None and self._open[host] >= limits.per_peer:
             return f"{limits.per_peer} connections from {host} are open already (limits.per_peer)"
+        return ""
+
+    def _full(self) -> str:
+        most = self._limits.connections
+        if most is not None and self.connections >= most:
+            return f"{most} connections are open already (limits.connections)"
         return ""
 
     def _by_network(self, host: str) -> str:

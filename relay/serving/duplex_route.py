@@ -8,17 +8,23 @@ its record is written.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from relay.duplex.health import Checks
 from relay.duplex.sessions import Sessions
+from relay.duplex.upstreams import Upstreams
 from relay.endpoints.listening import Crowd
 from relay.engine import Engine
 from relay.journal.record import SessionRecord
 from relay.kernel import core
+from relay.serving.facts import Facts
+from relay.serving.introductions import Introduced
 from relay.serving.names import Found
 from relay.serving.reception import Take, nobody
-from relay.serving.route import RunningRoute, ids
+from relay.serving.resumption import ids
+from relay.serving.route import RunningRoute
 
 
 class DuplexRoute(RunningRoute):
@@ -31,6 +37,14 @@ class DuplexRoute(RunningRoute):
         self._sessions: dict[Engine, Sessions] = {}
         self._overs: deque[tuple[SessionRecord, str]] = deque()  # from other engines
         self._told = False
+        self.upstreams = Upstreams(self.name, self.route.sink, self.home)
+        self._checks: Checks | None = None
+        self._replaced = False
+
+    def follow(self, old: RunningRoute) -> None:
+        """What the route whose place it takes knows of the upstreams that both have goes on."""
+        if isinstance(old, DuplexRoute):
+            self.upstreams = Upstreams(self.name, self.route.sink, self.home, old.upstreams)
 
     def open(self, found: Found | None = None, take: Take = nobody, *, wait: bool = False) -> None:
         """Binds the listeners, and accepts unless it is to `wait`. Raises SourceError; see `bound`."""
@@ -41,19 +55,49 @@ class DuplexRoute(RunningRoute):
     def begin(self) -> None:
         """Connections come in from now on."""
         self.reception.accept()
+        if self.route.sink.health is not None:
+            self._checks = Checks(self.home, self.upstreams, self.route.sink)
+            self.home.post(self._checks.start)
+
+    def _check_no_more(self) -> None:
+        if self._checks is not None:
+            self._checks.stop()
+
+    def drain(self) -> None:
+        """As for every route; upstreams are not checked any more."""
+        self._check_no_more()
+        super().drain()
+
+    def leave(self) -> None:
+        """As for every route; whoever took its place tells of the upstreams that both have."""
+        self._replaced = True
+        super().leave()
 
     def _crowds(self) -> Crowd:
         return self._crowd
 
     def _crowd(self, connections: list[tuple[int, str]]) -> None:
         """On the home engine: some connections came at once."""
-        spread: dict[Engine, list[tuple[int, str]]] = {}
+        came = []
         for fd, peer in connections:
+            if self._introductions is not None and self._introductions.expects(peer):
+                self._introductions.take(fd, peer)
+            else:
+                came.append(Introduced(fd, peer, ""))
+        self._let_in(came)
+
+    def _introduced(self, who: Introduced) -> None:
+        self._let_in([who])
+
+    def _let_in(self, connections: list[Introduced]) -> None:
+        spread: dict[Engine, list[Introduced]] = {}
+        for who in connections:
+            fd, peer, _local = who
             if (self._once and self._under_way) or not self._admission.admit(peer):
                 core.lib.relay_refuse(fd)
                 continue
             self._under_way += 1
-            spread.setdefault(next(self._spread), []).append((fd, peer))
+            spread.setdefault(next(self._spread), []).append(who)
         if self._once and self._under_way:
             self.reception.close(sources_only=True)
         for engine, share in spread.items():
@@ -64,6 +108,7 @@ class DuplexRoute(RunningRoute):
                     self.name,
                     self.route,
                     self._ways,
+                    self.upstreams,
                     ids,
                     partial(self._ended, engine),
                     partial(self._short, engine),
@@ -103,16 +148,24 @@ class DuplexRoute(RunningRoute):
             self.records.append(record)
         self._look_whether_done()
 
+    def facts(self) -> Facts:
+        """What there is to tell of it now. On its home engine."""
+        upstreams = () if self._replaced else self.upstreams.snapshot()
+        return replace(super().facts(), sessions=tuple(self._sessions.items()), upstreams=upstreams)
+
     @property
     def under_way(self) -> bool:
         """Whether a connection is open."""
-        return self._under_way > 0
+        return self._under_way > 0 or bool(self._introductions)
 
     def abort(self, reason: str) -> None:
         """Resets every connection."""
         self._ending = True
+        self._check_no_more()
         self.reception.refuse()
-        self.cut_short = self.cut_short or self._under_way > 0
+        self.cut_short = self.cut_short or self.under_way
+        if self._introductions is not None:
+            self._introductions.abort(reason)
         for engine, sessions in self._sessions.items():
             engine.post(partial(sessions.abort, reason))
         self._look_whether_done()
@@ -122,6 +175,7 @@ class DuplexRoute(RunningRoute):
             return
         super()._look_whether_done()
         if self._done:
+            self._check_no_more()
             for engine, sessions in self._sessions.items():
                 engine.post(sessions.close)
 

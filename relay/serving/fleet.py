@@ -35,7 +35,8 @@ from relay.journal.record import SessionRecord
 from relay.serving.duplex_route import route_of
 from relay.serving.names import Found, listening
 from relay.serving.reception import Handover, keys
-from relay.serving.route import RunningRoute, spilling
+from relay.serving.resumption import spilling
+from relay.serving.route import RunningRoute
 from relay.spill.spills import Spills
 
 log = logging.getLogger("relay.serve")
@@ -210,6 +211,8 @@ class Fleet:
                         ended.append(rival)
                         self._end(old[rival], "the configuration of its route changed")
                 fresh[name] = self._make(name, config.routes[name])
+                if name in old:
+                    fresh[name].follow(old[name])
                 try:
                     fresh[name].home.call(partial(fresh[name].open, found, hand.take, wait=True))
                 except RelayError as error:
@@ -220,16 +223,15 @@ class Fleet:
         for running in fresh.values():
             running.home.post(running.begin)
         hand.close()
+        both = {**self.at_work, **fresh}
+        self.at_work = {name: both[name] for name in config.routes}  # at once: others may be looking
         for name, running in old.items():
-            del self.at_work[name]
             if running.over.is_set():
                 running.close()
             else:
                 self.leaving.append(running)
             if name not in ended:
                 running.home.post(running.leave)
-        both = {**self.at_work, **fresh}
-        self.at_work = {name: both[name] for name in config.routes}
         self.config = config
         return change
 

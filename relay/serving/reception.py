@@ -12,6 +12,7 @@ from relay.endpoints import tcp, unix
 from relay.endpoints.listening import Accepted, Bound, Crowd, Key, Listener
 from relay.endpoints.liveness import tune
 from relay.endpoints.settings import SourceSettings
+from relay.endpoints.turnstile import Turnstile
 from relay.engine import Engine
 from relay.errors import RelayError
 from relay.serving.names import End, Found, meaning
@@ -55,6 +56,7 @@ class Reception:
         self._listeners: dict[int, list[Listener]] = {}  # by the place of their end in `ends`
         self._released: list[tuple[Listener, Bound]] = []
         self.bound: list[str] = []
+        self.accepting = not ends  # whether streams may come in; with nobody who listens they always may
 
     def __iter__(self) -> Iterator[Listener]:
         return (listener for listeners in self._listeners.values() for listener in listeners)
@@ -73,7 +75,9 @@ class Reception:
             accepted = partial(_tuned, accepted, end.dead_after)
         else:
             bounds = unix.bind(end.address, mode=end.mode, owner=means.user, group=means.group, take=take)
-        self._listeners[number] = [Listener(self._engine, bound, accepted) for bound in bounds]
+        rate = end.limits.rate if isinstance(end, SourceSettings) else None
+        gate = Turnstile(rate) if rate else None
+        self._listeners[number] = [Listener(self._engine, bound, accepted, gate) for bound in bounds]
         if self._crowd is not None:
             for listener in self._listeners[number]:
                 listener.by_the_crowd(self._crowd)
@@ -87,6 +91,7 @@ class Reception:
 
     def accept(self) -> None:
         """Whoever connects comes in."""
+        self.accepting = True
         for listener in self:
             listener.resume()
 

@@ -7,7 +7,6 @@ file may wait for the disk, and then nothing else should.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import socket
 import threading
@@ -22,8 +21,7 @@ from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.line import Lines
 from relay.endpoints.listening import Crowd
 from relay.endpoints.make import accepted, make_source
-from relay.endpoints.options import OnSlow
-from relay.endpoints.settings import SinkSettings
+from relay.endpoints.proxy_header import local_of
 from relay.endpoints.socket import close_with_reset
 from relay.engine import Engine
 from relay.errors import EndpointError, RelayError
@@ -32,24 +30,23 @@ from relay.journal.record import SessionRecord
 from relay.kernel.probe import machine
 from relay.pipeline.pipeline import Pipeline
 from relay.serving.admission import Admission
+from relay.serving.facts import Facts
+from relay.serving.introductions import Introduced, Introductions
 from relay.serving.names import Found
 from relay.serving.reception import Reception, Take, nobody
 from relay.serving.redial import Redial
-from relay.spill.sink import Resumed
+from relay.serving.resumption import Resumption, ids
 from relay.spill.spills import Spills
-from relay.stages.base import StageSettings
-from relay.stages.stage import Branch, Turn
+from relay.stages.stage import Turn
 from relay.ways import Ways
 
 log = logging.getLogger("relay.serve")
-
-ids = itertools.count(1)  # of streams and sessions, for as long as this process lives
 
 
 def new_turn(route: str, source: Source) -> Turn:
     """Names for a stream that begins now; ids count up for as long as this process lives."""
     at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    return Turn(route=route, id=str(next(ids)), time=at, peer=source.peer, name=source.name)
+    return Turn(route, str(next(ids)), at, source.peer, source.name, source.local)
 
 
 class RunningRoute:
@@ -106,8 +103,15 @@ class RunningRoute:
         self._aborted = ""
         self._own: Engine | None = None
         self._redial: Redial | None = None
-        self._resumed: set[Resumed] = set()
+        self._resumption = Resumption(home, name, route, self._spills, self._ways, self._look_whether_done)
         self._admission = Admission(name, route.source.limits)
+        trust = route.source.proxy_protocol
+        self._introductions = (
+            Introductions(home, trust, self._admission, self._introduced, self._look_whether_done)
+            if trust
+            else None
+        )
+        self._names_peers = any(sink.proxy_protocol for _place, sink in route.sinks())
         self._ending = False
         self._done = False
         self.over = threading.Event()
@@ -118,7 +122,7 @@ class RunningRoute:
         `found` is what the listeners' names mean, `take` may have sockets for them. Raises SourceError; see `bound`.
         """
         self.reception.open(found or {}, take)
-        self._resume()
+        self._resumption.begin(standing=self._persistent)
         if self._persistent:
             self._standing = self._pipeline(self.home)
             self._standing.open(self._broadcasts)
@@ -142,28 +146,6 @@ class RunningRoute:
     def bound(self) -> list[str]:
         """The addresses it listens on, those of its sinks first."""
         return self.reception.bound
-
-    def _resume(self) -> None:
-        """What an earlier run left in logs on disk goes on before any new source connects."""
-        for _place, _settings, slow, _stages in spilling(self.route):
-            if slow.directory is not None:
-                self._spills.claim(slow.directory)
-        if self._persistent:
-            return  # the standing sink's own log has it
-
-        def turn() -> Turn:
-            return Turn(self.name, str(next(ids)), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), "log")
-
-        for _place, settings, slow, stages in spilling(self.route):
-            self._resumed.update(
-                self._spills.resume(
-                    self.home, self.name, stages, settings, slow, self._ways, turn, self._resumption_over
-                )
-            )
-
-    def _resumption_over(self, resumed: Resumed) -> None:
-        self._resumed.discard(resumed)
-        self._look_whether_done()
 
     def _pipeline(self, engine: Engine) -> Pipeline:
         pipeline: Pipeline
@@ -203,6 +185,21 @@ class RunningRoute:
         """Those at work now."""
         return tuple(self._pipelines)
 
+    def facts(self) -> Facts:
+        """What there is to tell of it now. On its home engine."""
+        over = "done" if self._done else "draining" if self._ending else ""
+        return Facts(
+            state="failed" if self.failed else over or ("" if self.reception.accepting else "starting"),
+            listening=tuple(self.bound),
+            connections=self._admission.connections,
+            refused=self._admission.refused,
+            waiting=len(self._waiting),
+            resumed=self._resumption.left,
+            pipelines=tuple(self._pipelines),
+            sessions=(),
+            failed=str(self.failed or ""),
+        )
+
     def _closed(self, pipeline: Pipeline) -> None:
         self._pipelines.discard(pipeline)
         self._look_whether_done()
@@ -210,11 +207,23 @@ class RunningRoute:
     # -- sources
 
     def _accepted(self, sock: socket.socket, peer: str) -> None:
+        if self._introductions is not None and self._introductions.expects(peer):
+            self._introductions.take(sock.detach(), peer)
+        else:
+            self._came(sock, peer, "")
+
+    def _introduced(self, who: Introduced) -> None:
+        """A proxy has said for whom it connects."""
+        self._came(socket.socket(fileno=who.fd), who.peer, who.local)
+
+    def _came(self, sock: socket.socket, peer: str, local: str) -> None:
         if not self._admission.admit(peer):
             close_with_reset(sock.detach())
             return
+        if self._names_peers:
+            local = local or local_of(sock.fileno())
         engine = self.home if self._persistent else next(self._spread)
-        source = accepted(engine, self.route.source.address, sock, peer, self._ways)
+        source = accepted(engine, self.route.source.address, sock, peer, local, self._ways)
         source.on_close = lambda: self.home.post(partial(self._admission.leave, peer))
         source.on_fail = lambda error: self._refused(source, error)
         if self._once:
@@ -308,12 +317,13 @@ class RunningRoute:
         self._on_record(record)
         if self.finite:
             self.records.append(record)
-        if self._ending and not self._waiting and self._standing is not None and not self._standing.closed:
-            self._standing.finish()
         self._next_turn()
         self._look_whether_done()
 
     # -- reload
+
+    def follow(self, old: RunningRoute) -> None:
+        """Before it is opened: it takes the place of `old`, from which it may take what both have."""
 
     def leave(self) -> None:
         """Another took its place: no newcomers of any kind, then as `drain`."""
@@ -335,17 +345,20 @@ class RunningRoute:
     @property
     def under_way(self) -> bool:
         """Whether a source connection is open or bytes wait; idle subscribers do not count."""
-        waiting = self._waiting or self._starting or self._resumed
+        waiting = self._waiting or self._starting or self._resumption or self._introductions
         return bool(waiting) or any(p.busy for p in self._pipelines if not p.closed)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anything is under way or anybody watches."""
+        watched = any(group.members for pipeline in self._pipelines for group in pipeline.subscribers)
+        return self.under_way or watched
 
     def drain(self) -> None:
         """No new streams but those that wait in a backlog; those under way go on. What has none is finished at once."""
         self.reception.finish(sources_only=True)
         self._ending = True
         self._stop_dialing()
-        standing = self._standing
-        if standing is not None and standing.source is None and not self._waiting:
-            standing.finish()
         self._look_whether_done()
 
     def abort(self, reason: str) -> None:
@@ -354,6 +367,9 @@ class RunningRoute:
         self._aborted = reason
         self._stop_dialing()
         self.reception.refuse()
+        if self._introductions:
+            self.cut_short = True
+            self._introductions.abort(reason)
         if count := len(self._waiting):
             self.cut_short = True
             log.warning(
@@ -369,9 +385,8 @@ class RunningRoute:
             engine.post(partial(self._give_up, source))
         for pipeline in self._pipelines:
             self._abort_pipeline(pipeline)
-        for resumed in self._resumed:
-            self.cut_short = True
-            resumed.stop(reason)
+        self.cut_short = self.cut_short or bool(self._resumption)
+        self._resumption.stop(reason)
         self._look_whether_done()
 
     def _abort_pipeline(self, pipeline: Pipeline) -> None:
@@ -385,7 +400,10 @@ class RunningRoute:
             self.home.post(lambda: self._started(source))
 
     def _look_whether_done(self) -> None:
-        if self._done or self._pipelines or self._waiting or self._starting or self._resumed:
+        standing, more = self._standing, self._waiting or self._introductions
+        if standing is not None and standing.source is None and self._ending and not (more or self._aborted):
+            standing.finish()
+        if self._done or self._pipelines or more or self._starting or self._resumption:
             return
         if self._ending or (self.finite and (self.failed or self.records)):
             self._done = True
@@ -402,23 +420,3 @@ class RunningRoute:
         if self._own is not None:
             self._own.stop()
             self._own = None
-
-
-def spilling(
-    route: Route,
-) -> Iterator[tuple[str, SinkSettings, OnSlow, tuple[StageSettings, ...]]]:
-    """Every sink of the route that reads through a log, with its policy and the stages behind the log."""
-
-    def walk(stages: tuple[StageSettings, ...]) -> Iterator[Branch]:
-        for settings in stages:
-            branch = settings.make().branch
-            if branch is not None:
-                yield branch
-                if branch.on_slow.policy != "spill":
-                    yield from walk(branch.stages)
-
-    for branch in walk(route.stages):
-        if branch.on_slow.policy == "spill":
-            yield str(branch.to.address), branch.to, branch.on_slow, branch.stages
-    if route.sink.slow.policy == "spill":
-        yield str(route.sink.address), route.sink, route.sink.slow, ()

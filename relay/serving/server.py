@@ -8,9 +8,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from relay.config.models import Config
 from relay.engine import Engine
@@ -21,6 +22,7 @@ from relay.news import News
 from relay.serving.fleet import Fleet, NotExchanged
 from relay.serving.names import Found, Names
 from relay.serving.route import RunningRoute
+from relay.serving.vigil import Vigil
 from relay.settings import Place
 
 if TYPE_CHECKING:
@@ -29,7 +31,23 @@ if TYPE_CHECKING:
 log = logging.getLogger("relay.serve")
 
 ENDING = ("SIGTERM", "SIGINT")
+RESTARTS = ("engines", "admin")  # keys that a reload does not apply
 ENDING_TIME = 2.0  # seconds that routes have to end after a failure of the program around them
+
+
+State = Literal["starting", "ready", "draining", "ended"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a reload came to, in words; `problems` say why a configuration was refused, one line each."""
+
+    result: Literal["reloaded", "reopened", "refused", "draining"]
+    words: str
+    problems: tuple[str, ...] = ()
+
+
+ENDING_OUTCOME = Outcome("draining", "relay is draining, nothing is reloaded")
 
 
 def exit_code(routes: Iterable[RunningRoute]) -> int:
@@ -63,10 +81,12 @@ class Server:
         signals: bool = True,
         on_progress: Callable[[list[RunningRoute]], None] | None = None,
         interval: float = 0.2,
+        vigil: Vigil | None = None,
     ) -> None:
         self._config = config
         self._once = once
-        self._on_record = on_record
+        self._vigil = vigil or Vigil()
+        self._on_record = self._vigil.watched(on_record)
         self._on_ready = on_ready
         self._again = again
         self._signals = signals
@@ -78,6 +98,9 @@ class Server:
         self._ready = False
         self._interrupted = ""
         self._deadline: float | None = None
+        self._askers: list[Callable[[Outcome], None]] = []  # who waits for the outcome of a reload
+        self._ended = False
+        self.engines: list[Engine] = []
         self.signalled = 0
 
     def run(self) -> int:
@@ -85,22 +108,27 @@ class Server:
         self._news.listen(signals=self._signals)
         previous = self._catch_signals() if self._signals else {}
         count = self._config.engines or len(os.sched_getaffinity(0))
-        engines = [Engine(f"engine-{i}") for i in range(count)]
+        engines = self.engines = [Engine(f"engine-{i}") for i in range(count)]
         self._fleet = Fleet(self._config, engines, self._done, self._on_record, once=self._once)
         try:
             found = self._look_up()
             if found is None or not self._fleet.open(found, lambda: bool(self._interrupted)):
                 return self._not_opened()
-            self._on_ready(list(self._fleet))
             if self._signals and not self._once:  # the process is this server's
                 _keep_small()
             for engine in engines:
                 engine.start()
+            self._vigil.begin(engines)
+            self._say_ready()
             self._ready = True
+            self._on_ready(list(self._fleet))
             if self._reload_asked:  # it came before there was anything to exchange
                 self._news.tell(self._reload)
             return self._serve_on()
         finally:
+            self._vigil.end()
+            self._ended = True
+            self._settled(ENDING_OUTCOME)
             self._fleet.close()
             self._news.close()
             for number, handler in previous.items():
@@ -147,6 +175,33 @@ class Server:
         self._interrupted = self._interrupted or name
         self._news.tell(partial(self._told_to_end, name))
 
+    def reload(self, tell: Callable[[Outcome], None]) -> None:
+        """As SIGHUP does, and `tell(outcome)` on the main thread when it is known. From any thread."""
+        if self._ended:
+            tell(ENDING_OUTCOME)
+            return
+        self._news.tell(partial(self._asked_to_reload, tell))
+
+    @property
+    def state(self) -> State:
+        """Where it is in its life; draining from the moment at which a signal came. From any thread."""
+        if self._ended:
+            return "ended"
+        if self._interrupted:
+            return "draining"
+        return "ready" if self._ready else "starting"
+
+    @property
+    def routes(self) -> list[RunningRoute]:
+        """Those at work and those that are leaving. From any thread."""
+        fleet = getattr(self, "_fleet", None)
+        return list(fleet) if fleet is not None else []
+
+    @property
+    def config(self) -> Config:
+        """The present one. From any thread."""
+        return self._config
+
     @property
     def refusal(self) -> RelayError | None:
         """Why a route could not be opened, or its source; None when all could."""
@@ -178,7 +233,11 @@ class Server:
             if self._on_progress is not None:
                 self._on_progress(list(self._fleet))
                 left = self._interval if left is None else min(left, self._interval)
+            due = self._vigil.due
+            left = left if due is None else due if left is None else min(left, due)
             news = self._news.wait(left)
+            if self._vigil.look(self._fleet) and not self.signalled:
+                self._told_to_end("SIGTERM", why="nobody has needed relay for long enough")
             if news is not None:
                 news()
             elif deadline is not None and time.monotonic() >= deadline:
@@ -188,26 +247,48 @@ class Server:
             return 1 if any(route.cut_short for route in self._fleet) else 0
         return exit_code(self._fleet)
 
-    def _told_to_end(self, name: str) -> None:
+    def _told_to_end(self, name: str, why: str = "") -> None:
         if self.signalled:
             self._fleet.abort(f"a second {name}")
             return
         self.signalled = int(signal.Signals[name])
-        log.info("draining: %s, %g s at most", name, self._config.drain, extra={"event": "drain"})
+        log.info("draining: %s, %g s at most", why or name, self._config.drain, extra={"event": "drain"})
+        self._vigil.notifier.stopping(f"draining: {why or name}", self._config.drain)
         self._deadline = time.monotonic() + self._config.drain
         self._fleet.drain()
 
     # -- reload
 
+    def _asked_to_reload(self, tell: Callable[[Outcome], None]) -> None:
+        self._askers.append(tell)
+        if self._ended or self.signalled:
+            self._settled(ENDING_OUTCOME)
+        elif self._ready:
+            self._reload()
+        else:
+            self._reload_asked = True
+
+    def _settled(self, outcome: Outcome) -> None:
+        """Whoever asked for a reload learns what it came to."""
+        askers, self._askers = self._askers, []
+        for tell in askers:
+            tell(outcome)
+
     def _reload(self) -> None:
         if not self._ready:
             return
+        self._vigil.notifier.reloading()
         self._reload_asked = False  # before the file is read: a signal from here on asks again
         if self.signalled:
             log.info("SIGHUP: relay is draining, nothing is reloaded")
+            self._vigil.notifier.stopping("draining", self._config.drain)
+            self._settled(ENDING_OUTCOME)
         elif self._again is None:
             self._fleet.reopen(tuple(self._fleet.at_work))
-            log.info("SIGHUP: files are opened anew; there is no configuration file to read again")
+            self._say_ready()
+            said = "files are opened anew; there is no configuration file to read again"
+            log.info("SIGHUP: %s", said)
+            self._settled(Outcome("reopened", said))
         else:
             self._reload_from(self._again)
 
@@ -226,6 +307,7 @@ class Server:
 
     def _exchange(self, loaded: Loaded, found: Found) -> None:
         if self.signalled:
+            self._settled(ENDING_OUTCOME)
             return
         before = dict(self._fleet.at_work)
         try:
@@ -237,17 +319,28 @@ class Server:
         finally:
             kept = tuple(name for name, route in self._fleet.at_work.items() if before.get(name) is route)
             self._fleet.reopen(kept)
-        if loaded.config.engines != self._config.engines:
-            log.warning(
-                "engines: %s takes a restart", loaded.config.engines, extra={"event": "restart_needed"}
-            )
+        later = [key for key in RESTARTS if getattr(loaded.config, key) != getattr(self._config, key)]
+        for key in later:
+            log.warning("%s: a change of it takes a restart", key, extra={"event": "restart_needed"})
         self._config = loaded.config
+        self._say_ready()
         log.info("reloaded: %s", change, extra={"event": "reload", **change._asdict()})
+        restart = f"; a change of {', '.join(later)} takes a restart" if later else ""
+        self._settled(Outcome("reloaded", f"{change}{restart}"))
 
     def _refuse(self, problems: Iterable[object]) -> None:
-        for problem in problems:
+        said = tuple(str(problem) for problem in problems)
+        for problem in said:
             log.error("not reloaded: %s", problem, extra={"event": "reload_refused"})
         log.warning("the configuration stays as it was", extra={"event": "reload_refused"})
+        self._say_ready("; the last reload was refused, see the log")
+        self._settled(Outcome("refused", "the configuration stays as it was", said))
+
+    def _say_ready(self, more: str = "") -> None:
+        routes = list(self._fleet.at_work.values())
+        count = sum(len(route.bound) for route in routes)
+        names = "1 route" if len(routes) == 1 else f"{len(routes)} routes"
+        self._vigil.notifier.ready(f"{names}, listening on {count} addresses{more}")
 
 
 def _keep_small() -> None:

@@ -15,6 +15,7 @@ from relay.engine import Engine, Timer
 from relay.errors import EndpointError, RelayError, SinkError
 from relay.journal.record import SessionRecord
 from relay.log import Cursor, Log
+from relay.pipeline.outlet import CONNECTS
 from relay.pipeline.pipeline import Pipeline
 from relay.spill.source import TORN, LogSource
 from relay.stages.base import StageSettings
@@ -81,6 +82,7 @@ class Delivery:
         self.method = "sendfile"
         self.reconnects = 0
         self.twice = 0  # bytes that were sent again after a connection broke
+        self._connects: tuple[float, ...] = ()
         self.lost = 0  # bytes that a broken connection had not acknowledged and that were not sent again
 
     @property
@@ -92,6 +94,12 @@ class Delivery:
     def left(self) -> int:
         """Bytes still to be delivered."""
         return self._log.end - self._cursor.position
+
+    @property
+    def connects(self) -> tuple[float, ...]:
+        """How long each connect took, the present one's included. From any thread."""
+        pipeline = self._pipeline
+        return self._connects + (tuple(pipeline.chain.outlets[-1].connects) if pipeline is not None else ())
 
     @property
     def connected(self) -> bool:
@@ -191,6 +199,7 @@ class Delivery:
     def _over(self, record: SessionRecord) -> None:
         self._pipeline = None
         sink = record.sinks[-1]
+        self._connects = (*self._connects, *sink.connects)[:CONNECTS]
         assert self._source is not None
         self.method = record.crossing(sink)[0]
         if not self._in_vain_since or sink.bytes > sink.lost:

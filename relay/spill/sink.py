@@ -13,9 +13,11 @@ had not acknowledged is lost, as it is without a buffer.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -25,7 +27,8 @@ from relay.engine import Engine
 from relay.errors import EndpointError
 from relay.kernel import core
 from relay.kernel.pipe import LARGEST_CAPACITY, Pipe
-from relay.log import FULL, Log
+from relay.log import FULL, SEGMENT_NAME, Log
+from relay.spill.ages import Ages
 from relay.spill.delivery import Delivery
 
 log = logging.getLogger("relay.spill")
@@ -70,6 +73,8 @@ class SpillSink(Sink):
         self._cut = ""
         self._appending = False
         self._delivering = True
+        self._ages = Ages()
+        self._note_earlier()
         self._begin = kept.end  # where what is given to it begins
         self._counts = kept.end  # from where on what is delivered is its own
         self.c.kind = core.FERRY
@@ -108,6 +113,11 @@ class SpillSink(Sink):
         return self.delivery.reconnects
 
     @property
+    def connects(self) -> tuple[float, ...]:
+        """How long each connect behind the log took."""
+        return self.delivery.connects
+
+    @property
     def twice(self) -> int:
         """Bytes sent again after a connection broke."""
         return self.delivery.twice
@@ -116,6 +126,20 @@ class SpillSink(Sink):
     def away(self) -> bool:
         """Whether a sink that is connected again by itself is not there, or the disk of its log does not work."""
         return self._disk_fails or (self._rejoins and not self.delivery.connected)
+
+    @property
+    def age(self) -> float:
+        """Seconds for which the oldest byte in its log has waited; 0 when none waits."""
+        return self._ages.oldest(self.delivery.position) if self.backlog else 0.0
+
+    def _note_earlier(self) -> None:
+        """What an earlier run left in the log has waited for as long at least as nobody wrote to its first segment."""
+        if self.log.directory is None or not self.delivery.left:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            first = min(path for path in self.log.directory.iterdir() if SEGMENT_NAME.fullmatch(path.name))
+            since = max(0.0, time.time() - first.stat().st_mtime)
+            self._ages.note(self.delivery.position, time.monotonic() - since)
 
     def unread(self) -> int:
         """What its sink says."""
@@ -189,6 +213,7 @@ class SpillSink(Sink):
                 raise
             self.log.refused()
             return 0
+        self._ages.note(self.log.end)
         self.log.appended(count)
         return count
 

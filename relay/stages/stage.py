@@ -30,6 +30,7 @@ class Turn:
     time: str
     peer: str
     name: str = ""
+    local: str = ""  # where the peer connected to
 
     def values(self) -> Mapping[str, str]:
         """For placeholders in paths and headers."""

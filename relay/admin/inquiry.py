@@ -1,0 +1,312 @@
+"""Asks the engines what there is to know, and puts it together as one Status.
+
+Theory of operation. What runs lives on the engines' threads, and only they may look at it. So the question goes to
+them in two rounds: first each route's home engine says what the route is made of, then the engine of each pipeline
+and of each crowd of sessions says how it stands. An engine answers in slices, with a turn of its loop between two,
+so that streams wait for a slice at most. Whoever asks waits for so long and no longer: what an engine did not answer
+in time is told as it was before, and said to be so.
+
+Sums must not go back. So the sums of sessions that are over are read first: a session that ends in between is
+missing for a moment, and is never there twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from relay import __version__
+from relay.admin.ledger import Ledger, RouteTotals, SinkTotals
+from relay.admin.resources import resources
+from relay.admin.status import EngineStatus, HopStatus, RouteStatus, SinkStatus, Status, StreamStatus
+from relay.admin.streams import combined, known_sinks, stream_of
+from relay.duplex.sessions import Session, Sessions
+from relay.engine import Engine
+from relay.pipeline.pipeline import Pipeline
+from relay.serving.facts import Facts
+from relay.serving.route import RunningRoute
+from relay.serving.server import Server
+
+log = logging.getLogger("relay.admin")
+
+PATIENCE = 1.0  # seconds for all engines to answer
+SLICE = 0.0005  # seconds that an engine looks at a time
+DETAILS = 8  # streams of a route that are told one by one
+
+RESULTS = ("delivered", "partial", "failed")
+
+
+class Round:
+    """One question to many engines. `ask` them, then `wait`; what came too late is left out by whoever asked."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open = 0
+        self._over = threading.Event()
+        self.asked: set[Engine] = set()
+        self.answered: set[Engine] = set()
+        self.lag: dict[Engine, float] = {}
+
+    def ask(self, engine: Engine, look: Iterator[None]) -> None:
+        """`look` runs on the engine's thread, from one of its yields to a later one at a time."""
+        with self._lock:
+            self._open += 1
+        self.asked.add(engine)
+        posted = time.monotonic()
+
+        def go_on() -> None:
+            until = time.monotonic() + SLICE
+            self.lag.setdefault(engine, time.monotonic() - posted)
+            try:
+                for _ in look:
+                    if time.monotonic() >= until:
+                        engine.later(0.0, go_on)  # posted at once it would run in this very turn of the loop
+                        return
+            except Exception:
+                log.exception("looking at what runs on %s", engine.name)
+            self._answered(engine)
+
+        engine.post(go_on)
+
+    def _answered(self, engine: Engine) -> None:
+        with self._lock:
+            self._open -= 1
+            self.answered.add(engine)
+            if not self._open:
+                self._over.set()
+
+    def wait(self, until: float) -> None:
+        """Until all have answered, or that time."""
+        if self.asked:
+            self._over.wait(max(0.0, until - time.monotonic()))
+
+
+@dataclass
+class Crowd:
+    """What the duplex sessions of a route sum up to, so far."""
+
+    methods: tuple[str, str] = ("", "")  # to the sink, and back
+    sessions: int = 0
+    bytes: int = 0
+    back: int = 0
+
+
+@dataclass
+class Look:
+    """One route in the making."""
+
+    running: RunningRoute
+    facts: Facts | None = None
+    streams: dict[Pipeline, StreamStatus] = field(default_factory=dict)
+    crowds: dict[Engine, Crowd] = field(default_factory=dict)
+    engines: set[Engine] = field(default_factory=set)
+
+
+class Inquiry:
+    """Gathers what there is to know of `server`. `look` from any thread, one at a time."""
+
+    def __init__(self, server: Server, ledger: Ledger, config: str) -> None:
+        self._server = server
+        self._ledger = ledger
+        self._config = config
+        self._began = time.monotonic()
+        self._before: dict[RunningRoute, RouteStatus] = {}
+
+    def look(self, patience: float = PATIENCE) -> Status:
+        """How it stands now, without rates."""
+        until = time.monotonic() + patience
+        server = self._server
+        running = server.routes if server.state in ("ready", "draining") else []
+        totals = self._ledger.totals(route.name for route in running)
+        looks = [Look(route) for route in running]
+        homes = self._first_round(looks, until)
+        second = self._second_round(looks, until)
+        answered = homes.answered & (second.answered | (homes.answered - second.asked))
+        routes = []
+        told = set()
+        for look in looks:
+            route, done = look.running, look.engines | {look.running.home}
+            name = route.name
+            status = _route(look, totals.get(name) if name not in told else None)
+            told.add(name)
+            if look.facts is None or not done <= (answered | second.answered):
+                status = replace(self._before.get(route, status), unanswered=True)
+            routes.append(status)
+        self._before = dict(zip(running, routes, strict=True))
+        return Status(
+            version=__version__,
+            pid=os.getpid(),
+            state=server.state,
+            at=time.time(),
+            uptime=time.monotonic() - self._began,
+            config=self._config,
+            routes=tuple(routes),
+            engines=tuple(_engine(engine, homes.lag.get(engine)) for engine in server.engines),
+            resources=resources(),
+            recent=self._ledger.recent(),
+        )
+
+    def _first_round(self, looks: Iterable[Look], until: float) -> Round:
+        asking = Round()
+        by_home: dict[Engine, list[Look]] = {}
+        if self._server.state in ("ready", "draining"):
+            by_home = {engine: [] for engine in self._server.engines}
+        for look in looks:
+            by_home.setdefault(look.running.home, []).append(look)
+        for engine, share in by_home.items():
+            asking.ask(engine, _facts(share))
+        asking.wait(until)
+        return asking
+
+    def _second_round(self, looks: Iterable[Look], until: float) -> Round:
+        asking = Round()
+        work: dict[Engine, list[Callable[[], Iterator[None]]]] = {}
+        for look in looks:
+            if look.facts is None:
+                continue
+            for pipeline in look.facts.pipelines:
+                look.engines.add(pipeline.engine)
+                work.setdefault(pipeline.engine, []).append(_pipeline(look, pipeline))
+            for engine, sessions in look.facts.sessions:
+                look.engines.add(engine)
+                work.setdefault(engine, []).append(_sessions(look, engine, sessions))
+        for engine, parts in work.items():
+            asking.ask(engine, _all(parts))
+        asking.wait(until)
+        return asking
+
+
+# -- on the engines
+
+
+def _all(parts: Iterable[Callable[[], Iterator[None]]]) -> Iterator[None]:
+    for part in parts:
+        yield from part()
+
+
+def _facts(looks: Iterable[Look]) -> Iterator[None]:
+    for look in looks:
+        look.facts = look.running.facts()
+        yield
+
+
+def _pipeline(look: Look, pipeline: Pipeline) -> Callable[[], Iterator[None]]:
+    def steps() -> Iterator[None]:
+        if not pipeline.closed:
+            look.streams[pipeline] = stream_of(pipeline)
+        yield
+
+    return steps
+
+
+def _sessions(look: Look, engine: Engine, sessions: Sessions) -> Callable[[], Iterator[None]]:
+    def steps() -> Iterator[None]:
+        crowd = look.crowds[engine] = Crowd(sessions.methods)
+        live: list[Session] = sessions.live()
+        for number, session in enumerate(live):
+            if session.slot >= 0:
+                sides = session.c.sides
+                crowd.sessions += 1
+                crowd.bytes += int(sides[0].given)
+                crowd.back += int(sides[1].given)
+            if number % 64 == 63:
+                yield
+        yield
+
+    return steps
+
+
+# -- putting it together
+
+
+def _route(look: Look, totals: RouteTotals | None) -> RouteStatus:
+    running, facts = look.running, look.facts
+    totals = totals or RouteTotals()
+    streams = sorted(look.streams.values(), key=lambda stream: -stream.seconds)
+    live = [stream for stream in streams if stream.id]
+    duplex = running.route.duplex
+    crowd = Crowd()
+    for one in look.crowds.values():
+        crowd.sessions += one.sessions
+        crowd.bytes += one.bytes
+        crowd.back += one.back
+    sinks = tuple(_sinks(running, totals, streams, crowd))
+    sessions: dict[str, int] = dict.fromkeys(RESULTS, 0)
+    for (result, _ended_by, _reason), count in totals.ends.items():
+        sessions[result] = sessions.get(result, 0) + count
+    count = crowd.sessions if duplex else len(live)
+    held = any(sink.state in ("slow", "away") for sink in sinks)
+    return RouteStatus(
+        name=running.name,
+        state=(facts.state if facts else "") or ("held" if held else "flowing" if count else "waiting"),
+        duplex=duplex,
+        source=str(running.route.source.address),
+        listening=facts.listening if facts else (),
+        connections=facts.connections if facts else 0,
+        waiting=facts.waiting if facts else 0,
+        refused=facts.refused if facts else 0,
+        streams=count,
+        bytes=totals.bytes + sum(stream.bytes for stream in live) + crowd.bytes,
+        sessions=sessions,
+        sinks=sinks,
+        hops=tuple(_hops(running, live, look.crowds.values())),
+        details=tuple(streams[:DETAILS]),
+        bytes_back=totals.back + crowd.back if duplex else None,
+        upstreams=facts.upstreams if facts else (),
+        resumed=facts.resumed if facts else 0,
+        failed=facts.failed if facts else "",
+    )
+
+
+def _hops(
+    running: RunningRoute, live: Iterable[StreamStatus], crowds: Iterable[Crowd]
+) -> Iterator[HopStatus]:
+    """How many streams cross where and how."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for stream in live:
+        counts.update((hop.hop, hop.method) for hop in stream.hops)
+    for crowd in crowds:
+        there, back = crowd.methods
+        counts[str(running.route.sink.address), there] += crowd.sessions
+        counts["source", back] += crowd.sessions
+    for (hop, method), count in sorted(counts.items()):
+        if count:
+            yield HopStatus(hop, method, count)
+
+
+def _sinks(
+    running: RunningRoute, totals: RouteTotals, streams: list[StreamStatus], crowd: Crowd
+) -> Iterator[SinkStatus]:
+    """Each sink of the route once, as all its streams together have it."""
+    by_label: dict[str, list[SinkStatus]] = {}
+    for stream in streams:
+        for sink in stream.sinks:
+            by_label.setdefault(sink.sink, []).append(sink)
+    for name, address, policy in known_sinks(running.route):
+        over = totals.sinks.get(name, SinkTotals())
+        here = combined(name, address, policy, by_label.get(name, []))
+        yield replace(
+            here,
+            bytes=over.bytes + here.bytes + crowd.bytes,
+            dropped=over.dropped + here.dropped,
+            lost=over.lost + here.lost,
+            twice=over.twice + here.twice,
+            reconnects=over.reconnects + here.reconnects,
+            blocked_seconds=over.blocked_seconds + here.blocked_seconds,
+        )
+
+
+def _engine(engine: Engine, lag: float | None) -> EngineStatus:
+    return EngineStatus(
+        name=engine.name,
+        cpu_seconds=engine.cpu_seconds,
+        busy=None,
+        lag=lag,
+        wakeups=int(engine.c.wakeups),
+        calls=int(engine.c.calls),
+    )

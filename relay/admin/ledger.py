@@ -1,0 +1,176 @@
+"""What sessions that are over came to: sums for each route and sink, and the last of them.
+
+There may be thousands of sessions a second: one costs a few additions under a lock, and nothing is formatted. What
+it keeps is bounded: reasons are put into few classes, and nothing is kept by peer.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from relay.admin.status import SessionStatus
+from relay.journal.record import SessionRecord, SinkRecord
+
+RECENT = 100  # sessions that are remembered
+SECONDS = (0.001, 0.01, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0, 300.0, 1800.0, 3600.0, 21600.0, 86400.0)
+CONNECTING = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+# Why a session did not end whole, by what its reason says; the first that fits counts.
+CLASSES = (
+    ("idle", re.compile(r"\(limits\.idle\)")),
+    ("lifetime", re.compile(r"\(limits\.lifetime\)")),
+    ("dead_peer", re.compile(r"\(dead_after\)|ETIMEDOUT")),
+    ("slow", re.compile(r"backlog of .* full for")),
+    ("drain", re.compile(r"drain deadline|a second SIG|relay ends|relay was told")),
+    ("reload", re.compile(r"configuration of its route changed|reload was taken back")),
+    ("reset", re.compile(r"ECONNRESET|EPIPE")),
+    ("refused", re.compile(r"ECONNREFUSED|ENOENT")),
+    ("unreachable", re.compile(r"EHOSTUNREACH|ENETUNREACH|looking up")),
+    ("no_space", re.compile(r"ENOSPC|EDQUOT|EFBIG|EROFS|EIO")),
+    ("shortage", re.compile(r"EMFILE|ENFILE|ENOMEM|ENOBUFS|EAGAIN")),
+)
+REASONS = ("none", *(name for name, _pattern in CLASSES), "other")
+
+
+def reason_class(text: str) -> str:
+    """One of REASONS for what a record says."""
+    if not text:
+        return "none"
+    return next((name for name, pattern in CLASSES if pattern.search(text)), "other")
+
+
+class Histogram:
+    """Counts by upper bounds, and a sum."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, value: float) -> None:
+        """One more."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def copy(self) -> Histogram:
+        """As it is now."""
+        made = Histogram(self.bounds)
+        made.counts, made.sum = list(self.counts), self.sum
+        return made
+
+
+@dataclass
+class SinkTotals:
+    """Of one sink of a route."""
+
+    bytes: int = 0
+    dropped: int = 0
+    lost: int = 0
+    twice: int = 0
+    reconnects: int = 0
+    blocked_seconds: float = 0.0
+    connects: Histogram = field(default_factory=lambda: Histogram(CONNECTING))
+
+    def add(self, record: SinkRecord) -> None:
+        """A session's part."""
+        self.bytes += record.bytes
+        self.dropped += record.dropped
+        self.lost += record.lost
+        self.twice += record.twice
+        self.reconnects += record.reconnects
+        self.blocked_seconds += record.blocked_seconds
+        for seconds in record.connects:
+            self.connects.add(seconds)
+
+    def copy(self) -> SinkTotals:
+        """As it is now."""
+        return replace(self, connects=self.connects.copy())
+
+
+@dataclass
+class RouteTotals:
+    """Of one route. `ends` counts sessions by result, by whom they were ended, and class of reason."""
+
+    bytes: int = 0
+    back: int = 0
+    back_lost: int = 0
+    ends: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    durations: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    sinks: dict[str, SinkTotals] = field(default_factory=dict)
+
+    def copy(self) -> RouteTotals:
+        """As it is now."""
+        return RouteTotals(
+            self.bytes,
+            self.back,
+            self.back_lost,
+            Counter(self.ends),
+            self.durations.copy(),
+            {name: totals.copy() for name, totals in self.sinks.items()},
+        )
+
+
+class Ledger:
+    """Hears of every session that is over, on any thread, and can be read on any."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._routes: dict[str, RouteTotals] = {}
+        self._recent: deque[tuple[float, SessionRecord]] = deque(maxlen=RECENT)
+
+    def add(self, record: SessionRecord) -> None:
+        """A session is over."""
+        reason = record.reason
+        if not reason and record.result != "delivered":
+            reason = next((sink.reason for sink in record.sinks if sink.reason), "")
+        kind = reason_class(reason)
+        with self._lock:
+            totals = self._routes.get(record.route)
+            if totals is None:
+                totals = self._routes[record.route] = RouteTotals()
+            totals.bytes += record.bytes
+            totals.back += record.back or 0
+            totals.back_lost += record.back_lost
+            totals.ends[record.result, record.ended_by, kind] += 1
+            totals.durations.add(record.seconds)
+            for sink in record.sinks:
+                of_sink = totals.sinks.get(sink.sink)
+                if of_sink is None:
+                    of_sink = totals.sinks[sink.sink] = SinkTotals()
+                of_sink.add(sink)
+            self._recent.append((time.time(), record))
+
+    def totals(self, routes: Iterable[str]) -> dict[str, RouteTotals]:
+        """Those of the routes of these names, as they are now."""
+        with self._lock:
+            return {name: self._routes[name].copy() for name in set(routes) if name in self._routes}
+
+    def recent(self) -> tuple[SessionStatus, ...]:
+        """The last sessions, the latest first."""
+        with self._lock:
+            kept = list(self._recent)
+        return tuple(_told(at, record) for at, record in reversed(kept))
+
+
+def _told(at: float, record: SessionRecord) -> SessionStatus:
+    reason = record.reason or next((sink.reason for sink in record.sinks if sink.reason), "")
+    return SessionStatus(
+        at=at,
+        route=record.route,
+        id=record.id,
+        peer=record.peer or record.source,
+        bytes=record.bytes,
+        bytes_back=record.back,
+        seconds=record.seconds,
+        method=record.method,
+        result=record.result,
+        ended_by=record.ended_by,
+        reason=reason,
+        text=record.as_text(),
+    )

@@ -1,0 +1,149 @@
+"""How one pipeline stands, looked at on its engine's thread; and how many of them stand together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from relay.admin.status import HopStatus, SinkStatus, Spill, StreamStatus
+from relay.config.models import Route
+from relay.endpoints.options import OnSlow
+from relay.endpoints.settings import SinkSettings
+from relay.kernel import core
+from relay.pipeline.outlet import Outlet
+from relay.pipeline.pipeline import Pipeline
+from relay.pipeline.subscribers import Subscribers
+from relay.spill.sink import SpillSink
+from relay.stages.base import StageSettings
+from relay.stages.tee import Settings as Tee
+
+# The worst first: what a sink's state is called where there are many of it.
+STATES = ("away", "failed", "slow", "opening", "finishing", "open", "finished", "none")
+
+
+def known_sinks(route: Route) -> Iterator[tuple[str, str, str]]:
+    """The name, the address and the policy of each sink that a pipeline of this route has (as chain.py names them).
+
+    Those of one name are one.
+    """
+    seen = set()
+    for name, sink, slow in _walk(route.stages, route.sink, route.sink.slow, ""):
+        if name not in seen:
+            seen.add(name)
+            yield name, str(sink.address), slow.policy or "block"
+
+
+def _walk(
+    stages: tuple[StageSettings, ...], sink: SinkSettings, slow: OnSlow, name: str
+) -> Iterator[tuple[str, SinkSettings, OnSlow]]:
+    for stage in stages:
+        if isinstance(stage, Tee):
+            listens = stage.to.verb == "listen"
+            logged = stage.slow.policy == "spill" and not listens
+            own = logged or not (stage.stages or stage.to.sidecar or listens)
+            called = (stage.name or "") if own else ""
+            yield from _walk(() if logged else stage.stages, stage.to, stage.slow, called)
+    yield name or str(sink.address), sink, slow
+
+
+def stream_of(pipeline: Pipeline) -> StreamStatus:
+    """On its engine: how it stands now."""
+    intake, turn = pipeline.intake, pipeline.turn
+    source = intake.source if intake is not None else None
+    ring = pipeline.crossing.way == "ring"
+    straight = source is not None and source.c.method == core.SENDFILE
+    method = "copy" if ring else source.method_now if source is not None else ""
+    hops = [HopStatus("source", method)] if source is not None else []
+    sinks = []
+    groups = {id(group.outlet): group for group in pipeline.subscribers}
+    for outlet in pipeline.chain.outlets:
+        if outlet.hidden:
+            continue
+        sink = _sink(outlet, groups.get(id(outlet)), ring=ring, sendfile=straight)
+        sinks.append(sink)
+        if source is not None and sink.method:
+            hops.append(HopStatus(sink.sink, sink.method))
+    return StreamStatus(
+        id=turn.id if turn is not None and source is not None else "",
+        peer=(source.peer or source.address) if source is not None else "",
+        seconds=pipeline.engine.now - intake.began if intake is not None else 0.0,
+        bytes=source.moved if source is not None else 0,
+        method=method,
+        why_method=intake.choice.reason if intake is not None else "",
+        hops=tuple(hops),
+        sinks=tuple(sinks),
+    )
+
+
+def _sink(outlet: Outlet, group: Subscribers | None, *, ring: bool, sendfile: bool) -> SinkStatus:
+    assert outlet.settings is not None
+    record = outlet.record(sendfile=sendfile)
+    sink = outlet.sink
+    waiting = outlet.waiting
+    if group is not None:
+        waiting = max([waiting, *(group.behind(member) for member in group.members.values())])
+    return SinkStatus(
+        sink=record.sink,
+        address=str(outlet.settings.address),
+        policy=outlet.slow.policy or "block",
+        state=_state(outlet),
+        method="copy" if ring else record.method,
+        why_method=record.why_method,
+        bytes=record.bytes,
+        backlog=record.backlog or waiting,
+        blocked_seconds=record.blocked_seconds,
+        dropped=record.dropped,
+        lost=record.lost,
+        twice=record.twice,
+        reconnects=record.reconnects,
+        spill=_spill(sink) if isinstance(sink, SpillSink) else None,
+        subscribers=len(group.members) if group is not None else None,
+        reason=record.reason,
+    )
+
+
+def _spill(sink: SpillSink) -> Spill:
+    directory = sink.log.directory
+    return Spill(bytes=sink.backlog, age=sink.age, directory=str(directory or ""))
+
+
+def _state(outlet: Outlet) -> str:
+    sink = outlet.sink
+    if sink is None:
+        return "none"
+    if outlet.absent or sink.away:
+        return "away"
+    if sink.state == "open":
+        slow = outlet.place.c.slow if outlet.place is not None else outlet.gate.c.slow
+        return "slow" if slow else "open"
+    return "finishing" if sink.state == "cutting" else sink.state
+
+
+def combined(name: str, address: str, policy: str, parts: Sequence[SinkStatus]) -> SinkStatus:
+    """The same sink of many streams: sums, the worst state, the oldest byte; the method of most of them."""
+    if not parts:
+        return SinkStatus(name, address, policy)
+    methods = [part.method for part in parts if part.method]
+    method = max(set(methods), key=methods.count) if methods else ""
+    spills = [part.spill for part in parts if part.spill is not None]
+    spill = None
+    if spills:
+        spill = Spill(sum(s.bytes for s in spills), max(s.age for s in spills), spills[0].directory)
+    readers = [part.subscribers for part in parts if part.subscribers is not None]
+    return SinkStatus(
+        sink=name,
+        address=address,
+        policy=policy,
+        state=min((part.state for part in parts), key=STATES.index),
+        method=method,
+        why_method=next((part.why_method for part in parts if part.method == method), ""),
+        bytes=sum(part.bytes for part in parts),
+        backlog=sum(part.backlog for part in parts),
+        blocked_seconds=sum(part.blocked_seconds for part in parts),
+        dropped=sum(part.dropped for part in parts),
+        lost=sum(part.lost for part in parts),
+        twice=sum(part.twice for part in parts),
+        reconnects=sum(part.reconnects for part in parts),
+        spill=spill,
+        subscribers=sum(readers) if readers else None,
+        reason=next((part.reason for part in parts if part.reason), ""),
+    )

@@ -1,0 +1,16 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import typer
+
+Admin: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--admin",
+        metavar="ADDRESS",
+        help="Where the relay is asked.  [default: $RELAY_ADMIN, else $XDG_RUNTIME_DIR/relay.sock]",
+    ),
+]
