@@ -19,7 +19,7 @@ import pytest
 from descriptors import Descriptors
 from forked import forked
 from peers import payload, receive_exactly
-from pipes import read
+from piped import read
 
 import relay
 from relay.kernel import arena as arena_module

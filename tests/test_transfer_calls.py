@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from descriptors import Descriptors
 from peers import payload
+from piped import read
 
 import relay
 from relay.kernel import core
