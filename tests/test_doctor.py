@@ -41,13 +41,14 @@ DOCUMENTED = {
             "type": "array",
             "items": {
                 "type": "object",
-                "required": ["from", "to", "way", "result", "gb_s", "cpu_s_per_gb"],
+                "required": ["from", "to", "way", "result", "gb_s", "cpu_s_per_gb", "references"],
                 "properties": {
-                    "from": {"enum": ["memory", "file", "memfd", "pipe", "unix", "tcp"]},
+                    "from": {"enum": ["memory", "file", "memfd", "pipe", "unix", "tcp", "process"]},
                     "to": {"enum": ["pipe", "unix", "tcp", "file", "memfd", "process"]},
                     "result": {"enum": ["shared", "copied", "denied"]},
                     "gb_s": SOMETHING,
                     "cpu_s_per_gb": SOMETHING,
+                    "references": {"enum": ["held", "none", None]},
                 },
             },
         },
