@@ -65,11 +65,13 @@ def sandbox() -> str:
 
 def who_refused(code: int) -> str:
     """An errno in words, with who probably answered it."""
-    name = name_of(code)
-    if code == errno.EPERM and (filters := sandbox()):
+    name, filters = name_of(code), sandbox()
+    if code == errno.EPERM and filters:
         return f"{name}, answered by {filters}"
     if code == errno.ENOSYS:
         return f"{name}: this kernel or sandbox does not have it"
+    if code == errno.EAGAIN and filters:
+        return f"{name}: {os.strerror(code)}, or answered by {filters}"
     return f"{name}: {os.strerror(code)}"
 
 

@@ -74,17 +74,18 @@ class Pages:
         """From now on it has other bytes."""
         self.write(AFTER)
 
-    def held(self) -> bool:
-        """Of a memfd: whether anybody but this object has references to its pages, or maps them. For the last time."""
+    def held(self) -> bool | None:
+        """Of a memfd: whether anybody but this object has references to its pages, or maps them. For the last time.
+
+        None where that cannot be told.
+        """
         if self.map is not None:
             self.map.close()
             self.map = None
         try:
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, memfd.WRITE)
         except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            return True
+            return True if error.errno == errno.EBUSY else None
         return False
 
     @property

@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from relay.doctor.ability import who_refused
 from relay.doctor.ends import AFTER, BEFORE, Arrival, Channel, Kind, Pages, Stored, arrival, piece
 from relay.doctor.other import MAP, READ, VMSPLICE, Landing, Other
-from relay.errors import KernelError, name_of
+from relay.errors import KernelError
 from relay.kernel import core
 from relay.kernel.pipe import Pipe
 
@@ -114,7 +115,7 @@ def examine(source: Kind, to: Kind, way: str, directory: Path, seconds: float) -
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        return Found(source, to, way, "denied", why=name_of(error.errno or 0))
+        return Found(source, to, way, "denied", why=who_refused(error.errno or 0))
 
 
 def references(found: Found, directory: Path) -> Found:
@@ -256,7 +257,7 @@ class _Bench:
         if self._view is not None:
             undo.callback(self._view.release)
 
-    def held(self) -> bool:
+    def held(self) -> bool | None:
         """Whether anybody has references to the pages of a bench that is `sealed`. The last thing that is asked."""
         if self._view is not None:
             self._view.release()
