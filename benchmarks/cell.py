@@ -21,9 +21,9 @@ class Cell:
     """One table: from where (`file`, `tcp`, `unix`, `pipe`), to where (`tcp`, `unix`, `fifo`, `file`), how many times.
 
     `size` is bytes of the source stream, so many that starting up is a small part of what they cost, and is fed in
-    writes of `chunk`. `receivers` drop bytes in the kernel (`discard`) or copy them (`read`). `target` bounds relay's CPU as a
-    fraction of the named peer's; `goal` is the most CPU and the least GiB/s that relay is to have, as fractions of the
-    best peers'.
+    writes of `chunk`. `receivers` drop bytes in the kernel (`discard`) or copy them (`read`). `target` bounds relay's
+    CPU as a fraction of the named peer's; `goal` is the most CPU and the least GiB/s that relay is to have, as
+    fractions of the best peers'.
     """
 
     name: str
