@@ -208,6 +208,7 @@ def _sessions(look: Look, engine: Engine, sessions: Sessions) -> Callable[[], It
     def steps() -> Iterator[None]:
         crowd = look.crowds[engine] = Crowd(sessions.methods)
         live: list[Session] = sessions.live()
+        crowd.bytes, crowd.back = sessions.untold
         for number, session in enumerate(live):
             if session.slot >= 0:
                 sides = session.c.sides

@@ -6,10 +6,12 @@ from functools import partial
 
 from relay.admin.doors import opened
 from relay.admin.ledger import Ledger
+from relay.admin.summary import summary
 from relay.config.load import load_to_run, load_with_places
 from relay.journal import logs
 from relay.journal.record import SessionRecord
 from relay.serving.notify import Notifier
+from relay.serving.route import RunningRoute
 from relay.serving.server import Server
 from relay.serving.vigil import Vigil
 from relay.serving.welcome import welcome
@@ -27,10 +29,14 @@ def serve(path: str | None, idle: float | None = None) -> int:
         ledger.add(record)
         logs.session(record)
 
+    def ready(routes: list[RunningRoute]) -> None:
+        summary(server.config, routes)
+        welcome(routes, built_in=path is None)
+
     server = Server(
         load_to_run(path),
         on_record=over,
-        on_ready=lambda routes: welcome(routes, built_in=path is None),
+        on_ready=ready,
         again=partial(load_with_places, path, to_run=True) if path not in (None, "-") else None,
         vigil=Vigil(Notifier(), idle),
     )

@@ -110,10 +110,12 @@ def _state(outlet: Outlet) -> str:
     sink = outlet.sink
     if sink is None:
         return "none"
-    if outlet.absent or sink.away:
+    behind = isinstance(sink, SpillSink) and sink.state == "open" and not sink.delivery.connected
+    if outlet.absent or sink.away or behind:
         return "away"
     if sink.state == "open":
-        slow = outlet.place.c.slow if outlet.place is not None else outlet.gate.c.slow
+        gate = outlet.place.c if outlet.place is not None else outlet.gate.c
+        slow = gate.slow or gate.dropping
         return "slow" if slow else "open"
     return "finishing" if sink.state == "cutting" else sink.state
 

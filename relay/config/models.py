@@ -60,6 +60,7 @@ class Route(FrozenModel):
                     "duplex needs one peer at each end, a listening sink broadcasts to many; connect instead"
                 )
                 yield Problem(said, ("sink", "listen"), at_key=True)
+            yield from self._mirrors()
         if self.source.connections == "each":
             for _, sink in self.sinks():
                 if sink.verb == "listen":
@@ -85,7 +86,7 @@ class Route(FrozenModel):
         for place, sink in self.sinks():
             beside = not self.duplex or place != ("sink",)
             if sink.transparent and beside:
-                said = "'transparent' needs 'duplex: true': what comes back to that address has nowhere to go"
+                said = "'transparent' needs 'duplex: true'; a one-way sink connects from an address of this machine"
                 yield Problem(said, (*place, "transparent"), at_key=True)
             elif sink.transparent and self.source.address.scheme != "tcp" and not self.source.proxy_protocol:
                 said = "'transparent' connects from the address of the source's peer; a unix peer has none"
@@ -101,6 +102,23 @@ class Route(FrozenModel):
             elif self.turns() == "one":
                 said = "'proxy_protocol' names one peer, and here connections take turns; write 'connections: each'"
                 yield Problem(said, (*place, "proxy_protocol"), at_key=True)
+
+    def _mirrors(self) -> Iterator[Problem]:
+        """Sinks of a duplex route's tees that its many sessions, each with its own, could not have at once."""
+        each = "each connection of a duplex route has sinks of its own"
+        for place, sink in self.sinks():
+            scheme = sink.address.scheme
+            if place == ("sink",):
+                continue
+            if sink.verb == "listen":
+                said = f"{each}, and {str(sink.address)!r} can be listened on once only; connect instead"
+                yield Problem(said, (*place, "listen"), at_key=True)
+            elif scheme in ("stdio", "fd"):
+                said = f"{each}, and would mix in {str(sink.address)!r}; write a file with {{id}} in its name"
+                yield Problem(said, place)
+            elif scheme == "file" and not sink.placeholders - {"route"}:
+                said = f"{each}, and {str(sink.address)!r} names one file for all; put {{id}} in the name"
+                yield Problem(said, place)
 
     def _shared_logs(self) -> Iterator[Problem]:
         """Two sinks of one address whose logs would have one name."""
@@ -129,6 +147,7 @@ class Route(FrozenModel):
                     yield place, stage.to, stage.on_slow if own else stage.to.on_slow
 
         yield from walk(self.stages, ("stages",))
+        yield from walk(self.replies, ("replies",))
         yield ("sink", "on_slow"), self.sink, self.sink.on_slow
 
     def sinks(self) -> Iterator[tuple[Place, SinkSettings]]:
@@ -138,6 +157,11 @@ class Route(FrozenModel):
                 for place, sink in stage.sinks():
                     yield (key, index, stage.kind, *place), sink
         yield ("sink",), self.sink
+
+    @property
+    def back(self) -> SinkSettings:
+        """With duplex: the source's connections as the sink of the way back, which blocks as any other."""
+        return SinkSettings.model_construct(connect=self.source.address)
 
     def turns(self) -> Literal["each", "one"]:
         """Whether each connection gets a pipeline of its own, or connections take turns on one.

@@ -162,6 +162,11 @@ class Sessions:
         """Those that are not over. On the engine's thread; a session that is over later has slot -1."""
         return list(self._live.values())
 
+    @property
+    def untold(self) -> tuple[int, int]:
+        """Bytes, there and back, of sessions that are neither live nor told to be over."""
+        return 0, 0
+
     def begin(self, connections: Sequence[tuple[int, str, str]]) -> None:
         """New sessions for accepted connections, nonblocking (descriptor, peer, where that had connected to if it was
         not here); they are this object's from here.

@@ -113,9 +113,11 @@ class End:
 
 
 class Source(End):
-    """Where bytes enter. `copies` says why it cannot be spliced; empty when it can."""
+    """Where bytes enter. `copies` says why it cannot be spliced; empty when it can. `quiet`: its owner tells of its
+    failure, in the record of a session."""
 
     failure = SourceError
+    quiet = False
 
     def __init__(self, engine: Engine, address: str) -> None:
         super().__init__(engine, address)
@@ -261,6 +263,9 @@ class Sink(End):
     def abort(self, reason: str) -> None:
         """Ends it before its stream is complete, so that the receiver can tell."""
         self.fail(self.error("ending", 0, reason=reason))
+
+    def change(self, old: object, new: object) -> None:
+        """A stage behind it has other settings from now on; only one with a log has stages behind it."""
 
     def reopen(self) -> None:
         """Opens anew the file that it writes and somebody may have moved away; other sinks have none."""

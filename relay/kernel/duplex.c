@@ -171,7 +171,7 @@ static int gone_ahead(struct relay_engine *e, struct relay_duplex *d)
         }
         if (n > 0)
             d->ahead_at += (int32_t)n;
-        if (n < left)
+        if (n == -EAGAIN)
             side_filled(e, b);
     }
     return d->ahead_at == d->ahead_size || b->error;
@@ -238,7 +238,13 @@ static void turn(struct relay_engine *e, struct relay_duplex *d, struct relay_ev
         set_timed(e, d, 0);
         d->state = RELAY_TURNING;
     }
-    if (d->state == RELAY_ENDED || d->state == RELAY_UNCONNECTED)
+    if (d->state == RELAY_TURNING && d->lends) {
+        epoll_ctl(e->epoll, EPOLL_CTL_DEL, a->fd, NULL);
+        epoll_ctl(e->epoll, EPOLL_CTL_DEL, b->fd, NULL);
+        d->state = RELAY_LENT;
+        tell(d, RELAY_CONNECTED, 0, out, count);
+    }
+    if (d->state == RELAY_ENDED || d->state == RELAY_UNCONNECTED || d->state == RELAY_LENT)
         return;
     if (d->ahead_at < d->ahead_size && !gone_ahead(e, d))
         return;

@@ -262,6 +262,8 @@ int fill_from_source(struct pass *s)
     if (moved == -EAGAIN) {
         if (head->held)
             head->full = 1;
+        else if (source->is_socket && says_ready(source->fd, POLLIN))
+            return fill_by_hand(s, head);   /* tcp does not splice past urgent data, recv does */
         else
             source_empty(s, source);
         return 0;

@@ -31,7 +31,7 @@ enum {                       /* relay_end.method */
 };
 
 enum {                       /* relay_event.what */
-    RELAY_WATCHED = 1,       /* end: epoll said `mask` */
+    RELAY_WATCHED = 1,       /* end: epoll said `mask`; one with a twin: an error may stand behind bytes nobody takes */
     RELAY_SOURCE_ENDED = 2,  /* pipeline: the source came to its end */
     RELAY_SOURCE_FAILED = 3, /* pipeline: `error` */
     RELAY_SINK_DRAINED = 4,  /* end: it was given all that it will get */
@@ -50,7 +50,8 @@ enum {                       /* relay_event.what */
     RELAY_OVER = 17,         /* session `mask`: nothing is left to be moved; its descriptors are Python's to close */
     RELAY_WANTS_PIPE = 18,   /* exchange: bulk would go through a pipe, and none is free */
     RELAY_STILL = 19,        /* pipeline: `still` was asked for, and nothing is under way */
-    RELAY_GAUGED = 20        /* pipeline: `gauge_until` bytes have come; session `mask`: the gauge's, of side `error` */
+    RELAY_GAUGED = 20,       /* pipeline: `gauge_until` bytes have come; session `mask`: the gauge's, of side `error` */
+    RELAY_CONNECTED = 21     /* session `mask`, which lends: both its sides are connected, pipelines may have them */
 };
 
 enum {                       /* relay_duplex.state */
@@ -58,7 +59,8 @@ enum {                       /* relay_duplex.state */
     RELAY_CONNECTING = 1,
     RELAY_TURNING = 2,
     RELAY_CUTTING = 3,       /* one side broke: the other gets what is there, then a reset */
-    RELAY_ENDED = 4          /* told as RELAY_OVER */
+    RELAY_ENDED = 4,         /* told as RELAY_OVER */
+    RELAY_LENT = 5           /* told as RELAY_CONNECTED: pipelines move its bytes, its descriptors stay its own */
 };
 
 enum { RELAY_WITH_ENGINE = 0, RELAY_WITH_THREAD = 1 };
@@ -128,6 +130,8 @@ struct relay_end {
     int mark;                /* a source's SO_RCVLOWAT while it is raised: fewer bytes wake nobody; 0: it is not */
     struct relay_ferry *ferry;
     struct relay_pipeline *reads, *writes;   /* whom its readiness wakes */
+    struct relay_end *twin;  /* another struct for the same descriptor, which is not registered itself and hears
+                                what this one does: a connection that is one pipeline's source and another's sink */
 };
 
 /* One who reads a ring: a subscriber of a broadcast, or (`stays`) the place of one of a pipeline's sinks. */
@@ -289,6 +293,7 @@ struct relay_duplex {
     uint8_t state;
     uint8_t first;           /* 1 + the side that ended or broke first; 0: none has */
     uint8_t queued, timed;
+    uint8_t lends;           /* once connected it is lent */
     uint8_t gauges;          /* its bulk may be measured */
     int64_t last_ns;         /* monotonic time of the last byte */
     int64_t until_ns;        /* connecting: when it is given up; cutting: when the reset is due */

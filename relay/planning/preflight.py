@@ -74,6 +74,12 @@ def show_check(path: str | None, form: str) -> tuple[str, list[Finding]]:
 def findings(config: Config, plan: Plan) -> Iterator[Finding]:
     """Everything that would keep these routes from running as they should, here and now."""
     yield from limits(plan)
+    for address in (config.admin.socket, config.admin.http) if config.admin is not None else ():
+        if address is not None and not address.abstract:
+            for finding in (
+                _socket_path(address) if address.scheme == "unix" else _port(address, plan.machine)
+            ):
+                yield Finding(f"admin: {finding.about}", finding.what, finding.remedy)
     for name, route in config.routes.items():
         for finding in _route(name, route, plan.machine):
             yield Finding(f"{name}: {finding.about}", finding.what, finding.remedy)
@@ -120,7 +126,7 @@ def _route(name: str, route: Route, here: Machine) -> Iterator[Finding]:
         yield from _readable(source.address.path, "the source")
     elif source.address.scheme == "fifo":
         yield from _fifo(source.address.path, os.R_OK)
-    for stage in route.stages:
+    for stage in route.stages + route.replies:
         yield from _stage_files(stage)
     for _address, _sink, slow, _stages in spilling(route):
         if slow.directory is not None:
@@ -156,7 +162,12 @@ def _listener(end: SourceSettings | SinkSettings, here: Machine) -> Iterator[Fin
         if not address.abstract:
             yield from _socket_path(address)
             yield from _accounts(end)
-    elif 0 < address.port < here.first_port and not here.capabilities & 1 << CAP_NET_BIND_SERVICE:
+    else:
+        yield from _port(address, here)
+
+
+def _port(address: Address, here: Machine) -> Iterator[Finding]:
+    if 0 < address.port < here.first_port and not here.capabilities & 1 << CAP_NET_BIND_SERVICE:
         yield Finding(
             str(address),
             f"ports below {here.first_port} take CAP_NET_BIND_SERVICE",

@@ -32,11 +32,11 @@ from relay.endpoints.listening import Key
 from relay.engine import Engine
 from relay.errors import RelayError
 from relay.journal.record import SessionRecord
-from relay.serving.duplex_route import route_of
 from relay.serving.names import Found, listening
 from relay.serving.reception import Handover, keys
 from relay.serving.resumption import spilling
 from relay.serving.route import RunningRoute
+from relay.serving.staged_route import route_of
 from relay.spill.spills import Spills
 
 log = logging.getLogger("relay.serve")

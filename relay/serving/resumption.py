@@ -82,7 +82,7 @@ def spilling(
                 if branch.on_slow.policy != "spill":
                     yield from walk(branch.stages)
 
-    for branch in walk(route.stages):
+    for branch in walk(route.stages + route.replies):
         if branch.on_slow.policy == "spill":
             yield str(branch.to.address), branch.to, branch.on_slow, branch.stages
     if route.sink.slow.policy == "spill":
