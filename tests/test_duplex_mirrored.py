@@ -374,3 +374,22 @@ def test_status_tells_what_moved_until_the_mirrors_are_done(tmp_path: Path) -> N
                 assert_same(receive_all(reader), data)
             assert relay.sessions(1)[0]["result"] == "delivered"
             assert status() == {"streams": 0, "bytes": 8, "bytes_back": len(data)}
+
+
+def test_a_stage_of_either_direction_can_be_set(tmp_path: Path) -> None:
+    """`relay set` takes the brake off the replies while they pass; a new session has the new rate from the start."""
+    stages = {"stages": [{"throttle": {"rate": "1GB/s"}}], "replies": [{"throttle": {"rate": "10kB/s"}}]}
+    with tcp_listener() as (listening, address):
+        given = json.loads(config("tcp://127.0.0.1:0", address, stages))
+        text = json.dumps({**given, "admin": {"socket": "unix://admin.sock"}})
+        with serving(text, tmp_path) as relay:
+            for round_ in range(2):
+                with connected(f"tcp://127.0.0.1:{relay.port()}") as client, accept(listening) as server:
+                    sender = in_background(server.sendall, bytes(3_000_000))
+                    assert len(receive_exactly(client, 1000)) == 1000
+                    if not round_:
+                        words = ("set", "r", "throttle#2", "rate=1GB/s", "--admin", "unix://admin.sock")
+                        done = run_relay(*words, cwd=tmp_path)
+                        assert done.returncode == 0, done.stderr
+                    receive_exactly(client, 3_000_000 - 1000)
+                    sender.join(PATIENCE)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from relay.config.models import Route
 from relay.duplex.direction import Direction
@@ -35,8 +35,11 @@ from relay.errors import KernelError, RelayError, name_of
 from relay.journal.record import SessionRecord
 from relay.kernel import core
 from relay.pipeline.sinks import Spilling
+from relay.stages.base import StageSettings
 from relay.stages.stage import Turn
 from relay.ways import Ways
+
+Stages = tuple[StageSettings, ...]
 
 LOOK = 0.05  # seconds between two looks at a session that is cut
 
@@ -235,6 +238,7 @@ class StagedSessions(Sessions):
         self._tell_over = on_over
         self._names_peers = True
         self._back = route.back
+        self._stages, self._replies = route.stages, route.replies
         self._staged: dict[int, StagedSession] = {}
         self._locals: dict[int, str] = {}
         self._patrol = _Synced(engine, route, self._live, self._expired, self._sync)
@@ -284,8 +288,8 @@ class StagedSessions(Sessions):
         made: list[Direction] = []
         try:
             for stages, settings, giver, taker in (
-                (self._route.stages, self._route_sink, client, server),
-                (self._route.replies, self._back, server, client),
+                (self._stages, self._route_sink, client, server),
+                (self._replies, self._back, server, client),
             ):
                 made.append(
                     Direction(
@@ -354,6 +358,16 @@ class StagedSessions(Sessions):
         """Of those whose mirrors are still at work."""
         both = [staged.untold for staged in self._staged.values() if staged.ways]
         return sum(there for there, _ in both), sum(back for _, back in both)
+
+    def change(
+        self, stages: Stages, replies: Stages, changed: Iterable[tuple[StageSettings, StageSettings]]
+    ) -> None:
+        """New sessions have these stages; those at work take over what `changed`, as pairs of old and new settings."""
+        self._stages, self._replies = stages, replies
+        for old, new in changed:
+            for way in (way for staged in self._staged.values() for way in staged.ways if not way.closed):
+                way.chain.change(old, new)
+                self._engine.ready(way.c)
 
     def reopen(self) -> None:
         """Files that were moved away are opened anew."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from relay.duplex.staged import StagedSessions
 from relay.engine import Engine
+from relay.serving.changes import Stages, pairs
 from relay.serving.duplex_route import DuplexRoute
 from relay.serving.names import Found
 from relay.serving.reception import Take, nobody
@@ -15,6 +16,10 @@ from relay.serving.route import RunningRoute
 
 class StagedRoute(DuplexRoute):
     """A route that moves bytes both ways through stages. A session counts until its mirrors are done, too."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.stages = self.route.stages + self.route.replies
 
     def open(self, found: Found | None = None, take: Take = nobody, *, wait: bool = False) -> None:
         """As a duplex route; what an earlier run left in logs of mirrors goes on first."""
@@ -25,7 +30,23 @@ class StagedRoute(DuplexRoute):
 
     def _sessions_on(self, engine: Engine) -> StagedSessions:
         spill = partial(self._spills.sink, self._ways)
-        return StagedSessions(engine, *self._sessions_of(engine), spill=spill)
+        made = StagedSessions(engine, *self._sessions_of(engine), spill=spill)
+        made.change(*self._both, ())
+        return made
+
+    @property
+    def _both(self) -> tuple[Stages, Stages]:
+        """Those to the sink and those on the way back, as they were changed since."""
+        count = len(self.route.stages)
+        return self.stages[:count], self.stages[count:]
+
+    def change(self, stages: Stages) -> None:
+        """Some stages of either direction have other settings from now on; what is under way goes on by them."""
+        before, self.stages = self.stages, stages
+        changed = tuple(pairs(before, stages))
+        for engine, sessions in self._sessions.items():
+            if isinstance(sessions, StagedSessions):
+                engine.post(partial(sessions.change, *self._both, changed))
 
     @property
     def under_way(self) -> bool:
