@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -259,6 +260,34 @@ def test_a_reload_changes_stages_for_new_sessions(tmp_path: Path) -> None:
             assert {one["result"] for one in by_id.values()} == {"delivered"}
             assert sorted(path.read_text() for path in tmp_path.glob("*.to")) == ["older"]
             assert [path.read_text() for path in tmp_path.glob("new-*")] == ["new"]
+
+
+def test_a_reload_leaves_a_session_with_a_fifo_where_it_is(tmp_path: Path) -> None:
+    """A fifo is a mirror of the old sessions and of the new ones: a reload ends nobody for it."""
+    os.mkfifo(tmp_path / "fifo")
+    tee = {"tee": {"to": {"fifo": "fifo"}}}
+    with tcp_listener() as (listening, address):
+        here = f"tcp://127.0.0.1:{free_port()}"
+        reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            with serving(config(here, address, {"stages": [tee]}), tmp_path) as relay:
+                relay.addresses(1)
+                with connected(here) as client, accept(listening) as server:
+                    client.sendall(b"before")
+                    assert receive_exactly(server, 6) == b"before"
+                    assert relay.config is not None
+                    relay.config.write_text(config(here, address, {"stages": [tee, "meter"]}))
+                    relay.signal(signal.SIGHUP)
+                    relay.said("reloaded")
+                    with connected(here) as other, accept(listening) as second:
+                        other.sendall(b"beside")
+                        assert receive_exactly(second, 6) == b"beside"
+                    client.sendall(b"after")
+                    assert receive_exactly(server, 5) == b"after"
+                assert {one["result"] for one in relay.sessions(2)} == {"delivered"}
+            assert os.read(reader, 100) == b"beforebesideafter"
+        finally:
+            os.close(reader)
 
 
 def test_the_log_of_a_mirror_goes_on_after_a_kill(tmp_path: Path) -> None:
