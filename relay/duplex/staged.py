@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from relay.config.models import Route
 from relay.duplex.direction import Direction
@@ -38,8 +38,6 @@ from relay.pipeline.sinks import Spilling
 from relay.stages.base import StageSettings
 from relay.stages.stage import Turn
 from relay.ways import Ways
-
-Stages = tuple[StageSettings, ...]
 
 LOOK = 0.05  # seconds between two looks at a session that is cut
 
@@ -233,12 +231,12 @@ class StagedSessions(Sessions):
     ) -> None:
         super().__init__(engine, name, route, ways, upstreams, ids, self._recorded, on_short)
         self._route = route
+        self._stages, self._replies = route.stages, route.replies
         self._crosses = ways
         self._spill = spill
         self._tell_over = on_over
         self._names_peers = True
         self._back = route.back
-        self._stages, self._replies = route.stages, route.replies
         self._staged: dict[int, StagedSession] = {}
         self._locals: dict[int, str] = {}
         self._patrol = _Synced(engine, route, self._live, self._expired, self._sync)
@@ -311,6 +309,20 @@ class StagedSessions(Sessions):
             raise
         return tuple(made)
 
+    def change(
+        self,
+        stages: tuple[StageSettings, ...],
+        replies: tuple[StageSettings, ...],
+        differ: Sequence[tuple[StageSettings, StageSettings]],
+    ) -> None:
+        """These are the stages from now on; of those at work some `differ`, (old, new) each."""
+        self._stages, self._replies = stages, replies
+        for staged in self._staged.values() if differ else ():
+            for way in staged.ways:
+                for old, new in differ if not way.closed else ():
+                    way.chain.change(old, new)
+                    self._engine.ready(way.c)
+
     # -- the end
 
     def _staged_over(self, staged: StagedSession, reason: str) -> None:
@@ -358,16 +370,6 @@ class StagedSessions(Sessions):
         """Of those whose mirrors are still at work."""
         both = [staged.untold for staged in self._staged.values() if staged.ways]
         return sum(there for there, _ in both), sum(back for _, back in both)
-
-    def change(
-        self, stages: Stages, replies: Stages, changed: Iterable[tuple[StageSettings, StageSettings]]
-    ) -> None:
-        """New sessions have these stages; those at work take over what `changed`, as pairs of old and new settings."""
-        self._stages, self._replies = stages, replies
-        for old, new in changed:
-            for way in (way for staged in self._staged.values() for way in staged.ways if not way.closed):
-                way.chain.change(old, new)
-                self._engine.ready(way.c)
 
     def reopen(self) -> None:
         """Files that were moved away are opened anew."""
