@@ -239,6 +239,7 @@ def test_sessions_are_recorded_into_files_of_their_own(tmp_path: Path, policy: s
                 assert to.read_text() == f"question {number}"
                 assert back.read_text() == f"answer {number}"
                 assert record.result == "delivered"
+                assert [one.path for one in record.sinks if one.path] == [str(to), str(back)]
 
 
 # -- a mirror is in nobody's way
