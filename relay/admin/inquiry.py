@@ -46,7 +46,7 @@ class Round:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open = 0
+        self._open = 1  # whoever asks is not done asking: the first may answer before the second is asked
         self._over = threading.Event()
         self.asked: set[Engine] = set()
         self.answered: set[Engine] = set()
@@ -69,21 +69,22 @@ class Round:
                         return
             except Exception:
                 log.exception("looking at what runs on %s", engine.name)
-            self._answered(engine)
+            with self._lock:
+                self.answered.add(engine)
+            self._one_less()
 
         engine.post(go_on)
 
-    def _answered(self, engine: Engine) -> None:
+    def _one_less(self) -> None:
         with self._lock:
             self._open -= 1
-            self.answered.add(engine)
             if not self._open:
                 self._over.set()
 
     def wait(self, until: float) -> None:
-        """Until all have answered, or that time."""
-        if self.asked:
-            self._over.wait(max(0.0, until - time.monotonic()))
+        """Until all that were asked have answered, or that time. Once."""
+        self._one_less()
+        self._over.wait(max(0.0, until - time.monotonic()))
 
 
 @dataclass
@@ -110,11 +111,11 @@ class Look:
 class Inquiry:
     """Gathers what there is to know of `server`. `look` from any thread, one at a time."""
 
-    def __init__(self, server: Server, ledger: Ledger, config: str) -> None:
+    def __init__(self, server: Server, ledger: Ledger, config: str, began: float) -> None:
         self._server = server
         self._ledger = ledger
         self._config = config
-        self._began = time.monotonic()
+        self._began = began
         self._before: dict[RunningRoute, RouteStatus] = {}
 
     def look(self, patience: float = PATIENCE) -> Status:

@@ -6,7 +6,6 @@ from functools import partial
 
 from relay.admin.doors import opened
 from relay.admin.ledger import Ledger
-from relay.admin.summary import summary
 from relay.config.load import load_to_run, load_with_places
 from relay.journal import logs
 from relay.journal.record import SessionRecord
@@ -30,6 +29,8 @@ def serve(path: str | None, idle: float | None = None) -> int:
         logs.session(record)
 
     def ready(routes: list[RunningRoute]) -> None:
+        from relay.admin.summary import summary  # and planning, when streams may come already
+
         summary(server.config, routes)
         welcome(routes, built_in=path is None)
 
