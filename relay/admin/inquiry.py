@@ -242,7 +242,7 @@ def _route(look: Look, totals: RouteTotals | None) -> RouteStatus:
     for (result, _ended_by, _reason), count in totals.ends.items():
         sessions[result] = sessions.get(result, 0) + count
     count = crowd.sessions if duplex else len(live)
-    held = any(sink.state in ("slow", "away") for sink in sinks)
+    held = any(_holds(sink) for sink in sinks)
     return RouteStatus(
         name=running.name,
         state=(facts.state if facts else "") or ("held" if held else "flowing" if count else "waiting"),
@@ -263,6 +263,11 @@ def _route(look: Look, totals: RouteTotals | None) -> RouteStatus:
         resumed=facts.resumed if facts else 0,
         failed=facts.failed if facts else "",
     )
+
+
+def _holds(sink: SinkStatus) -> bool:
+    """Whether it holds its source: one that is slow or away does under block, one behind a log when that is full."""
+    return (sink.state == "slow" and not sink.drops) or (sink.state == "away" and sink.policy == "block")
 
 
 def _hops(

@@ -173,14 +173,14 @@ class StagedSession:
         c = self.session.c
         c.last_ns = max(c.last_ns, *(party.last_ns for party in self.parties))
         for side, way in zip(c.sides, self.ways, strict=True):
-            side.given = min(way.giver.source.moved, way.taker.sink.moved)
+            side.given = min(way.giver.source.moved, way.taken)
 
     @property
     def untold(self) -> tuple[int, int]:
         """Bytes there and back once its sockets are closed."""
         if self.record is None:
             return 0, 0
-        there, back = (min(way.giver.source.moved, way.taker.sink.moved) for way in self.ways)
+        there, back = (min(way.giver.source.moved, way.taken) for way in self.ways)
         return there, back
 
     def part(self, reason: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
@@ -76,6 +77,7 @@ class End:
         nobody would ever say when it is ready, which is this end's failure.
         """
         self.c.fd = fd
+        self.c.is_pipe = not self.c.is_socket and stat.S_ISFIFO(os.fstat(fd).st_mode)
         self.opened_at = time.monotonic()
         code = self.engine.add_end(self.c, mask)
         if not code:

@@ -50,7 +50,7 @@ enum {                       /* relay_event.what */
     RELAY_OVER = 17,         /* session `mask`: nothing is left to be moved; its descriptors are Python's to close */
     RELAY_WANTS_PIPE = 18,   /* exchange: bulk would go through a pipe, and none is free */
     RELAY_STILL = 19,        /* pipeline: `still` was asked for, and nothing is under way */
-    RELAY_GAUGED = 20,       /* pipeline: `gauge_until` bytes have come */
+    RELAY_GAUGED = 20,       /* pipeline: `gauge_until` bytes have come; session `mask`: the gauge's, of side `error` */
     RELAY_CONNECTED = 21     /* session `mask`, which lends: both its sides are connected, pipelines may have them */
 };
 
@@ -111,6 +111,7 @@ struct relay_end {
     int kind;
     int method;
     int is_socket;           /* recv and send with MSG_DONTWAIT instead of read and write */
+    int is_pipe;             /* a pipe of others: see leave_alone in pass.h */
     int readable, writable;  /* edges seen and not yet contradicted by EAGAIN */
     int discard;             /* a one-way sink: what its peer sends is read and thrown away */
     int peer_ended;          /* 1: its stream is over; 2: and epoll has hung up since */
@@ -293,6 +294,7 @@ struct relay_duplex {
     uint8_t first;           /* 1 + the side that ended or broke first; 0: none has */
     uint8_t queued, timed;
     uint8_t lends;           /* once connected it is lent */
+    uint8_t gauges;          /* its bulk may be measured */
     int64_t last_ns;         /* monotonic time of the last byte */
     int64_t connected_ns;    /* when its second side was connected; 0: it is not */
     int64_t until_ns;        /* connecting: when it is given up; cutting: when the reset is due */
@@ -303,6 +305,17 @@ struct relay_duplex {
     int32_t origin_size;     /* 0: one of this machine's own */
     struct relay_duplex *next;
     struct relay_duplex *timed_next, *timed_prev;
+};
+
+/* What one direction of one session costs. Bulk that comes while the gauge is at nobody, or at one that has been still
+ * for a second, takes it; then Python says what is measured next. */
+struct relay_gauge {
+    struct relay_side *side; /* whose bytes, or NULL */
+    int64_t skip, size;      /* bytes that are to come before, and to be measured then */
+    int64_t came;            /* bytes since it was set up, */
+    int64_t gauged, cpu_ns;  /* of these, measured ones, and what they took of the engine's thread's CPU time */
+    int64_t last_ns;
+    int64_t first_skip, first_size;
 };
 
 /* What the duplex sessions of an engine share. Buffers and pipes are handed out last in, first out, so few are hot,
@@ -321,6 +334,7 @@ struct relay_exchange {
     int64_t turns;           /* sessions turned, for tests */
     struct relay_duplex *first, *last;
     struct relay_duplex *timed;
+    struct relay_gauge gauge;
 };
 
 /* What relay_accept tells of a connection: its descriptor, nonblocking, and its peer's name. */
@@ -410,6 +424,8 @@ void relay_refuse(int fd);
 int64_t relay_lend(int pipe_w, const char *memory, int64_t size);
 int64_t relay_tee(int pipe_r, int pipe_w, int64_t size);
 int64_t relay_splice(int from, int64_t offset, int to, int64_t size, int more);
+/* Asks again and again, for ns at most: 1 when `events` of poll(2) are there, 0 when not, or -errno. */
+int relay_spin(int fd, int events, int64_t ns);
 
 /* Memory that is lent (memory.c). What is mapped at `from` moves to `to`, read-only unless `writable`; `from` stays
  * mapped, and empty where it is private: 0 or -errno. Both are whole pages, `to` private anonymous ones. */
@@ -418,3 +434,5 @@ int relay_cut(char *from, char *to, int64_t size, int writable);
 int64_t relay_lend_pieces(int pipe_w, const char *base, const int64_t *pieces, int count);
 /* Whole pages of the file `fd` (-1: fresh private ones) take the place of the mapping at `at`: 0 or -errno. */
 int relay_map_over(char *at, int64_t size, int fd, int64_t offset, int writable);
+/* As memcpy, by the fastest way there is for much memory. */
+void relay_copy(char *to, const char *from, int64_t size);

@@ -123,13 +123,21 @@ class RunningRoute:
 
         `found` is what the listeners' names mean, `take` may have sockets for them. Raises SourceError; see `bound`.
         """
+        self.bind(found, take)
+        self.stand()
+        if not wait:
+            self.begin()
+
+    def bind(self, found: Found | None = None, take: Take = nobody) -> None:
+        """The first half of `open`: every listener."""
         self.reception.open(found or {}, take)
+
+    def stand(self) -> None:
+        """The second half: what outlives a stream."""
         self._resumption.begin(standing=self._persistent)
         if self._persistent:
             self._standing = self._pipeline(self.home)
             self._standing.open(self._broadcasts)
-        if not wait:
-            self.begin()
 
     def begin(self) -> None:
         """Streams come in from now on. Once."""
