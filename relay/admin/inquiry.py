@@ -23,11 +23,20 @@ from dataclasses import dataclass, field, replace
 from relay import __version__
 from relay.admin.ledger import Ledger, RouteTotals, SinkTotals
 from relay.admin.resources import resources
-from relay.admin.status import EngineStatus, HopStatus, RouteStatus, SinkStatus, Status, StreamStatus
+from relay.admin.status import (
+    EngineStatus,
+    HopStatus,
+    RouteStatus,
+    SinkStatus,
+    StageStatus,
+    Status,
+    StreamStatus,
+)
 from relay.admin.streams import combined, known_sinks, stream_of
 from relay.duplex.sessions import Session, Sessions
 from relay.engine import Engine
 from relay.pipeline.pipeline import Pipeline
+from relay.serving.changes import named
 from relay.serving.facts import Facts
 from relay.serving.route import RunningRoute
 from relay.serving.server import Server
@@ -260,9 +269,16 @@ def _route(look: Look, totals: RouteTotals | None) -> RouteStatus:
         details=tuple(streams[:DETAILS]),
         bytes_back=totals.back + crowd.back if duplex else None,
         upstreams=facts.upstreams if facts else (),
+        stages=tuple(_stages(running)),
         resumed=facts.resumed if facts else 0,
         failed=facts.failed if facts else "",
     )
+
+
+def _stages(running: RunningRoute) -> Iterator[StageStatus]:
+    for name, stage in named(running.stages):
+        now = {key: value for key in stage.changeable if (value := getattr(stage, key)) is not None}
+        yield StageStatus(name, stage.kind, now)
 
 
 def _holds(sink: SinkStatus) -> bool:
