@@ -7,6 +7,7 @@ from functools import partial
 
 from relay.admin.doors import opened
 from relay.admin.ledger import Ledger
+from relay.admin.summary import summary
 from relay.admin.where import VARIABLE, default_place
 from relay.config.load import load_to_run, load_with_places
 from relay.config.models import Config
@@ -48,8 +49,6 @@ def serve(
         logs.session(record)
 
     def ready(routes: list[RunningRoute]) -> None:
-        from relay.admin.summary import summary  # and planning, when streams may come already
-
         summary(server.config, routes)
         welcome(routes, built_in=path is None)
 
