@@ -180,8 +180,6 @@ def _change(
     running: RunningRoute, stage: str, values: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """On the route's home engine: the values before, and now."""
-    if running.route.duplex:
-        raise NotChanged(f"the stages of the duplex route '{running.name}' cannot be changed while it runs")
     old = find(running.name, running.stages, stage)
     new = changed(old, values)
     running.change(replaced(running.stages, old, new))

@@ -293,7 +293,7 @@ def _sinks(
         here = combined(name, address, policy, by_label.get(name, []))
         yield replace(
             here,
-            bytes=over.bytes + here.bytes + crowd.bytes,
+            bytes=over.bytes + here.bytes + (crowd.bytes if name == str(running.route.sink.address) else 0),
             dropped=over.dropped + here.dropped,
             lost=over.lost + here.lost,
             twice=over.twice + here.twice,

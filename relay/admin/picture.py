@@ -70,6 +70,10 @@ class _Drawing:
         rows = self._chain(
             plan.chain, 1, 0, self._boxes[0], self._methods.get("source", plan.source.choice.method)
         )
+        if plan.back is not None:  # a chain of its own, from the sink's connections to the source's
+            back = plan.back.source
+            self._boxes.append(Box(0, rows, state, ("back", back.name, _rate(status.rate_back)), back.name))
+            rows = self._chain(plan.back.chain, 1, rows, self._boxes[-1], back.choice.method)
         columns = max(box.column for box in self._boxes) + 1
         width, height = EDGE * 2 + (columns - 1) * STEP_X + WIDE, EDGE * 2 + (rows - 1) * STEP_Y + HIGH
         said = escape(f"The pipeline of route {status.name}, {status.state}")
@@ -130,6 +134,8 @@ class _Drawing:
             )
             state = "open" if waits == "empty" else "slow"
             return Box(column, row, state, ("log", hop.address or "in memory", waits), hop.detail)
+        if hop.role == "sink" and sink is None:  # the source's connections, at the end of the way back
+            return Box(column, row, "waiting", ("sink", hop.address or hop.name, ""), hop.name)
         if sink is None:
             detail = hop.detail or (hop.name if hop.name != hop.kind else "")
             return Box(column, row, "stage", (hop.kind, detail, ""), f"{hop.kind} {hop.name} {hop.detail}")
