@@ -103,6 +103,9 @@ class Engine:
             budget=BUDGET,
         )
         self.rings = Pool()
+        self.shared: dict[
+            object, Any
+        ] = {}  # what pipelines of this engine share, each kind under keys of its own
         self.ferried = 0  # bytes of memory that ferries have (endpoints/ferry.py), which share a bound
         self._events = core.ffi.new("struct relay_event[]", EVENTS)
         self._tokens = itertools.count(1)

@@ -52,6 +52,7 @@ ENGINE = Need(3)  # epoll, its wake-up, /dev/null
 BACKLOG = 8 << 20  # bytes a subscriber may be behind, beside `buffer` and `burst`: one memory for all
 RESERVE = 8 << 20  # bytes that come while it is found out whether a full subscriber is slow
 THREADED = ("file", "shared")  # ends that a thread serves: what it is handed is a backlog of two pipes
+CLIENTS = 16  # who may talk at the admin sockets at a time
 WAITING = Need(1)  # a connection that waits for its turn
 
 
@@ -155,6 +156,15 @@ def log(slow: OnSlow, machine: Machine) -> Need:
     bound = (slow.max or 0) if slow.policy == "spill" else slow.buffer
     kept = 2 if slow.directory is not None else bound // segment_size(bound, in_memory=True) + 2
     return ferry(machine) + Need(kept + 1, at_most=True)
+
+
+def admin(*addresses: Address | None) -> Need:
+    """The admin sockets that are named there, and their clients (admin.listeners.Listeners)."""
+    found = NOTHING
+    for address in addresses:
+        if address is not None:
+            found += listener(address)
+    return found + Need(1 + CLIENTS, at_most=True) if found.descriptors else found
 
 
 def _given_pipe(machine: Machine) -> Need:

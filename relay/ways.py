@@ -153,6 +153,17 @@ class Ways:
             return Choice("copy", "one large buffer costs less than splicing into a unix socket")
         return Choice("splice", "pages move through a pipe by reference; small messages are copied")
 
+    @staticmethod
+    def duplex_odds(scheme: str, way: str) -> float:
+        """What the other way than `way` is thought to cost there, as a multiple."""
+        ring = 0.8 if scheme == "unix" else 1.4
+        return ring if way == "chain" else 1 / ring
+
+    @property
+    def duplex_measured(self) -> bool:
+        """Whether that is where bulk begins, and what it costs decides."""
+        return self.forced == "auto" and not self._copies("splice")
+
     def between(self) -> Choice:
         """How bytes go from one of relay's pipes to the next."""
         if reason := self._copies("splice"):

@@ -19,7 +19,7 @@ from relay.endpoints.address import Address
 from relay.engine import Engine
 from relay.journal.record import SessionRecord
 from relay.kernel.exchange import Exchange
-from relay.serving.duplex_route import DuplexRoute
+from relay.serving.staged_route import route_of
 from relay.spill.spills import Spills
 
 
@@ -36,7 +36,7 @@ class Duplex:
         self.records: list[SessionRecord] = []
         self._over = threading.Event()
         self._spills = Spills()
-        self.route = DuplexRoute(
+        self.route = route_of(
             "r",
             config.routes["r"],
             self.engines[0],
@@ -69,6 +69,11 @@ class Duplex:
         if not self._over.is_set():
             self.engines[0].post(lambda: self.route.abort("the test is over"))
             assert self._over.wait(PATIENCE)
+        # a ferry's thread may still be at work for a sink that failed; its pipes are closed on the engine
+        eventually(
+            lambda: not [one.name for one in threading.enumerate() if one.name.endswith("-ferry")],
+            "the ferries' threads end",
+        )
         self.route.close()
         self._spills.close()
         for engine in self.engines:

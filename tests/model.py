@@ -16,6 +16,7 @@ from slots import Pipe
 PIECE = 1 << 20  # most bytes asked for in one call
 PATIENT = 256 << 20  # most bytes that a rush must have lasted for
 GIVEN = 16 << 20  # bytes to the readers of rings in one sweep
+SMALL = 64 << 10  # bytes: what fills no pipe
 STUCK = 20_000_000  # nanoseconds that what a sink refuses waits in front of its backlog
 FEWEST = 64 << 10  # bytes into a ring at a time, however many read it
 
@@ -234,6 +235,7 @@ class Model:
         self.source_ended = self.keep = self.tell_idle = self.done = False
         self.ring: Ring | None = None  # scatter
         self.still = 0
+        self.pipes = False  # the ends are told to be pipes of others
         self.idle = 0  # since when all but what is apart is empty
         self.wake = 0
         self.now = 0
@@ -342,8 +344,19 @@ class Model:
             else:
                 source.readable = False
         self._read += moved
-        source.moved += moved
+        self._source_took(source, moved)
         return bool(moved)
+
+    def _source_took(self, source: Source, moved: int) -> None:
+        source.moved += moved
+        if moved and self.pipes and not source.pipe.segments and not source.pipe.ended:
+            source.readable = False  # poll says so, and an edge will tell
+
+    def _sink_took(self, sink: Sink, moved: int) -> None:
+        sink.moved += moved
+        sink.last = self.now if moved else sink.last
+        if self.pipes and moved >= SMALL and sink.pipe and sink.pipe.full:
+            sink.writable = False
 
     def _fill_by_hand(self, head: Node, source: Source) -> bool:
         if head.held:
@@ -363,7 +376,7 @@ class Model:
             assert head.pipe.write(data) == len(data), "an empty pipe takes its capacity"
             self.calls += 1
         self._read += len(data)
-        source.moved += len(data)
+        self._source_took(source, len(data))
         return True
 
     def _fill_prefix(self, node: Node) -> bool:
@@ -582,8 +595,7 @@ class Model:
         else:
             moved = self._move(node, sink.pipe, size)
             sink.writable = bool(moved)
-        sink.moved += moved
-        sink.last = self.now if moved else sink.last
+        self._sink_took(sink, moved)
         return moved
 
     # -- a turn, and the whole chain
@@ -706,7 +718,7 @@ class Model:
         ring.stream += data
         self._judge(ring)
         self._read += len(data)
-        source.moved += len(data)
+        self._source_took(source, len(data))
         return True
 
     @staticmethod
@@ -787,8 +799,7 @@ class Model:
             else:
                 reader.runs.append((reader.at, reader.at + given))
                 reader.at += given
-            sink.moved += given
-            sink.last = self.now
+            self._sink_took(sink, given)
             self._given += given
             moved = True
         if reader.dropping and not reader.rest and ring.ended:

@@ -109,7 +109,7 @@ class Rig:
     def __init__(
         self, fds: Descriptors, specs: list[Spec], *, seed: int = 1, source_slots: int = 16,
         copy_source: bool = False, budget: int = 1 << 22, scratch: int = 65536, keep: bool = False,
-        scatter: Scatter | None = None,
+        scatter: Scatter | None = None, pipes: bool = False,
     ) -> None:  # fmt: skip
         self.fds = fds
         self.bytes = random.Random(seed)
@@ -139,7 +139,9 @@ class Rig:
             budget=budget,
             scratch=scratch,
         )
-        self.model.keep = keep
+        self.model.keep, self.model.pipes = keep, pipes
+        for end in [self.source, *(outlet.c for outlet in self.outlets if outlet.ends)]:
+            end.is_pipe = int(pipes)
         self.pipeline.head, self.pipeline.nodes = self.steps[0].c, len(self.steps)
         self.pipeline.source = self.source
         self.trunk = [step for step in self.steps if not step.model.name.startswith("leaf")]

@@ -23,11 +23,12 @@ def limited(**limits: Any) -> dict[str, Any]:
     return {"listen": "tcp://127.0.0.1:0", "limits": limits}
 
 
+@pytest.mark.parametrize("stages", [[], [{"meter": {}}]], ids=["plain", "stages"])
 @pytest.mark.parametrize("side", ["client", "server"])
-def test_a_half_closed_session_is_ended(side: str) -> None:
+def test_a_half_closed_session_is_ended(side: str, stages: list[Any]) -> None:
     """After limits.half_closed without a byte, once one side has ended its stream, both are reset, and it is said."""
     with tcp_listener() as (listening, address):
-        with Duplex(limited(half_closed="0.3s"), {"connect": address}) as duplex:
+        with Duplex(limited(half_closed="0.3s"), {"connect": address}, stages=stages) as duplex:
             with connected(duplex.address) as client, accept(listening) as server:
                 first, other = (client, server) if side == "client" else (server, client)
                 first.sendall(b"x")

@@ -19,7 +19,7 @@ def test_refusals_stand_beside_other_problems_of_the_text() -> None:
     with pytest.raises(ConfigErrors) as caught:
         loads(
             "routes:\n  a:\n    source: 'tcp://:1'\n    sink: 'tcp://h:2'\n    duplex: true\n"
-            "    stages: [meter]\n    method: copy\n    method: copy\n",
+            "    wait_for_sinks: 1s\n    method: copy\n    method: copy\n",
             "f",
             to_run=True,
         )
@@ -27,8 +27,6 @@ def test_refusals_stand_beside_other_problems_of_the_text() -> None:
 
 
 DUPLEX = {
-    "stages": ("stages: [{meter: {}}]", "'stages' is not available on duplex routes"),
-    "replies": ("replies: [{meter: {}}]", "'replies' is not available on duplex routes"),
     "source": ("source: {connect: 'tcp://h:1'}", "'connect' is not available on duplex routes"),
     "connections": ("source: {listen: 'tcp://:1', connections: one}", "'connections: one' means nothing"),
     "sink": ("sink: {fd: 3}", "'fd' is not available on duplex routes"),
@@ -50,9 +48,7 @@ def test_what_duplex_routes_do_not_have_is_refused(key: str) -> None:
     (error,) = caught.value.errors
     assert words in str(error)
     row = text.splitlines()[error.line - 1]
-    assert row[error.column - 1 :].startswith(
-        ("stages", "replies", "connect", "fd", "on_slow", "wait_for_sinks")
-    )
+    assert row[error.column - 1 :].startswith(("connect", "fd", "on_slow", "wait_for_sinks"))
 
 
 def test_the_built_in_default_can_run() -> None:

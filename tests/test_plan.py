@@ -450,10 +450,11 @@ def test_the_text_draws_a_tree() -> None:
 def test_json_has_stable_keys() -> None:
     """The keys of the JSON form are a promise to scripts."""
     data = json.loads(json.dumps(drawing.as_data(make_plan(load_default(), PLAIN))))
-    assert list(data) == ["engines", "needs", "limits", "calls", "routes"]
+    assert list(data) == ["engines", "needs", "limits", "calls", "routes", "confined"]
     (route,) = data["routes"]
     assert list(route) == [
         "name", "method", "crossing", "turns", "duplex", "streams", "waiting", "source", "chain", "holds", "needs",
+        "back",
     ]  # fmt: skip
     assert list(route["source"]) == [
         "role", "kind", "name", "address", "verb", "method", "reason", "sure", "entry", "policy", "branch",
@@ -556,6 +557,41 @@ def test_a_duplex_route_takes_two_descriptors_a_connection() -> None:
         "splice",
     )
     assert "copy, back splice" in drawing.as_mermaid(mixed)
+
+
+STAGED = """
+routes:
+  r:
+    source: {listen: "tcp://127.0.0.1:1", limits: {connections: 9}}
+    duplex: true
+    stages: [{tee: {to: "tcp://127.0.0.1:3", on_slow: drop}}]
+    replies: [{throttle: 1MB/s}, {tee: {to: "tcp://127.0.0.1:4"}}]
+    sink: {connect: ["tcp://127.0.0.1:2", "unix:///x"]}
+"""
+
+
+def test_a_duplex_route_with_stages_is_two_chains() -> None:
+    """Each way has its hops, who holds it and whether it may go through a ring; drawn between the same two sockets."""
+    made = planned(STAGED)
+    (route,) = made.routes
+    assert [hop.kind for hop in route.chain] == ["tee", "tcp"]
+    assert route.back is not None
+    assert [hop.kind for hop in route.back.chain] == ["throttle", "tee", "tcp"]
+    held = {hold.who: hold.words for hold in route.holds}
+    assert "holds the source until" in held["tcp://127.0.0.1:3"]
+    assert "holds what the sink sends back, and with it everybody on that way" in held["tcp://127.0.0.1:4"]
+    assert "holds what the sink sends back" in held["throttle"]
+    text = drawing.as_text(made)
+    assert "  and back:\none of 2 upstreams" in text
+    assert "as a whole: down a chain only (the stage 'throttle' works on a chain)" in text
+    (data,) = drawing.as_data(made)["routes"]
+    assert data["back"]["chain"][0]["name"] == "throttle"
+    assert list(data["back"]) == ["crossing", "source", "chain"]
+    drawn = drawing.as_mermaid(made)
+    assert drawn.count("tcp://127.0.0.1:1 (listens)") == 1
+    assert drawn.count("<-.->") == 2
+    assert (route.stream.descriptors, route.stream.pipes) == (2 + 2 + 2 * 7, 7)
+    assert route.at_limit.descriptors == 1 + 9 * 18
 
 
 def test_upstreams_are_drawn_below_their_sink() -> None:

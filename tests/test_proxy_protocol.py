@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from duplexes import Duplex, connected, descriptors, in_background, outcome, turned_away
+from faults import ShortCounts, strace_prefix
 from peers import (
     PATIENCE,
     accept,
@@ -40,6 +41,19 @@ HERE = "127.0.0.0/8"
 CLIENT, SERVICE = "192.0.2.7:4711", "198.51.100.2:443"
 HEADERS = {version: make(version, CLIENT, SERVICE) for version in ("v1", "v2")}  # type: ignore[arg-type] # these two
 LOCAL = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0"
+
+
+def has_ipv6() -> bool:
+    """Whether somebody can listen on ::1."""
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+HAS_IPV6 = has_ipv6()
 
 
 def trusting(**limits: Any) -> dict[str, Any]:
@@ -418,6 +432,32 @@ def test_a_chain_of_proxies_names_the_first_client(first: str, second: str) -> N
                 assert receive_all(server) == HEADERS[second] + b"x"
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("stages", ["stages", "replies"])
+def test_with_stages_of_either_direction(version: str, stages: str) -> None:
+    """On a duplex route with stages headers are accepted and sent alike, at connect, and bulk passes both ways."""
+    data, back = payload(1, 400_000), payload(2, 300_000)
+    with tcp_listener() as (listening, address):
+        sink = {"connect": address, "proxy_protocol": version}
+        with (
+            Duplex(trusting(), sink, **{stages: [{"meter": {}}]}) as duplex,
+            connected(duplex.address) as client,
+        ):
+            client.sendall(HEADERS["v1"])
+            with accept(listening) as server:
+                assert receive_exactly(server, len(HEADERS[version])) == HEADERS[version]
+                server.sendall(back)
+                assert_same(receive_exactly(client, len(back)), back)
+                client.sendall(data)
+                client.shutdown(socket.SHUT_WR)
+                assert_same(receive_all(server), data)
+            assert receive_all(client) == b""
+            record = duplex.record()
+            assert (record.peer, record.back, record.result) == (CLIENT, len(back), "delivered")
+            assert record.bytes == len(data)
+            assert record.sinks[-1].bytes == len(HEADERS[version]) + len(data)
+
+
 def test_a_peer_without_an_address_is_unknown(tmp_path: Path) -> None:
     """For a client of a unix socket the header says UNKNOWN."""
     with behind(f"unix://{tmp_path}/s", proxy_protocol="v1") as (duplex, listening):
@@ -497,6 +537,66 @@ def test_tees_begin_with_a_header(policy: str, tmp_path: Path) -> None:
                 assert_same(receive_all(two), data)
                 assert_same(receive_all(three), make("v2", *ends) + data)
             assert served.sessions(1)[0]["result"] == "delivered"
+
+
+# --- when calls come short ------------------------------------------------------------------------------------
+
+
+def between(address: str, version: str, *, duplex: bool) -> str:
+    """A route that expects headers and sends some."""
+    source = f'{{listen: "tcp://127.0.0.1:0", proxy_protocol: "{HERE}"}}'
+    sink = f'{{connect: "{address}", proxy_protocol: {version}}}'
+    return f"engines: 1\nroutes: {{r: {{source: {source}, sink: {sink}, duplex: {str(duplex).lower()}}}}}"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_short_counts_break_no_header(
+    version: str, seed: int, tmp_path: Path, short_counts: ShortCounts
+) -> None:
+    """With calls cut short, and some interrupted, headers are read and sent whole, ahead of the payload."""
+    data = payload(seed, 20_000)
+    environment = short_counts.environment(seed, rate=100, eintr=10)
+    with tcp_listener() as (listening, address):
+        with serving(between(address, version, duplex=False), tmp_path, env=environment) as served:
+            for header in HEADERS.values():
+                with connected(served.addresses(1)[0]) as client:
+                    client.sendall(header + data)
+                    client.shutdown(socket.SHUT_WR)
+                    with accept(listening) as server:
+                        assert_same(receive_all(server), HEADERS[version] + data)
+                    assert receive_all(client) == b""
+            assert [record["bytes"] for record in served.sessions(2)] == [len(data)] * 2
+    counts = short_counts.counts()
+    assert counts["recv"].shortened
+    assert counts["vmsplice"].shortened
+
+
+def test_a_header_that_finds_no_room_goes_out_later(tmp_path: Path) -> None:
+    """A send of the header that the kernel refuses for the moment is made again, and nothing overtakes it."""
+    with unix_listener(tmp_path / "s") as (listening, address):
+        prefix = strace_prefix("send:error=EAGAIN:when=1")
+        with serving(between(address, "v2", duplex=True), tmp_path, prefix=prefix) as served:
+            with connected(served.addresses(1)[0]) as client:
+                client.sendall(HEADERS["v1"] + b"x")
+                with accept(listening) as server:
+                    assert receive_exactly(server, len(HEADERS["v2"]) + 1) == HEADERS["v2"] + b"x"
+                    server.sendall(b"y")
+                    assert receive_exactly(client, 1) == b"y"
+
+
+def test_a_server_that_resets_at_the_header(tmp_path: Path) -> None:
+    """A reset that meets the header ends the session as one that meets payload does; the client is reset."""
+    with tcp_listener() as (listening, address):
+        prefix = strace_prefix("send:error=ECONNRESET:when=1")
+        with serving(between(address, "v2", duplex=True), tmp_path, prefix=prefix) as served:
+            with connected(served.addresses(1)[0]) as client:
+                client.sendall(HEADERS["v1"] + b"x")
+                with accept(listening):
+                    assert outcome(client) == (b"", "ConnectionResetError")
+            (record,) = served.sessions(1)
+            assert (record["result"], record["bytes"]) == ("failed", 0)
+            assert "ECONNRESET" in record["reason"]
 
 
 # --- settings -----------------------------------------------------------------------------------------------
@@ -645,6 +745,43 @@ def test_between_two_haproxies(version: str, tmp_path: Path) -> None:
                 told, client, service = asked(first)
                 assert told == f"{client} {service}"
                 assert duplex.record().peer == client
+
+
+def test_from_curl(tmp_path: Path) -> None:
+    """curl sends a header of version 1, relay one of version 2: HAProxy behind knows where curl's connection is."""
+    with tcp_listener() as (back, address):
+        body = (
+            "frontend f\n  mode http\n  bind fd@{0} accept-proxy\n"
+            f"  http-request return status 200 content-type text/plain lf-string {TELLS}"
+        )
+        with haproxy(tmp_path, body, back):
+            with Duplex(trusting(), {"connect": address, "proxy_protocol": "v2"}) as duplex:
+                to = Address.parse(duplex.address)
+                argv = [program("curl"), "-sS", "--haproxy-protocol", f"http://{to.host}:{to.port}/"]
+                ran = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, check=True)
+                record = duplex.record()
+                assert ran.stdout == f"{record.peer} {to.host}:{to.port}"
+
+
+@pytest.mark.skipif(not HAS_IPV6, reason="IPv6 is missing on the loopback interface")
+@pytest.mark.parametrize("accepted", ["v1", "v2"])
+@pytest.mark.parametrize("sent", ["v1", "v2"])
+def test_ipv6(accepted: str, sent: str) -> None:
+    """Headers come over and name IPv6, also a client of IPv4 who came to a service on IPv6."""
+    named = [("[2001:db8::7]:4711", "[2001:db8::1]:443"), (CLIENT, "[2001:db8::1]:443")]
+    with tcp_listener("::1") as (listening, address):
+        source = {"listen": "tcp://[::]:0", "proxy_protocol": ["::1", HERE]}
+        with Duplex(source, {"connect": address, "proxy_protocol": sent}) as duplex:
+            port = int(duplex.address.rpartition(":")[2])
+            for number, (peer, local) in enumerate(named):
+                with socket.create_connection(("::1", port), timeout=PATIENCE) as client:
+                    client.sendall(make(accepted, peer, local))  # type: ignore[arg-type] # as given
+                    client.shutdown(socket.SHUT_WR)
+                    with accept(listening) as server:
+                        assert receive_all(server) == make(sent, peer, local)  # type: ignore[arg-type] # as given
+                    assert receive_all(client) == b""
+                eventually(lambda so_far=number: len(duplex.records) > so_far, "it is over")  # type: ignore[misc] # bound now
+                assert duplex.records[number].peer == peer
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])

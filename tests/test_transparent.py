@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from duplexes import Duplex, outcome
@@ -52,10 +53,12 @@ def net() -> Iterator[Network]:
 
 
 @needs_transparent
-def test_the_server_sees_the_clients_address() -> None:
+@pytest.mark.parametrize("stages", [[], [{"meter": {}}]], ids=["plain", "stages"])
+def test_the_server_sees_the_clients_address(stages: list[Any]) -> None:
     """A client's own address is where the server's connection comes from; its port is one of the kernel's choice."""
     with tcp_listener() as (listening, address):
-        with Duplex("tcp://127.0.0.1:0", {"connect": address, "transparent": True}) as duplex:
+        sink = {"connect": address, "transparent": True}
+        with Duplex("tcp://127.0.0.1:0", sink, stages=stages) as duplex:
             at = ("127.0.0.1", int(duplex.address.rpartition(":")[2]))
             with socket.create_connection(at, source_address=("127.0.0.77", 0)) as client:
                 client.sendall(b"x")

@@ -9,6 +9,7 @@ from typing import Any
 
 from relay.admin.client import Answer, NoAnswer, ask
 from relay.admin.where import place_to_ask
+from relay.errors import UsageError
 from relay.units import show_size
 
 RELOADING = 70.0  # seconds: a little more than the relay itself waits
@@ -56,6 +57,21 @@ def reload(admin: str | None) -> int:
 def drain(admin: str | None) -> int:
     """Tells it to end when what is under way has ended."""
     print(checked(ask(place_to_ask(admin), "/api/v1/drain", {})).data()["words"])
+    return 0
+
+
+def change(admin: str | None, route: str, stage: str, values: list[str]) -> int:
+    """Other settings for a stage of a running relay: 0, or 2 when there is no such thing, with what there is."""
+    given = {}
+    for value in values:
+        key, equals, said = value.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{value!r} is no KEY=VALUE; write rate=5MB/s, for example")
+        given[key] = said
+    answer = ask(place_to_ask(admin), "/api/v1/set", {"route": route, "stage": stage, "values": given})
+    if answer.status in (400, 404):
+        raise UsageError(answer.data()["words"])
+    print(checked(answer).data()["words"])
     return 0
 
 

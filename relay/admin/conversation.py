@@ -15,11 +15,12 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from relay.admin.desk import Desk, NotDone
 from relay.admin.listeners import Client
 from relay.admin.status import plain
+from relay.journal.secrets import hidden
 
 log = logging.getLogger("relay.admin")
 
@@ -90,6 +91,7 @@ class Conversation(BaseHTTPRequestHandler):
         if not self._may_be_asked():
             return
         show = {
+            "/": self._page,
             "/livez": self._live,
             "/readyz": self._ready,
             "/metrics": self._metrics,
@@ -119,15 +121,17 @@ class Conversation(BaseHTTPRequestHandler):
             given = self._body()
             if given is not None:
                 self._client.asked()
-                self._order(order, given)
+                self._order(order[0], given)
 
     def _order(self, order: str, given: dict[str, Any]) -> None:
+        takes = ORDERS[f"/api/v1/{order}"][1]
+        if set(given) != takes:
+            self._say(400, f"'{order}' does not take {', '.join(sorted(given)) or 'nothing'}")
+            return
         try:
             answer = getattr(self._desk, order)(**given)
         except NotDone as error:
             self._answer(error.status, JSON, _encoded({"ok": False, **error.data}))
-        except TypeError:
-            self._say(400, f"'{order}' does not take {', '.join(sorted(given)) or 'nothing'}")
         else:
             self._answer(200, JSON, _encoded({"ok": True, **answer}))
 
@@ -176,6 +180,10 @@ class Conversation(BaseHTTPRequestHandler):
         good, words = self._desk.ready()
         self._say(200 if good else 503, words)
 
+    def _page(self) -> None:
+        wanted = parse_qs(urlsplit(self.path).query, max_num_fields=8).get("route", [""])
+        self._answer(200, HTML, self._desk.page(wanted[0]).encode(errors="replace"))
+
     def _metrics(self) -> None:
         body, kind = self._desk.metrics(self.headers.get("Accept", ""))
         self._answer(200, kind, body)
@@ -193,6 +201,7 @@ class Conversation(BaseHTTPRequestHandler):
 
     def _answer(self, code: int, kind: str, body: bytes, **headers: str) -> None:
         self._client.answered()
+        body = hidden(body.decode(errors="replace")).encode()
         self.close_connection = True
         self.send_response(code)
         told = {
@@ -227,7 +236,12 @@ class Conversation(BaseHTTPRequestHandler):
         log.debug("admin: %s", format % arguments)
 
 
-ORDERS = {"/api/v1/reload": "reload", "/api/v1/drain": "drain", "/api/v1/set": "set"}
+# what can be told: the desk's method, and what it takes
+ORDERS: dict[str, tuple[str, set[str]]] = {
+    "/api/v1/reload": ("reload", set()),
+    "/api/v1/drain": ("drain", set()),
+    "/api/v1/set": ("set", {"route", "stage", "values"}),
+}
 
 
 def _encoded(data: Any) -> bytes:

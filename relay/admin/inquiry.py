@@ -208,6 +208,7 @@ def _sessions(look: Look, engine: Engine, sessions: Sessions) -> Callable[[], It
     def steps() -> Iterator[None]:
         crowd = look.crowds[engine] = Crowd(sessions.methods)
         live: list[Session] = sessions.live()
+        crowd.bytes, crowd.back = sessions.untold
         for number, session in enumerate(live):
             if session.slot >= 0:
                 sides = session.c.sides
@@ -292,7 +293,7 @@ def _sinks(
         here = combined(name, address, policy, by_label.get(name, []))
         yield replace(
             here,
-            bytes=over.bytes + here.bytes + crowd.bytes,
+            bytes=over.bytes + here.bytes + (crowd.bytes if name == str(running.route.sink.address) else 0),
             dropped=over.dropped + here.dropped,
             lost=over.lost + here.lost,
             twice=over.twice + here.twice,

@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from relay.endpoints.listening import Bound
+from relay.needs import CLIENTS
 
 log = logging.getLogger("relay.admin")
 
-MOST = 16  # clients at a time
+MOST = CLIENTS  # at a time
 LONGEST = 5.0  # seconds for a request to come, and for an answer to be taken
 LEFT = 1 << 20  # bytes that are read of somebody who goes on after the answer
 AGAIN = 0.2  # seconds until accepting is tried again when no descriptor is left

@@ -134,6 +134,15 @@ Row = tuple[str, tuple[str, ...], float]
 Rows = Iterator[Row]
 
 
+def table() -> str:
+    """All of them as a Markdown table, for docs/admin.md."""
+    lines = ["| metric | kind | labels | tells |", "|---|---|---|---|"]
+    for figure in FIGURES:
+        labels = ", ".join(f"`{label}`" for label in figure.labels)
+        lines.append(f"| `{figure.shown}` | {figure.kind} | {labels} | {figure.words} |")
+    return "\n".join(lines)
+
+
 class Figures:
     """Remembers how far counters were. `text` from one thread at a time."""
 

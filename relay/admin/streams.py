@@ -26,7 +26,8 @@ def known_sinks(route: Route) -> Iterator[tuple[str, str, str]]:
     Those of one name are one.
     """
     seen = set()
-    for name, sink, slow in _walk(route.stages, route.sink, route.sink.slow, ""):
+    back = list(_walk(route.replies, route.back, route.back.slow, ""))[:-1] if route.duplex else ()
+    for name, sink, slow in (*_walk(route.stages, route.sink, route.sink.slow, ""), *back):
         if name not in seen:
             seen.add(name)
             yield name, str(sink.address), slow.policy or "block"
@@ -110,10 +111,12 @@ def _state(outlet: Outlet) -> str:
     sink = outlet.sink
     if sink is None:
         return "none"
-    if outlet.absent or sink.away:
+    behind = isinstance(sink, SpillSink) and sink.state == "open" and not sink.delivery.connected
+    if outlet.absent or sink.away or behind:
         return "away"
     if sink.state == "open":
-        slow = outlet.place.c.slow if outlet.place is not None else outlet.gate.c.slow
+        gate = outlet.place.c if outlet.place is not None else outlet.gate.c
+        slow = gate.slow or gate.dropping
         return "slow" if slow else "open"
     return "finishing" if sink.state == "cutting" else sink.state
 

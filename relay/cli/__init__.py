@@ -30,7 +30,9 @@ from relay.cli import (  # noqa: E402
     schema,
     send,
     serve,
+    set,
     status,
+    top,
 )
 
 app = typer.Typer(
@@ -57,7 +59,7 @@ def relay(
     """Moves streams of bytes to many sockets and files without carrying them."""
 
 
-for module in (serve, run, send, check, plan, health, status, reload, drain, doctor, bench, schema):
+for module in (serve, run, send, check, plan, health, status, top, reload, drain, set, doctor, bench, schema):
     module.add_to(app)
 
 
@@ -71,23 +73,24 @@ def main() -> NoReturn:
         SourceError,
         UsageError,
     )
+    from relay.journal.secrets import hidden
 
     try:
         app(prog_name="relay", standalone_mode=True)
     except UsageError as error:
-        print(f"relay: {error}", file=sys.stderr)
+        print(f"relay: {hidden(str(error))}", file=sys.stderr)
         sys.exit(2)
     except (ConfigError, ConfigErrors) as error:
-        print(error, file=sys.stderr)
+        print(hidden(str(error)), file=sys.stderr)
         sys.exit(3)
     except SourceError as error:
-        print(f"relay: {error}", file=sys.stderr)
+        print(f"relay: {hidden(str(error))}", file=sys.stderr)
         sys.exit(4)
     except EndpointError as error:
-        print(f"relay: {error}", file=sys.stderr)
+        print(f"relay: {hidden(str(error))}", file=sys.stderr)
         sys.exit(5)
     except RelayError as error:
-        print(f"relay: {error}", file=sys.stderr)
+        print(f"relay: {hidden(str(error))}", file=sys.stderr)
         sys.exit(1)
     finally:
         gc.freeze()  # nor is there any use in looking for garbage once more when all of it goes

@@ -24,6 +24,7 @@ import yaml
 from yaml.composer import Composer
 from yaml.resolver import BaseResolver
 
+from relay.journal import secrets
 from relay.settings import Place, Problem
 
 # PyYAML built without libyaml has the second only: slower, with the same events.
@@ -258,6 +259,7 @@ class _Layout:
             raise ValueError(f"{found[0]!r} is not a variable; write ${{NAME}} or ${{NAME:-default}}")
         name, default = inside[1], inside[3]
         value = self._environment.get(name)
+        secrets.note(name, value or "")
         if default is not None:
             return value or default
         if value is None:

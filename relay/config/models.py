@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError, WithJsonSchema
 
 from relay.endpoints.address import Address, AddressError
-from relay.endpoints.options import OnSlow
+from relay.endpoints.options import Account, OnSlow
 from relay.endpoints.settings import SinkSettings, SourceSettings
 from relay.settings import FrozenModel, Place, Problem
 from relay.stages.base import AnyStage, StageSettings
@@ -60,6 +60,7 @@ class Route(FrozenModel):
                     "duplex needs one peer at each end, a listening sink broadcasts to many; connect instead"
                 )
                 yield Problem(said, ("sink", "listen"), at_key=True)
+            yield from self._mirrors()
         if self.source.connections == "each":
             for _, sink in self.sinks():
                 if sink.verb == "listen":
@@ -85,7 +86,7 @@ class Route(FrozenModel):
         for place, sink in self.sinks():
             beside = not self.duplex or place != ("sink",)
             if sink.transparent and beside:
-                said = "'transparent' needs 'duplex: true': what comes back to that address has nowhere to go"
+                said = "'transparent' needs 'duplex: true'; a one-way sink connects from an address of this machine"
                 yield Problem(said, (*place, "transparent"), at_key=True)
             elif sink.transparent and self.source.address.scheme != "tcp" and not self.source.proxy_protocol:
                 said = "'transparent' connects from the address of the source's peer; a unix peer has none"
@@ -102,10 +103,27 @@ class Route(FrozenModel):
                 said = "'proxy_protocol' names one peer, and here connections take turns; write 'connections: each'"
                 yield Problem(said, (*place, "proxy_protocol"), at_key=True)
 
+    def _mirrors(self) -> Iterator[Problem]:
+        """Sinks of a duplex route's tees that its many sessions, each with its own, could not have at once."""
+        each = "each connection of a duplex route has sinks of its own"
+        for place, sink in self.sinks():
+            scheme = sink.address.scheme
+            if place == ("sink",):
+                continue
+            if sink.verb == "listen":
+                said = f"{each}, and {str(sink.address)!r} can be listened on once only; connect instead"
+                yield Problem(said, (*place, "listen"), at_key=True)
+            elif scheme in ("stdio", "fd"):
+                said = f"{each}, and would mix in {str(sink.address)!r}; write a file with {{id}} in its name"
+                yield Problem(said, place)
+            elif scheme == "file" and not sink.placeholders - {"route"}:
+                said = f"{each}, and {str(sink.address)!r} names one file for all; put {{id}} in the name"
+                yield Problem(said, place)
+
     def _shared_logs(self) -> Iterator[Problem]:
         """Two sinks of one address whose logs would have one name."""
         seen: set[tuple[str, str]] = set()
-        for place, sink, slow in self._policies():
+        for place, sink, slow in self.policies():
             if slow.directory is None:
                 continue
             key = (str(sink.address), slow.directory)
@@ -114,7 +132,7 @@ class Route(FrozenModel):
                 yield Problem(said, place)
             seen.add(key)
 
-    def _policies(self) -> Iterator[tuple[Place, SinkSettings, OnSlow]]:
+    def policies(self) -> Iterator[tuple[Place, SinkSettings, OnSlow]]:
         """Every sink with the policy that covers it as it is written, and the place of that."""
 
         def walk(
@@ -129,6 +147,7 @@ class Route(FrozenModel):
                     yield place, stage.to, stage.on_slow if own else stage.to.on_slow
 
         yield from walk(self.stages, ("stages",))
+        yield from walk(self.replies, ("replies",))
         yield ("sink", "on_slow"), self.sink, self.sink.on_slow
 
     def sinks(self) -> Iterator[tuple[Place, SinkSettings]]:
@@ -138,6 +157,11 @@ class Route(FrozenModel):
                 for place, sink in stage.sinks():
                     yield (key, index, stage.kind, *place), sink
         yield ("sink",), self.sink
+
+    @property
+    def back(self) -> SinkSettings:
+        """With duplex: the source's connections as the sink of the way back, which blocks as any other."""
+        return SinkSettings.model_construct(connect=self.source.address)
 
     def turns(self) -> Literal["each", "one"]:
         """Whether each connection gets a pipeline of its own, or connections take turns on one.
@@ -207,6 +231,34 @@ class Admin(FrozenModel):
             yield Problem(f"{said}, or write 'remote: true' beside it if that is meant", ("http",))
 
 
+class Confine(FrozenModel):
+    """What relay gives up once it has started; never what the routes need. It cannot be taken back."""
+
+    user: Account | None = Field(
+        default=None, description="user to become when every address is bound, by name or number; takes root"
+    )
+    group: Account | None = Field(default=None, description="group to become; the user's own by default")
+    files: bool | Literal["where_possible"] = Field(
+        default="where_possible",
+        description="only files that the routes, Python and the resolver need (Landlock)",
+    )
+    ports: bool | Literal["where_possible"] = Field(
+        default="where_possible",
+        description="only tcp ports that the routes listen on or connect to (Landlock)",
+    )
+    calls: bool | Literal["where_possible"] = Field(
+        default="where_possible", description="only system calls that relay makes, no new processes (seccomp)"
+    )
+    read: tuple[str, ...] = Field(default=(), description="more files and directories that may be read")
+    write: tuple[str, ...] = Field(default=(), description="more files and directories that may be written")
+
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """A group without a user would leave relay the rights of its user."""
+        if "group" in given and "user" not in given:
+            yield Problem("'group' needs 'user' beside it", ("group",), at_key=True)
+
+
 LONGEST_NAME = 100  # bytes: it is a part of the names of files, which have 255
 
 
@@ -226,6 +278,7 @@ class Config(FrozenModel):
 
     routes: Annotated[dict[str, Route], AfterValidator(_some)] = Field(description="routes by name")
     admin: Admin | None = Field(default=None, description="where a running relay can be asked and told")
+    confine: Confine | None = Field(default=None, description="what relay gives up once it has started")
     engines: int | None = Field(
         default=None, ge=1, le=1024, description="threads that move bytes; one a CPU by default"
     )

@@ -21,10 +21,6 @@ def refusals(config: Config) -> Iterator[Problem]:
 def _duplex(route: Route) -> Iterator[Problem]:
     """What a duplex route cannot have so far, and what would mean nothing there."""
     later = "is not available on duplex routes in this version"
-    if route.stages:
-        yield Problem(f"'stages' {later}; its bytes pass as they are", ("stages",), at_key=True)
-    if route.replies:
-        yield Problem(f"'replies' {later}; its bytes pass as they are", ("replies",), at_key=True)
     if not route.source.listen:
         key = route.source.verb if route.source.connect else route.source.address.scheme
         yield Problem(f"'{key}' {later}; its source listens", ("source", key), at_key=True)

@@ -18,6 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from relay.config.models import Route
+from relay.duplex.gauge import Gauge
 from relay.duplex.patrol import Patrol
 from relay.duplex.upstream import Attempt, Upstream, in_words
 from relay.duplex.upstreams import Upstreams
@@ -82,6 +83,11 @@ class Session:
         self.busy = False
         self.failed: tuple[Upstream, int] | None = None
 
+    @property
+    def scheme(self) -> str:
+        """Of the upstream that it has; tcp while it has none."""
+        return self.attempt.upstream.scheme if self.attempt is not None else "tcp"
+
 
 class Way(NamedTuple):
     """One direction of a session that is over: bytes the receiver's kernel took, those that were read and had
@@ -133,11 +139,9 @@ class Sessions:
         self._token = engine.register(self._event)
         self._tcp = int(route.source.address.scheme == "tcp")
         there = {scheme: ways.duplex(scheme) for scheme in {each.scheme for each in route.sink.addresses}}
-        codes = {"splice": core.SPLICE, "copy": core.COPY}
-        self._there = {scheme: codes[choice.method] for scheme, choice in there.items()}
         self._why = {scheme: each.reason for scheme, each in there.items() if each.method == "copy"}
-        back = codes[ways.duplex(route.source.address.scheme).method]
-        self._methods = (self._there[route.sink.address.scheme], back)
+        self._gauge = Gauge(engine, name, ways, route.source.address.scheme, there)
+        self._schemes = route.sink.address.scheme, route.source.address.scheme
         self._live: dict[int, Session] = {}
         self._patrol = Patrol(engine, route, self._live, self._expired)
 
@@ -147,12 +151,21 @@ class Sessions:
     @property
     def methods(self) -> tuple[str, str]:
         """How bulk crosses to the sink, and back."""
-        there, back = (core.METHOD_NAMES[method] for method in self._methods)
+        there, back = (core.METHOD_NAMES[method] for method in self._codes())
         return there, back
+
+    def _codes(self) -> tuple[int, int]:
+        there, back = self._schemes
+        return self._gauge.method(0, there), self._gauge.method(1, back)
 
     def live(self) -> list[Session]:
         """Those that are not over. On the engine's thread; a session that is over later has slot -1."""
         return list(self._live.values())
+
+    @property
+    def untold(self) -> tuple[int, int]:
+        """Bytes, there and back, of sessions that are neither live nor told to be over."""
+        return 0, 0
 
     def begin(self, connections: Sequence[tuple[int, str, str]]) -> None:
         """New sessions for accepted connections, nonblocking (descriptor, peer, where that had connected to if it was
@@ -160,15 +173,14 @@ class Sessions:
         """
         now = self._engine.now
         exchange, live = self._exchange, self._live
-        fresh = self._fresh
+        fresh, methods = self._fresh, self._codes()
         for fd, peer, local in connections:
             slot = exchange.take()
             c = exchange.sessions[slot]
             session = live[slot] = Session(slot, c, next(self._ids), peer, now)
             fresh.append(session)
-            error = lib.relay_duplex_begin(
-                self._engine.c, c, fd, self._tcp, *self._methods, self._token, slot
-            )
+            error = lib.relay_duplex_begin(self._engine.c, c, fd, self._tcp, *methods, self._token, slot)
+            c.gauges = self._gauge.measures
             if error:
                 self._fail(session, -error, "source", "registering")
             elif self._names_peers:
@@ -213,7 +225,7 @@ class Sessions:
             self._passed(session, attempt.passed)
             left = max(0.0, session.until - self._engine.now)
             share = int(left * 1e9 / (most - session.tries + 1))
-            session.c.sides[0].method = self._there[upstream.scheme]
+            session.c.sides[0].method = self._gauge.method(0, upstream.scheme)
             error = lib.relay_duplex_dial(self._engine.c, session.c, upstream.dial, share)
             while error in SHORT and self._make_room(-error):
                 error = lib.relay_duplex_dial(self._engine.c, session.c, upstream.dial, share)
@@ -289,6 +301,8 @@ class Sessions:
             self._over(session)
         elif what == core.NOT_CONNECTED:
             self._not_connected(session, error)
+        elif what == core.GAUGED:
+            self._gauge.heard(session, error, self._live.values())
 
     def _over(self, session: Session) -> None:
         a, b = session.c.sides[0], session.c.sides[1]
@@ -332,6 +346,8 @@ class Sessions:
         slot, c = session.slot, session.c
         a, b = c.sides[0], c.sides[1]
         to, back = Way.of(a), Way.of(b)
+        measured = self._gauge.over(session)
+        connected = c.connected_ns / 1e9
         lib.relay_duplex_close(self._engine.c, c, bool(reason))
         session.slot = -1
         del self._live[slot]
@@ -345,6 +361,8 @@ class Sessions:
         seconds = self._engine.now - session.began
         result = "failed" if reason else "delivered"
         sink = SinkRecord(self._sink, address, to.bytes, seconds, to.method, result, lost=to.lost)
+        if connected:
+            sink.connects = (max(connected - session.began, 1e-6),)
         sink.upstream, sink.tries, sink.passed_over = upstream, session.tries, session.passed
         record = SessionRecord(
             route=self._name,
@@ -363,6 +381,7 @@ class Sessions:
             back=back.bytes,
             back_lost=back.lost,
             back_method=back.method,
+            measured=measured,
         )
         self._on_over(record, session.peer)
 

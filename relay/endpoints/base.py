@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
@@ -76,6 +77,7 @@ class End:
         nobody would ever say when it is ready, which is this end's failure.
         """
         self.c.fd = fd
+        self.c.is_pipe = not self.c.is_socket and stat.S_ISFIFO(os.fstat(fd).st_mode)
         self.opened_at = time.monotonic()
         code = self.engine.add_end(self.c, mask)
         if not code:
@@ -111,9 +113,11 @@ class End:
 
 
 class Source(End):
-    """Where bytes enter. `copies` says why it cannot be spliced; empty when it can."""
+    """Where bytes enter. `copies` says why it cannot be spliced; empty when it can. `quiet`: its owner tells of its
+    failure, in the record of a session."""
 
     failure = SourceError
+    quiet = False
 
     def __init__(self, engine: Engine, address: str) -> None:
         super().__init__(engine, address)
@@ -259,6 +263,9 @@ class Sink(End):
     def abort(self, reason: str) -> None:
         """Ends it before its stream is complete, so that the receiver can tell."""
         self.fail(self.error("ending", 0, reason=reason))
+
+    def change(self, old: object, new: object) -> None:
+        """A stage behind it has other settings from now on; only one with a log has stages behind it."""
 
     def reopen(self) -> None:
         """Opens anew the file that it writes and somebody may have moved away; other sinks have none."""

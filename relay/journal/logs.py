@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from relay.journal.lines import Lines, handler_for
 from relay.journal.record import SessionRecord
+from relay.journal.repeats import Repeats
+from relay.journal.secrets import hidden
 
 Format = Literal["auto", "text", "json"]
 
@@ -40,7 +42,7 @@ class JsonLines(logging.Formatter):
         fields.update({key: value for key, value in record.__dict__.items() if key not in _PLAIN})
         if record.exc_info:
             fields["trace"] = self.formatException(record.exc_info)
-        return json.dumps(fields, default=str, ensure_ascii=False)
+        return hidden(json.dumps(fields, default=str, ensure_ascii=False))
 
 
 class TextLines(logging.Formatter):
@@ -60,7 +62,7 @@ class TextLines(logging.Formatter):
                 text = f"{_COLOURS.get(record.levelname, '')}{text}\x1b[0m"
         if record.exc_info:
             text = f"{text}\n{self.formatException(record.exc_info)}"
-        return f"{at} {text}"
+        return hidden(f"{at} {text}")
 
 
 def set_up(form: Format = "auto", level: str = "info", *, records: bool = False) -> None:
@@ -74,6 +76,7 @@ def set_up(form: Format = "auto", level: str = "info", *, records: bool = False)
         handler.setFormatter(JsonLines())
     else:
         handler.setFormatter(TextLines(colour=terminal and not os.environ.get("NO_COLOR")))
+    handler.filters[:] = [Repeats()]
     log.handlers[:] = [handler]
     log.setLevel(level.upper())
     logging.getLogger("relay.session").setLevel(logging.INFO if records else logging.NOTSET)
@@ -83,7 +86,7 @@ def set_up(form: Format = "auto", level: str = "info", *, records: bool = False)
 def session(record: SessionRecord) -> None:
     """The line of a finished session."""
     level = logging.INFO if record.result == "delivered" else logging.WARNING
-    if record.back is not None and _put(record, level):
+    if record.plain and _put(record, level):
         return
     _sessions.log(level, "%s", record.as_text(), extra={"event": "session", **record.as_dict()})
 
@@ -102,10 +105,11 @@ def _put(record: SessionRecord, level: int) -> bool:
     if not isinstance(handler, Lines) or not isinstance(handler.formatter, JsonLines):
         return False
     at = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
-    return handler.put(
+    line = (
         f'{{"time": "{at}", "level": "{logging.getLevelName(level).lower()}", "event": "session", '
         f'"message": {_quoted(record.as_text())}, {record.as_json()}}}'
     )
+    return handler.put(hidden(line))
 
 
 _quoted = json.JSONEncoder(ensure_ascii=False).encode

@@ -36,6 +36,7 @@ class SinkRecord:
     tries: int = 0
     passed_over: tuple[tuple[str, str], ...] = ()
     connects: tuple[float, ...] = ()  # how long each connect that went well took
+    way: str = ""  # back: it took what came back on a duplex route
 
     def as_line(self, method: str, why: str = "", checksum: str = "") -> str:
         """The result for people, in one line: `method` is how its bytes crossed from the source on."""
@@ -71,7 +72,7 @@ class SinkRecord:
             "method": self.method,
             "result": self.result,
         }
-        for key in ("reason", "backlog", "twice", "path", "why_method", "upstream", "tries"):
+        for key in ("way", "reason", "backlog", "twice", "path", "why_method", "upstream", "tries"):
             if value := getattr(self, key):
                 found[key] = value
         if self.passed_over:
@@ -112,6 +113,13 @@ class SessionRecord:
         """How many sinks did not get their stream whole."""
         return sum(1 for sink in self.sinks if sink.result == "failed")
 
+    @property
+    def plain(self) -> bool:
+        """Whether `as_json` says all there is, as of any duplex session without stages."""
+        if self.back is None or len(self.sinks) != 1 or self.stages or self.measured:
+            return False
+        return not (self.sinks[0].blocked_seconds or self.sinks[0].why_method)
+
     def crossing(self, sink: SinkRecord) -> tuple[str, str]:
         """How bytes crossed from the source to `sink`, in one word, and why where that is worth saying."""
         if sink.method == "copy":
@@ -146,12 +154,14 @@ class SessionRecord:
         ends = _ends(self.route, self.source, sink.sink, sink.address)
         why = f', "why_method": {_quoted(self.why_method)}' if self.why_method else ""
         reason = f', "reason": {_quoted(self.reason)}' if self.reason else ""
+        more = _upstream(sink)
+        more += f', "connect_seconds": {sink.connects[-1]:.6f}' if sink.connects else ""
         return (
             f'{ends[0]}, "id": "{self.id}", {ends[1]}, "peer": "{self.peer}", "bytes": {self.bytes}, '
             f'"seconds": {self.seconds:.6f}, "method": "{self.method}", "ended_by": "{self.ended_by}", '
             f'"result": "{self.result}", "sinks": [{{{ends[2]}, "bytes": {sink.bytes}, "lost": {sink.lost}, '
             f'"dropped": 0, "reconnects": 0, "seconds": {sink.seconds:.6f}, "method": "{sink.method}", '
-            f'"result": "{sink.result}"{_upstream(sink)}}}], "bytes_back": {self.back}, "lost_back": {self.back_lost}, '
+            f'"result": "{sink.result}"{more}}}], "bytes_back": {self.back}, "lost_back": {self.back_lost}, '
             f'"method_back": "{self.back_method}"{reason}{why}'
         )
 
@@ -163,7 +173,8 @@ class SessionRecord:
             )
             said += f"{self.seconds:.2f} s, {self.result}, ended by {self.ended_by}"
             said = "; ".join([said, *([self.reason] if self.reason else [])])
-            return said + _passed(self.sinks[0])
+            said += "".join(_passed(sink) for sink in self.sinks)
+            return "; ".join([said, *self._parts()]) if len(self.sinks) > 1 or self.stages else said
         rate = show_size(self.bytes / self.seconds) if self.seconds > 0 else "0 B"
         parts = [
             f"{self.route} #{self.id} from {self.peer or self.source}: {show_size(self.bytes)} "
@@ -171,8 +182,14 @@ class SessionRecord:
         ]
         if self.reason:
             parts.append(self.reason)
+        return "; ".join([*parts, *self._parts()])
+
+    def _parts(self) -> list[str]:
+        """What sinks and stages have to say, for people."""
+        parts = []
         for sink in self.sinks:
-            text = f"{sink.sink} {show_size(sink.bytes)} {sink.method} {sink.result}"
+            way = f"{sink.way} " if sink.way else ""
+            text = f"{way}{sink.sink} {show_size(sink.bytes)} {sink.method} {sink.result}"
             if sink.path:
                 text += f" {sink.path}"
             if sink.dropped:
@@ -187,7 +204,7 @@ class SessionRecord:
             for stage in self.stages
             if "digest" in stage
         ]
-        return "; ".join(parts)
+        return parts
 
 
 def _upstream(sink: SinkRecord) -> str:

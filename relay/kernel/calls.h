@@ -19,6 +19,7 @@
 #include <sys/socket.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "pump.h"
@@ -26,6 +27,14 @@
 #define RELAY_PIECE (1 << 20)   /* most bytes in one call: the largest pipe an ordinary user gets */
 
 static inline int64_t result(ssize_t n) { return n < 0 ? -(int64_t)errno : (int64_t)n; }
+
+/* What this thread has used of the CPU: a system call. */
+static inline int64_t cpu_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (int64_t)now.tv_sec * 1000000000LL + now.tv_nsec;
+}
 
 static inline int64_t call_splice(int from, loff_t *offset, int to, int64_t size, unsigned more)
 {

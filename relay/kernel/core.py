@@ -57,6 +57,7 @@ OVER: Final = int(lib.RELAY_OVER)
 WANTS_PIPE: Final = int(lib.RELAY_WANTS_PIPE)
 STILL: Final = int(lib.RELAY_STILL)
 GAUGED: Final = int(lib.RELAY_GAUGED)
+CONNECTED: Final = int(lib.RELAY_CONNECTED)
 
 METHOD_NAMES: Final = {SPLICE: "splice", COPY: "copy", SENDFILE: "sendfile", VMSPLICE: "vmsplice"}
 

@@ -23,6 +23,7 @@
 
 #define GRACE_NS 2000000000LL
 #define LOOK_NS 50000000LL
+#define STILL_NS 1000000000LL
 
 int64_t relay_duplex_waits(const struct relay_side *s) { return waits(s); }
 
@@ -170,10 +171,54 @@ static int gone_ahead(struct relay_engine *e, struct relay_duplex *d)
         }
         if (n > 0)
             d->ahead_at += (int32_t)n;
-        if (n < left)
+        if (n == -EAGAIN)
             side_filled(e, b);
     }
     return d->ahead_at == d->ahead_size || b->error;
+}
+
+/* Whether a direction is the one that is measured. */
+static int at_gauge(const struct relay_engine *e, const struct relay_duplex *d, struct relay_side *from)
+{
+    struct relay_gauge *g = &e->exchange->gauge;
+    if (g->side == from)
+        return 1;
+    if (!d->gauges || !from->bulk || (g->side && e->now_ns - g->last_ns < STILL_NS))
+        return 0;
+    g->side = from;
+    g->skip = g->first_skip;
+    g->size = g->first_size;
+    g->came = g->gauged = g->cpu_ns = 0;
+    g->last_ns = e->now_ns;
+    return 1;
+}
+
+/* One direction's turn. */
+static int pass(struct relay_engine *e, struct relay_duplex *d, struct relay_side *from, struct relay_side *to,
+                struct relay_event *out, int *count)
+{
+    struct relay_gauge *g = &e->exchange->gauge;
+    int64_t began, moved = from->moved;
+    int more;
+    if (!at_gauge(e, d, from))
+        return direction_pass(e, d, from, to);
+    began = g->skip > 0 ? 0 : cpu_ns();
+    more = direction_pass(e, d, from, to);
+    moved = from->moved - moved;
+    g->came += moved;
+    if (moved)
+        g->last_ns = e->now_ns;
+    if (g->skip > 0) {
+        g->skip -= moved;
+        return more;
+    }
+    g->cpu_ns += cpu_ns() - began;
+    g->gauged += moved;
+    if (g->gauged >= g->size) {
+        g->size = INT64_MAX;
+        tell(d, RELAY_GAUGED, from->which, out, count);
+    }
+    return more;
 }
 
 static void turn(struct relay_engine *e, struct relay_duplex *d, struct relay_event *out, int *count)
@@ -192,13 +237,20 @@ static void turn(struct relay_engine *e, struct relay_duplex *d, struct relay_ev
             return;
         set_timed(e, d, 0);
         d->state = RELAY_TURNING;
+        d->connected_ns = e->now_ns;
     }
-    if (d->state == RELAY_ENDED || d->state == RELAY_UNCONNECTED)
+    if (d->state == RELAY_TURNING && d->lends) {
+        epoll_ctl(e->epoll, EPOLL_CTL_DEL, a->fd, NULL);
+        epoll_ctl(e->epoll, EPOLL_CTL_DEL, b->fd, NULL);
+        d->state = RELAY_LENT;
+        tell(d, RELAY_CONNECTED, 0, out, count);
+    }
+    if (d->state == RELAY_ENDED || d->state == RELAY_UNCONNECTED || d->state == RELAY_LENT)
         return;
     if (d->ahead_at < d->ahead_size && !gone_ahead(e, d))
         return;
-    more = direction_pass(e, d, a, b);
-    more |= direction_pass(e, d, b, a);
+    more = pass(e, d, a, b, out, count);
+    more |= pass(e, d, b, a, out, count);
     if (settled(e, d)) {
         tell(d, RELAY_OVER, 0, out, count);
         return;
@@ -325,6 +377,8 @@ int relay_duplex_dial(struct relay_engine *e, struct relay_duplex *d, const stru
         return error;
     d->state = is_connected ? RELAY_TURNING : RELAY_CONNECTING;
     if (is_connected)
+        d->connected_ns = e->now_ns;
+    if (is_connected)
         relay_duplex_ready(e, d);
     else
         set_timed(e, d, e->now_ns + timeout_ns);
@@ -353,6 +407,8 @@ void relay_duplex_close(struct relay_engine *e, struct relay_duplex *d, int rese
         struct relay_side *side = &d->sides[k];
         hang_up(side->fd, reset);
         side->fd = -1;
+        if (x->gauge.side == side)
+            x->gauge.side = NULL;
         side_release(x, side);
     }
 }

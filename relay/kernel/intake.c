@@ -46,6 +46,7 @@ int source_took(struct pass *s, int64_t moved)
     s->read += moved;
     if (source->left > 0)
         source->left -= moved;
+    leave_alone(source, &source->readable, POLLIN);
     return 1;
 }
 
@@ -261,8 +262,12 @@ int fill_from_source(struct pass *s)
     if (moved == -EAGAIN) {
         if (head->held)
             head->full = 1;
-        else
+        else if (!source->is_socket)
             source_empty(s, source);
+        else if (says_ready(source->fd, POLLIN))
+            return fill_by_hand(s, head);   /* tcp does not splice past urgent data, recv does */
+        else
+            source->readable = 0;
         return 0;
     }
     if (source->method != RELAY_COPY && not_this_way(moved)) {

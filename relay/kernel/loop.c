@@ -160,6 +160,9 @@ static void note(struct relay_engine *e, struct relay_end *end, uint32_t mask)
         relay_ready(e, end->reads);
     if (end->writes)
         relay_ready(e, end->writes);
+    /* a twin that may be written to anyway waits for nothing else */
+    if (end->twin && (!end->twin->writable || mask & (EPOLLHUP | EPOLLERR)))
+        note(e, end->twin, mask);
 }
 
 int relay_poll(struct relay_engine *e, int64_t timeout_ns, struct relay_event *out, int max)
@@ -178,10 +181,10 @@ int relay_poll(struct relay_engine *e, int64_t timeout_ns, struct relay_event *o
             duplex_note(e, got[i].data.ptr, got[i].events);
             continue;
         }
-        if (end->kind != RELAY_WATCH) {
+        if (end->kind != RELAY_WATCH)
             note(e, end, got[i].events);
+        if (end->kind != RELAY_WATCH && !(end->twin && got[i].events & EPOLLERR))
             continue;
-        }
         out[count].token = end->token;
         out[count].what = RELAY_WATCHED;
         out[count].error = 0;

@@ -5,15 +5,6 @@
  * call of its own, so only while a pipeline is measured. */
 #include "pass.h"
 
-#include <time.h>
-
-static int64_t cpu_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return (int64_t)now.tv_sec * 1000000000LL + now.tv_nsec;
-}
-
 static void pass_end_on(struct pass *s, struct relay_node *n)
 {
     n->done = 1;

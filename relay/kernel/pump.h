@@ -31,7 +31,7 @@ enum {                       /* relay_end.method */
 };
 
 enum {                       /* relay_event.what */
-    RELAY_WATCHED = 1,       /* end: epoll said `mask` */
+    RELAY_WATCHED = 1,       /* end: epoll said `mask`; one with a twin: an error may stand behind bytes nobody takes */
     RELAY_SOURCE_ENDED = 2,  /* pipeline: the source came to its end */
     RELAY_SOURCE_FAILED = 3, /* pipeline: `error` */
     RELAY_SINK_DRAINED = 4,  /* end: it was given all that it will get */
@@ -50,7 +50,8 @@ enum {                       /* relay_event.what */
     RELAY_OVER = 17,         /* session `mask`: nothing is left to be moved; its descriptors are Python's to close */
     RELAY_WANTS_PIPE = 18,   /* exchange: bulk would go through a pipe, and none is free */
     RELAY_STILL = 19,        /* pipeline: `still` was asked for, and nothing is under way */
-    RELAY_GAUGED = 20        /* pipeline: `gauge_until` bytes have come */
+    RELAY_GAUGED = 20,       /* pipeline: `gauge_until` bytes have come; session `mask`: the gauge's, of side `error` */
+    RELAY_CONNECTED = 21     /* session `mask`, which lends: both its sides are connected, pipelines may have them */
 };
 
 enum {                       /* relay_duplex.state */
@@ -58,7 +59,8 @@ enum {                       /* relay_duplex.state */
     RELAY_CONNECTING = 1,
     RELAY_TURNING = 2,
     RELAY_CUTTING = 3,       /* one side broke: the other gets what is there, then a reset */
-    RELAY_ENDED = 4          /* told as RELAY_OVER */
+    RELAY_ENDED = 4,         /* told as RELAY_OVER */
+    RELAY_LENT = 5           /* told as RELAY_CONNECTED: pipelines move its bytes, its descriptors stay its own */
 };
 
 enum { RELAY_WITH_ENGINE = 0, RELAY_WITH_THREAD = 1 };
@@ -109,6 +111,7 @@ struct relay_end {
     int kind;
     int method;
     int is_socket;           /* recv and send with MSG_DONTWAIT instead of read and write */
+    int is_pipe;             /* a pipe of others: see leave_alone in pass.h */
     int readable, writable;  /* edges seen and not yet contradicted by EAGAIN */
     int discard;             /* a one-way sink: what its peer sends is read and thrown away */
     int peer_ended;          /* 1: its stream is over; 2: and epoll has hung up since */
@@ -127,6 +130,8 @@ struct relay_end {
     int mark;                /* a source's SO_RCVLOWAT while it is raised: fewer bytes wake nobody; 0: it is not */
     struct relay_ferry *ferry;
     struct relay_pipeline *reads, *writes;   /* whom its readiness wakes */
+    struct relay_end *twin;  /* another struct for the same descriptor, which is not registered itself and hears
+                                what this one does: a connection that is one pipeline's source and another's sink */
 };
 
 /* One who reads a ring: a subscriber of a broadcast, or (`stays`) the place of one of a pipeline's sinks. */
@@ -288,7 +293,10 @@ struct relay_duplex {
     uint8_t state;
     uint8_t first;           /* 1 + the side that ended or broke first; 0: none has */
     uint8_t queued, timed;
+    uint8_t lends;           /* once connected it is lent */
+    uint8_t gauges;          /* its bulk may be measured */
     int64_t last_ns;         /* monotonic time of the last byte */
+    int64_t connected_ns;    /* when its second side was connected; 0: it is not */
     int64_t until_ns;        /* connecting: when it is given up; cutting: when the reset is due */
     int64_t seen;            /* cutting: bytes outstanding when last looked at */
     const char *ahead;       /* goes to the second side before all else: `ahead_size` bytes, Python's until it is over */
@@ -297,6 +305,17 @@ struct relay_duplex {
     int32_t origin_size;     /* 0: one of this machine's own */
     struct relay_duplex *next;
     struct relay_duplex *timed_next, *timed_prev;
+};
+
+/* What one direction of one session costs. Bulk that comes while the gauge is at nobody, or at one that has been still
+ * for a second, takes it; then Python says what is measured next. */
+struct relay_gauge {
+    struct relay_side *side; /* whose bytes, or NULL */
+    int64_t skip, size;      /* bytes that are to come before, and to be measured then */
+    int64_t came;            /* bytes since it was set up, */
+    int64_t gauged, cpu_ns;  /* of these, measured ones, and what they took of the engine's thread's CPU time */
+    int64_t last_ns;
+    int64_t first_skip, first_size;
 };
 
 /* What the duplex sessions of an engine share. Buffers and pipes are handed out last in, first out, so few are hot,
@@ -315,6 +334,7 @@ struct relay_exchange {
     int64_t turns;           /* sessions turned, for tests */
     struct relay_duplex *first, *last;
     struct relay_duplex *timed;
+    struct relay_gauge gauge;
 };
 
 /* What relay_accept tells of a connection: its descriptor, nonblocking, and its peer's name. */

@@ -87,6 +87,11 @@ class Balance:
         return SETTLES if self._streak or len(self._costs[self.way]) < ENOUGH else REST
 
     @property
+    def trying(self) -> bool:
+        """Whether the other way was cheaper the last time, so that it is looked at again."""
+        return self._streak > 0
+
+    @property
     def trial(self) -> int:
         """Bytes of a sample of the other way."""
         return TRIAL_DEAR if self.expected >= DEAR else TRIAL

@@ -50,6 +50,7 @@ class Chain:
         self._capacity = capacity
         self.nodes: list[Node] = []
         self.stages: list[Stage] = []
+        self._settings: dict[int, StageSettings] = {}  # what each stage was made from, by its id
         self.outlets: list[Outlet] = []
         self._gates: list[Node] = []  # heads of the branches that are being built
         self._way: list[Node] = []  # from the outermost gate to where the chain is being built
@@ -76,6 +77,7 @@ class Chain:
     ) -> Node:
         """A chain from its first stage to its sink; `gate` is where its policy stands, None for its own tail."""
         made = [settings.make() for settings in stages]
+        self._settings.update(zip(map(id, made), stages, strict=True))
         digest = None
         if sink.sidecar and slow.policy != "spill":
             digest = Checksum(sink.sidecar, f"sidecar of {sink.address}")
@@ -198,6 +200,18 @@ class Chain:
         gate.c.apart_ns = gate.c.after_ns
         for node in nodes:
             node.c.apart = gate.c
+
+    def change(self, old: StageSettings, new: StageSettings) -> None:
+        """The stage that was made from `old` goes on by `new`, whether it is here or behind a log."""
+        for stage in self.stages:
+            if self._settings.get(id(stage)) is old:
+                self._settings[id(stage)] = new
+                stage.change(new)
+        for outlet in self.outlets:
+            if any(each is old for each in outlet.branch):
+                outlet.branch = tuple(new if each is old else each for each in outlet.branch)
+                if outlet.sink is not None:
+                    outlet.sink.change(old, new)
 
     def reopen(self) -> None:
         """Files that were moved away are opened anew."""

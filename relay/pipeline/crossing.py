@@ -6,9 +6,9 @@ ring, and there is nothing to carry over but counters. To get there the source i
 takes longer than PATIENCE, because a sink is slow, the change is put off. A ring is there while it is used; its
 memory is one of few that an engine has, and where none is free the bytes go down the chain.
 
-With `method: auto` the stream begins the way that ways.py expects to be cheaper, and from then on is measured: the
-CPU time of a byte, by samples of each way (balance.py says when). What threads do that a pipeline hands bytes to
-would count as well; a pipeline that has any has only its chain.
+With `method: auto` the first stream of a route begins the way that ways.py expects to be cheaper, and from then on all
+are measured: the CPU time of a byte, by samples of each way (balance.py says when, experience.py what streams share).
+What threads do that a pipeline hands bytes to would count as well; a pipeline that has any is not measured.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from relay.kernel import core
 from relay.kernel.ring import Borrower, Ring
 from relay.pipeline.balance import OWN, SETTLES, Balance, Way
 from relay.pipeline.chain import Chain
+from relay.pipeline.experience import COUNTS, Experience
 from relay.pipeline.intake import METHODS, Intake
 from relay.pipeline.outlet import Outlet, judge
 from relay.pipeline.place import Place
@@ -65,7 +66,10 @@ class Crossing:
         self._origin = 0
         self._by: dict[Way, int] = {"chain": 0, "ring": 0}  # bytes of this turn
         self._since = 0  # fed when they began to go the present way
-        self._balance: Balance | None = None
+        self._experience: Experience | None = None
+        self._began: Way = "chain"
+        self._before = (0, 0, 0)  # changes and samples of its route when this stream began
+        self._told = 0  # fed when its bytes were counted last
         self._from = 0  # fed when what is measured began
         self._timer: Timer | None = None
 
@@ -85,12 +89,23 @@ class Crossing:
             return
         self._begins = self._ways.across(intake.source.scheme, self._schemes)
         wanted: Way = "ring" if self._begins.method == "copy" else "chain"
-        if self._balance is not None:
-            wanted = self._balance.way
+        self._told, self._experience = self._since, None
+        if self._ways.forced == "auto" and "file" not in self._schemes:
+            odds = self._ways.odds(self._schemes, wanted)
+            found = Experience.of(
+                self._engine, self._route, intake.source.scheme, self._schemes, wanted, odds
+            )
+            self._experience, self._before = found, self._so_far(found.balance)
+            wanted = found.begins(self)
         if wanted != self.way and not self._waiting():
             self._change()
-        if self._ways.forced == "auto" and "file" not in self._schemes:
+        self._began = self.way
+        if self._experience is not None:
             self._sample()
+
+    @staticmethod
+    def _so_far(balance: Balance) -> tuple[int, int, int]:
+        return balance.changes, balance.samples["chain"], balance.samples["ring"]
 
     @property
     def _schemes(self) -> list[str]:
@@ -187,36 +202,41 @@ class Crossing:
             self._gauged()
 
     def _gauged(self) -> None:
-        if self._intake is None or self._begins is None:
+        found = self._experience
+        if self._intake is None or found is None:
             return
-        fed = int(self._pipeline.fed)
-        if self._balance is None:
-            self._balance = Balance(self.way, self._ways.odds(self._schemes, self.way))
-        if self.way != self._balance.way:
-            self._balance.spent(fed - self._from)
-        self._balance.measured(self.way, int(self._pipeline.cpu_ns) / int(self._pipeline.gauged))
-        way, size = self._balance.next(fed)
+        self._heed(found)
+        way, size = found.next(self)
         if way == self.way:
-            self._measure(size, self._balance.pause if way == self._balance.way else 0)
+            self._measure(size, found.balance.pause if way == found.balance.way else 0)
         else:
             self._pipeline.still = 1
             self._timer = self._engine.later(PATIENCE, self._too_long)
             self._engine.ready(self._pipeline)
 
+    def _heed(self, found: Experience) -> None:
+        """What was measured is told, and the bytes that came since the last time."""
+        fed = int(self._pipeline.fed)
+        found.fed += fed - self._told
+        self._told = fed
+        gauged = int(self._pipeline.gauged)
+        if gauged >= COUNTS or (gauged and not self._pipeline.gauge_until):
+            found.measured(self, self.way, int(self._pipeline.cpu_ns) / gauged, fed - self._from)
+
     def _still(self) -> None:
         changed = self._change()
         self._go_on()
-        if not changed and self._balance is not None:
-            self._balance.gave_up(int(self._pipeline.fed))
+        if not changed and self._experience is not None:
+            self._experience.gave_up(self)
         self._sample()
 
     def _sample(self) -> None:
-        own = self._balance is None or self.way == self._balance.way
-        self._measure(OWN if own or self._balance is None else self._balance.trial)
+        balance = self._experience.balance if self._experience is not None else None
+        self._measure(OWN if balance is None or self.way == balance.way else balance.trial)
 
     def _too_long(self) -> None:
-        if self._balance is not None and self.way == self._balance.way:
-            self._balance.gave_up(int(self._pipeline.fed))
+        if self._experience is not None and self.way == self._experience.balance.way:
+            self._experience.gave_up(self)
         self._go_on()
         self._sample()
 
@@ -232,6 +252,10 @@ class Crossing:
     def settle(self) -> dict[str, Any]:
         """The stream is over: its source and its outlets know how their bytes crossed; the measurements, if any."""
         self._go_on()
+        found, self._experience = self._experience, None
+        if found is not None and self._intake is not None:
+            self._heed(found)
+            found.leaves(self)
         self._pipeline.gauge_until = 0
         fed = int(self._pipeline.fed)
         self._by[self.way] += fed - self._since
@@ -244,21 +268,25 @@ class Crossing:
         choice = self._down
         if by_ring:
             choice = Choice("copy", self._begins.reason if self._begins.method == "copy" else "measured")
-        costs = self._balance.costs() if self._balance is not None else {}
-        if len(costs) == 2 and self._balance is not None:
+        balance = found.balance if found is not None else None
+        costs = balance.costs() if balance is not None else {}
+        if len(costs) == 2:
             told = ", ".join(f"{NAMES[way]} {cost * GIB / 1e9:.2f}" for way, cost in costs.items())
             choice = Choice(choice.method, f"measured, in CPU-seconds per GiB: {told}")
         self._intake.choice = choice
         self._intake.source.c.method = METHODS[choice.method]
-        if self._balance is None or not costs:
+        if balance is None or not costs:
             return {}
+        changes, *samples = (
+            now - then for now, then in zip(self._so_far(balance), self._before, strict=True)
+        )
         return {
-            "way": NAMES[self._balance.way],
-            "began": NAMES["ring" if self._begins.method == "copy" else "chain"],
-            "changes": self._balance.changes,
+            "way": NAMES[balance.way],
+            "began": NAMES[self._began],
+            "changes": changes,
             "bytes": {NAMES[way]: count for way, count in self._by.items()},
             "cpu_seconds_per_gib": {NAMES[way]: round(cost * GIB / 1e9, 4) for way, cost in costs.items()},
-            "samples": {NAMES[way]: count for way, count in self._balance.samples.items()},
+            "samples": dict(zip(NAMES.values(), samples, strict=True)),
         }
 
     def end_turn(self) -> None:

@@ -104,7 +104,8 @@ class Intake:
     def _failed(self, reason: str, advice: str = "", code: int = 0) -> None:
         error = self.source.error("reading from", code, reason=reason, advice=advice)
         self.error = str(error)
-        log.warning("%s: %s", self._route, error)
+        if not self.source.quiet:
+            log.warning("%s: %s", self._route, error)
 
     def close(self, *, reset: bool) -> None:
         """Closes the source, with a reset when its peer must know that the stream was not delivered."""

@@ -8,7 +8,7 @@ from typing import Any
 from relay import needs
 from relay.needs import Need
 from relay.pipeline.ring_shape import Across
-from relay.planning.hops import Hop, RoutePlan, hops
+from relay.planning.hops import Back, Hop, RoutePlan, hops
 from relay.planning.plan import Plan
 from relay.units import show_size
 from relay.ways import Choice
@@ -36,6 +36,8 @@ def summary(plan: Plan) -> Iterator[str]:
     yield f"in all: {_need(plan.total)} with {_count(plan.engines, 'engine')}; allowed are {limits}"
     for line in room(plan):
         yield f"  {line}"
+    if plan.confined:
+        yield f"confined: relay {plan.confined}"
 
 
 def room(plan: Plan) -> Iterator[str]:
@@ -64,12 +66,13 @@ def _route_lines(route: RoutePlan) -> Iterator[str]:
     method = "" if route.method == "auto" else f", method: {route.method}"
     turns = BOTH if route.duplex else TURNS[route.turns]
     yield f"{route.name}: {turns}{method}"
-    rows = [(_label(route.source), route.source.choice), *_tree(route.chain, "")]
-    width = min(60, max(len(label) for label, _ in rows))
-    for label, choice in rows:
-        yield f"{label:<{width}}  {choice.method:<8}  {choice.reason}"
+    yield from _rows(route.source, route.chain)
     if route.crossing is not None:
         yield f"  as a whole: {_crossing(route.crossing)}"
+    if route.back is not None:
+        yield "  and back:"
+        yield from _rows(route.back.source, route.back.chain)
+        yield f"  as a whole: {_crossing(route.back.crossing)}"
     yield "  slow ends:"
     for hold in route.holds:
         yield f"    {hold.who} {hold.words}"
@@ -82,6 +85,13 @@ def _route_lines(route: RoutePlan) -> Iterator[str]:
     if (route.streams or 1) > 1 or route.waiting:
         wait = f", {route.waiting} waiting" if route.waiting else ""
         yield f"    at its limit ({_count(route.streams or 1, 'stream')}{wait}): {_need(route.at_limit)}"
+
+
+def _rows(source: Hop, chain: Sequence[Hop]) -> Iterator[str]:
+    rows = [(_label(source), source.choice), *_tree(chain, "")]
+    width = min(60, max(len(label) for label, _ in rows))
+    for label, choice in rows:
+        yield f"{label:<{width}}  {choice.method:<8}  {choice.reason}"
 
 
 def _crossing(crossing: Across) -> str:
@@ -164,6 +174,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
             call: machine.refused(call) or "works" for call in ("splice", "tee", "vmsplice", "sendfile")
         },
         "routes": [_route_data(route) for route in plan.routes],
+        "confined": plan.confined or None,
     }
 
 
@@ -206,6 +217,15 @@ def _route_data(route: RoutePlan) -> dict[str, Any]:
             "subscriber": None if route.subscriber is None else need_data(route.subscriber),
             "at_limit": need_data(route.at_limit),
         },
+        "back": None if route.back is None else _back_data(route.back),
+    }
+
+
+def _back_data(back: Back) -> dict[str, Any]:
+    return {
+        "crossing": _crossing_data(back.crossing),
+        "source": _hop_data(back.source),
+        "chain": [_hop_data(hop) for hop in back.chain],
     }
 
 
@@ -234,16 +254,25 @@ def as_mermaid(plan: Plan) -> str:
     for number, route in enumerate(plan.routes):
         lines.append(f'  subgraph route{number}["{escaped(route.name)}"]')
         names = {id(hop): f"r{number}n{index}" for index, hop in enumerate(hops(route))}
+        back = route.back
+        same = {}  # the way back begins and ends at the sockets that the way there ends and begins at
+        if back is not None:
+            same = {id(back.source): id(route.chain[-1]), id(back.chain[-1]): id(route.source)}
+            names.update({one: names[other] for one, other in same.items()})
         for hop in hops(route):
+            if id(hop) in same:
+                continue
             opening, closing = ("([", "])") if hop.role in ("source", "sink", "upstream") else ("[", "]")
             lines.append(f'    {names[id(hop)]}{opening}"{escaped(_label(hop))}"{closing}')
-        if route.duplex:
+        if route.duplex and back is None:
             source, sink = names[id(route.source)], names[id(route.chain[0])]
-            there, back = route.source.choice.method, route.chain[0].choice.method
-            lines.append(f'    {source} <-->|"{there}{"" if back == there else f", back {back}"}"| {sink}')
-            lines += [f"    {sink} <-.-> {names[id(upstream)]}" for upstream in route.chain[0].branch]
+            there, here = route.source.choice.method, route.chain[0].choice.method
+            lines.append(f'    {source} <-->|"{there}{"" if here == there else f", back {here}"}"| {sink}')
+            lines += [f"    {edge}" for edge in _branch_edges(names, route.chain[0])]
         else:
             lines += [f"    {edge}" for edge in _edges(names, route.source, route.chain)]
+        if back is not None:
+            lines += [f"    {edge}" for edge in _edges(names, back.source, back.chain)]
         lines.append("  end")
     return "\n".join(lines) + "\n"
 
@@ -262,6 +291,9 @@ def _branch_edges(names: dict[int, str], hop: Hop) -> Iterator[str]:
     if not hop.branch:
         return
     first = hop.branch[0]
+    if first.role == "upstream":  # each connection goes to one of them
+        yield from (f"{names[id(hop)]} <-.-> {names[id(upstream)]}" for upstream in hop.branch)
+        return
     into: list[str] = [hop.entry.method] if hop.entry is not None and hop.role == "stage" else []
     if first.role == "subscriber":  # they are served out of the ring
         into = [first.choice.method]

@@ -16,7 +16,7 @@ def plan_duplex(name: str, route: Route, machine: Machine) -> RoutePlan:
     ways = Ways(machine, route.method)
     there, back = ways.duplex(route.sink.address.scheme), ways.duplex(route.source.address.scheme)
     pipes = needs.exchange("splice" in (there.method, back.method), machine)
-    source, sink = str(route.source.address), _sink(route.sink, back)
+    source, sink = str(route.source.address), counterpart(route.sink, back)
     need, comes = Need(1), expects(route.source)
     words = "holds the source, and the source holds it: back-pressure passes as over one connection"
     return RoutePlan(
@@ -26,7 +26,7 @@ def plan_duplex(name: str, route: Route, machine: Machine) -> RoutePlan:
         source=Hop("source", route.source.address.scheme, source, there, need, source, "listen", comes),
         chain=(sink,),
         holds=(Hold(sink.name, "sink", "", None, "", "", words),),
-        standing=needs.listener(route.source.address) + pipes + _checks(route.sink),
+        standing=needs.listener(route.source.address) + pipes + checks(route.sink),
         stream=need.times(2),
         subscriber=None,
         streams=route.source.limits.connections,
@@ -35,7 +35,7 @@ def plan_duplex(name: str, route: Route, machine: Machine) -> RoutePlan:
     )
 
 
-def _sink(sink: SinkSettings, back: Choice) -> Hop:
+def counterpart(sink: SinkSettings, back: Choice) -> Hop:
     """The counterpart of each connection: the one address, or one of several. `back`: how bytes come from it."""
     address, need = str(sink.address), Need(1)
     if not sink.others and sink.health is None and sink.balance is None:
@@ -55,6 +55,6 @@ def _sink(sink: SinkSettings, back: Choice) -> Hop:
     return Hop("sink", sink.address.scheme, name, back, need, detail=sink.balanced, branch=upstreams)
 
 
-def _checks(sink: SinkSettings) -> Need:
+def checks(sink: SinkSettings) -> Need:
     """A check holds a descriptor while it is under way; a name may stand for more upstreams than one."""
     return Need(len(sink.addresses), at_most=True) if sink.health is not None else needs.NOTHING

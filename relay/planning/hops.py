@@ -58,6 +58,15 @@ class Hold:
 
 
 @dataclass(frozen=True)
+class Back:
+    """The way back on a duplex route with stages: `source` is the sink's connection, the chain ends at the source's."""
+
+    source: Hop
+    chain: tuple[Hop, ...]
+    crossing: Across
+
+
+@dataclass(frozen=True)
 class RoutePlan:
     """One route. `turns`: each stream has a pipeline of its own, streams take turns on one, or there is one
     stream only. `streams` may be under way at once and `waiting` wait for their turn; None: as many as come.
@@ -76,6 +85,7 @@ class RoutePlan:
     waiting: int | None
     crossing: Across | None = None
     duplex: bool = False
+    back: Back | None = None
 
     @property
     def at_limit(self) -> Need:
@@ -87,6 +97,8 @@ class RoutePlan:
 def hops(route: RoutePlan) -> Iterator[Hop]:
     """Every hop of a route, from the source on, each before what is below it."""
     waiting = [*reversed(route.chain), route.source]
+    if route.back is not None:
+        waiting = [*reversed(route.back.chain), route.back.source, *waiting]
     while waiting:
         hop = waiting.pop()
         yield hop

@@ -26,6 +26,7 @@ from relay.needs import Need
 from relay.pipeline.ring_shape import across
 from relay.planning.duplex import plan_duplex
 from relay.planning.hops import Hold, Hop, Role, RoutePlan, expects, introduces
+from relay.planning.staged import plan_staged
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Checksum
 from relay.units import show_size
@@ -42,6 +43,7 @@ class Plan:
     engines: int
     routes: tuple[RoutePlan, ...]
     base: Need = field(default=needs.NOTHING)
+    confined: str = ""  # what relay gives up once it has started
 
     @property
     def total(self) -> Need:
@@ -56,13 +58,18 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     """The plan of `config` on `machine`; opens nothing, looks at nothing."""
     engines = config.engines or machine.cpus
     routes = tuple(_plan_route(name, route, machine) for name, route in config.routes.items())
-    return Plan(machine, engines, routes, needs.PROCESS + needs.ENGINE.times(engines))
+    base = needs.PROCESS + needs.ENGINE.times(engines)
+    if config.admin is not None:
+        base += needs.admin(config.admin.socket, config.admin.http)
+    return Plan(machine, engines, routes, base)
 
 
 def _plan_route(name: str, route: Route, machine: Machine) -> RoutePlan:
+    ways = Ways(machine, route.method)
+    if route.duplex and (route.stages or route.replies):
+        return plan_staged(name, route, machine, _Walk(ways, machine), _Walk(ways, machine))
     if route.duplex:
         return plan_duplex(name, route, machine)
-    ways = Ways(machine, route.method)
     walk = _Walk(ways, machine)
     chain = walk.chain(route.stages, route.sink, route.sink.slow, gated=False, within=())
     finite = route.source.verb == "read"

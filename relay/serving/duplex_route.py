@@ -8,10 +8,12 @@ its record is written.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from relay.config.models import Route
 from relay.duplex.health import Checks
 from relay.duplex.sessions import Sessions
 from relay.duplex.upstreams import Upstreams
@@ -21,10 +23,19 @@ from relay.journal.record import SessionRecord
 from relay.kernel import core
 from relay.serving.facts import Facts
 from relay.serving.introductions import Introduced
-from relay.serving.names import Found
-from relay.serving.reception import Take, nobody
 from relay.serving.resumption import ids
 from relay.serving.route import RunningRoute
+from relay.ways import Ways
+
+Parts = tuple[
+    str,
+    Route,
+    Ways,
+    Upstreams,
+    Iterator[int],
+    Callable[[SessionRecord, str], None],
+    Callable[[int], None],
+]
 
 
 class DuplexRoute(RunningRoute):
@@ -46,11 +57,8 @@ class DuplexRoute(RunningRoute):
         if isinstance(old, DuplexRoute):
             self.upstreams = Upstreams(self.name, self.route.sink, self.home, old.upstreams)
 
-    def open(self, found: Found | None = None, take: Take = nobody, *, wait: bool = False) -> None:
-        """Binds the listeners, and accepts unless it is to `wait`. Raises SourceError; see `bound`."""
-        self.reception.open(found or {}, take)
-        if not wait:
-            self.begin()
+    def stand(self) -> None:
+        """Nothing outlives a session."""
 
     def begin(self) -> None:
         """Connections come in from now on."""
@@ -103,20 +111,20 @@ class DuplexRoute(RunningRoute):
         for engine, share in spread.items():
             sessions = self._sessions.get(engine)
             if sessions is None:
-                sessions = self._sessions[engine] = Sessions(
-                    engine,
-                    self.name,
-                    self.route,
-                    self._ways,
-                    self.upstreams,
-                    ids,
-                    partial(self._ended, engine),
-                    partial(self._short, engine),
-                )
+                sessions = self._sessions[engine] = self._sessions_on(engine)
             if engine is self.home:
                 sessions.begin(share)
             else:
                 engine.post(partial(sessions.begin, share))
+
+    def _sessions_on(self, engine: Engine) -> Sessions:
+        """Those that will be on that engine."""
+        return Sessions(engine, *self._sessions_of(engine))
+
+    def _sessions_of(self, engine: Engine) -> Parts:
+        """What sessions on that engine are made of, beside it."""
+        over, short = partial(self._ended, engine), partial(self._short, engine)
+        return self.name, self.route, self._ways, self.upstreams, ids, over, short
 
     def _short(self, engine: Engine, code: int) -> None:
         """On any engine: it was a descriptor short of a session. Newcomers wait in the kernel for a moment."""
@@ -178,9 +186,3 @@ class DuplexRoute(RunningRoute):
             self._check_no_more()
             for engine, sessions in self._sessions.items():
                 engine.post(sessions.close)
-
-
-def route_of(name: str, route: Any, *arguments: Any, **options: Any) -> RunningRoute:
-    """The running route for the settings `route`: of one way, or duplex."""
-    kind = DuplexRoute if route.duplex else RunningRoute
-    return kind(name, route, *arguments, **options)

@@ -10,6 +10,7 @@ route; one that does not introduce itself in time, or says something else, is re
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import socket
@@ -24,6 +25,8 @@ from relay.endpoints.socket import close_with_reset
 from relay.engine import Engine, Timer, Watch
 from relay.errors import KernelError, name_of
 from relay.serving.admission import Admission, host_of
+
+log = logging.getLogger("relay.serve")
 
 
 class Introduced(NamedTuple):
@@ -144,6 +147,7 @@ class Introductions:
     def _introduce(self, newcomer: _Newcomer, origin: Origin) -> None:
         self._waiting.discard(newcomer)
         self._admission.expected()
+        log.debug("%s connects for %s", newcomer.peer, origin.peer or "nobody but itself")
         self._known(Introduced(newcomer.let_go(), origin.peer or newcomer.peer, origin.local))
 
     def _refuse(self, newcomer: _Newcomer, reason: str) -> None:

@@ -30,6 +30,7 @@ from relay.journal.record import SessionRecord
 from relay.kernel.probe import machine
 from relay.pipeline.pipeline import Pipeline
 from relay.serving.admission import Admission
+from relay.serving.changes import Stages, apply, pairs
 from relay.serving.facts import Facts
 from relay.serving.introductions import Introduced, Introductions
 from relay.serving.names import Found
@@ -73,6 +74,7 @@ class RunningRoute:
         self._lines = lines
         self.name = name
         self.route = route
+        self.stages: Stages = route.stages + route.replies  # as they were changed since, see changes.py
         self.home = home
         self.records: list[SessionRecord] = []
         self.finite = once or route.source.verb == "read"
@@ -121,13 +123,21 @@ class RunningRoute:
 
         `found` is what the listeners' names mean, `take` may have sockets for them. Raises SourceError; see `bound`.
         """
+        self.bind(found, take)
+        self.stand()
+        if not wait:
+            self.begin()
+
+    def bind(self, found: Found | None = None, take: Take = nobody) -> None:
+        """The first half of `open`: every listener."""
         self.reception.open(found or {}, take)
+
+    def stand(self) -> None:
+        """The second half: what outlives a stream."""
         self._resumption.begin(standing=self._persistent)
         if self._persistent:
             self._standing = self._pipeline(self.home)
             self._standing.open(self._broadcasts)
-        if not wait:
-            self.begin()
 
     def begin(self) -> None:
         """Streams come in from now on. Once."""
@@ -149,7 +159,7 @@ class RunningRoute:
 
     def _pipeline(self, engine: Engine) -> Pipeline:
         pipeline: Pipeline
-        waits = self.route.wait_for_sinks or 0.0
+        waits, stages = self.route.wait_for_sinks or 0.0, self.stages
 
         def over(record: SessionRecord) -> None:
             self.home.post(lambda: self._over(record))
@@ -160,7 +170,7 @@ class RunningRoute:
         pipeline = Pipeline(
             engine,
             self.name,
-            self.route.stages,
+            stages,
             self.route.sink,
             self._ways,
             persistent=self._persistent,
@@ -172,11 +182,12 @@ class RunningRoute:
             on_closed=closed,
             lines=self._lines,
         )
-        self.home.post(lambda: self._made(pipeline))
+        self.home.post(lambda: self._made(pipeline, stages))
         return pipeline
 
-    def _made(self, pipeline: Pipeline) -> None:
+    def _made(self, pipeline: Pipeline, stages: Stages) -> None:
         self._pipelines.add(pipeline)
+        self._restage(pipeline, stages)
         if self._aborted:
             self._abort_pipeline(pipeline)
 
@@ -184,6 +195,16 @@ class RunningRoute:
     def pipelines(self) -> tuple[Pipeline, ...]:
         """Those at work now."""
         return tuple(self._pipelines)
+
+    def change(self, stages: Stages) -> None:
+        """Some of its stages have other settings from now on; what is under way goes on by them."""
+        before, self.stages = self.stages, stages
+        for pipeline in self._pipelines:
+            self._restage(pipeline, before)
+
+    def _restage(self, pipeline: Pipeline, before: Stages) -> None:
+        for old, new in pairs(before, self.stages):
+            pipeline.engine.post(partial(apply, pipeline, old, new))
 
     def facts(self) -> Facts:
         """What there is to tell of it now. On its home engine."""

@@ -258,6 +258,13 @@ class Delivery:
         self._backoff.lasted(lasted)
         self._timer = self.engine.later(self._backoff.next(), self.start)
 
+    def change(self, old: StageSettings, new: StageSettings) -> None:
+        """A stage has other settings from now on, in this connection and in those to come."""
+        self._stages = tuple(new if each is old else each for each in self._stages)
+        if self._pipeline is not None and not self._pipeline.closed:
+            self._pipeline.chain.change(old, new)
+            self.engine.ready(self._pipeline.c)
+
     def reopen(self) -> None:
         """A file that was moved away is opened anew."""
         if self._pipeline is not None and not self._pipeline.closed:

@@ -30,6 +30,7 @@ from relay.kernel.pipe import LARGEST_CAPACITY, Pipe
 from relay.log import FULL, SEGMENT_NAME, Log
 from relay.spill.ages import Ages
 from relay.spill.delivery import Delivery
+from relay.stages.base import StageSettings
 
 log = logging.getLogger("relay.spill")
 
@@ -294,6 +295,12 @@ class SpillSink(Sink):
             self.fail(self._kept("ending", 0, reason))
         else:
             super().abort(reason)
+
+    def change(self, old: object, new: object) -> None:
+        """A stage behind the log has other settings from now on."""
+        assert isinstance(old, StageSettings)
+        assert isinstance(new, StageSettings)
+        self.delivery.engine.post(partial(self.delivery.change, old, new))
 
     def reopen(self) -> None:
         """The file behind the log was moved away."""

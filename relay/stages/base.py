@@ -20,6 +20,7 @@ class StageSettings(FrozenModel):
     """One stage as the configuration says it; `kind` is its name in YAML and the name of its module."""
 
     kind: ClassVar[str]
+    changeable: ClassVar[tuple[str, ...]] = ()  # keys that can be changed while it runs (Stage.change)
 
     name: str | None = Field(default=None, min_length=1, description="what logs and metrics call this stage")
 

@@ -19,6 +19,7 @@ class Settings(StageSettings):
     """Counts what passes and logs bytes and rate; changes nothing."""
 
     kind = "meter"
+    changeable = ("every",)
 
     every: PositiveDuration = Field(default=10.0, description="time between two lines in the log")
 
@@ -75,6 +76,14 @@ class Meter(Stage):
         passed = int(self.node.passed) - self._first
         seconds = max(self.engine.now - self._began, 1e-9)
         return {"bytes": passed, "bytes_per_second": round(passed / seconds)}
+
+    def change(self, settings: StageSettings) -> None:
+        """Another interval, from the next line on."""
+        assert isinstance(settings, Settings)
+        self._every = settings.every
+        if self._timer is not None and self.engine is not None:
+            self._timer.cancel()
+            self._timer = self.engine.later(self._every, self._tell)
 
     def close(self) -> None:
         """Stops the timer."""

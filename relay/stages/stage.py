@@ -82,5 +82,8 @@ class Stage:
         """A stream has passed: what the stage has to say of it, for the session record."""
         return {}
 
+    def change(self, settings: StageSettings) -> None:
+        """What of it can be changed while it runs is as `settings` say, from now on. On its engine's thread."""
+
     def close(self) -> None:
         """The pipeline is gone."""

@@ -18,6 +18,7 @@ class Settings(StageSettings):
     """Lets through at most `rate` bytes a second on average; what is above it waits, nothing is dropped."""
 
     kind = "throttle"
+    changeable = ("rate", "burst")
     short_schema: ClassVar[dict[str, Any] | None] = {"type": ["string", "integer"], "description": "the rate"}
 
     rate: PositiveRate = Field(description="bytes a second, such as 10MB/s or 8Mbit/s")
@@ -45,6 +46,9 @@ class Throttle(Stage):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.kind, settings.name or settings.kind)
+        self._take(settings)
+
+    def _take(self, settings: Settings) -> None:
         self._rate = settings.rate
         # a tenth of a second's worth: smooth to the eye, and long against the loop's latency
         self._burst = settings.burst or max(settings.rate // 10, 1)
@@ -54,3 +58,10 @@ class Throttle(Stage):
         super().wire(engine, node)
         node.rate = self._rate
         node.burst = self._burst
+
+    def change(self, settings: StageSettings) -> None:
+        """Another rate or burst; what has been saved up goes no further than the burst."""
+        assert isinstance(settings, Settings)
+        self._take(settings)
+        self.node.rate = self._rate
+        self.node.burst = self._burst
