@@ -4,10 +4,10 @@ An HTML comment right before a fence says what the fence is for:
 
     <!-- run -->              run it; it must succeed
     <!-- run within 5s -->    the same, again and again until it succeeds, for so long
-    <!-- start: TEXT -->      run it in a terminal of its own, and go on when it has said TEXT (at once without `: TEXT`)
+    <!-- start: TEXT -->      run it in a terminal of its own, and go on when that has said TEXT; `start` alone: at once
     <!-- file: NAME -->       save it as NAME
-    <!-- says -->             what the fence before it printed: these lines, in this order, others in between; `...` is
-                              any text within a line
+    <!-- says -->             what the fence before it printed: these lines, in this order, with others in between;
+                              `...` is any text within a line
 
 The fences of a document share a scratch directory and, where this user may make one, a network of their own, so that
 their ports are free. Terminals are closed in the end by SIGTERM.

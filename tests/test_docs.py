@@ -26,7 +26,7 @@ def _name(path: Path) -> str:
 @pytest.mark.timeout(240)  # a tutorial is many commands
 @pytest.mark.parametrize("document", runnable(), ids=_name)
 def test_a_documents_commands_work(document: Path, tmp_path: Path) -> None:
-    """The commands that a document marks as runnable succeed, in order, in an empty directory, and say what it prints."""
+    """The commands that a document marks succeed, in order, in an empty directory, and say what it shows."""
     run_blocks(marked_blocks(document.read_text()), tmp_path, commands(tmp_path))
 
 
