@@ -2,25 +2,31 @@
 
 An HTML comment right before a fence says what the fence is for:
 
-    <!-- run -->              run it; it must succeed
-    <!-- run within 5s -->    the same, again and again until it succeeds, for so long
-    <!-- start: TEXT -->      run it in a terminal of its own, and go on when that has said TEXT; `start` alone: at once
-    <!-- file: NAME -->       save it as NAME
-    <!-- says -->             what the fence before it printed: these lines, in this order, with others in between;
-                              `...` is any text within a line
+    <!-- run -->                  run it; it must succeed
+    <!-- run within 5s -->        the same, again and again until it succeeds, for so long
+    <!-- start NAME: TEXT -->     run it in a terminal of its own, and go on when that has said TEXT; NAME and TEXT may
+                                  be left out: without TEXT it goes on at once
+    <!-- file: NAME -->           save it as NAME
+    <!-- says -->                 what the fence before it printed: these lines, in this order, with others in between;
+                                  `...` is any text within a line
 
-The fences of a document share a scratch directory and, where this user may make one, a network of their own, so that
-their ports are free. Terminals are closed in the end by SIGTERM.
+`<!-- stop NAME -->` alone is Ctrl-C in that terminal, until it has ended. The fences of a document share a scratch
+directory and, where this user may make one, a network of their own, so that their ports are free. Terminals are closed
+in the end by SIGTERM.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -31,17 +37,23 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PATIENCE = 50.0  # seconds for one command
 CLOSING = 20.0  # seconds for a terminal to end after SIGTERM
-MARKER = re.compile(r"<!-- (?:(run|start|says)|run within (\d+)s|start: (.+?)|file: ([\w.-]+)) -->")
+MARKER = re.compile(
+    r"<!-- (?:(?P<plain>run|says)|run within (?P<seconds>\d+)s|start(?: (?P<name>\w+))?(?:: (?P<awaited>.+?))?"
+    r"|stop (?P<stopped>\w+)|file: (?P<file>[\w.-]+)) -->"
+)
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and the like, which a terminal does not show
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 
 
 class Block(NamedTuple):
-    """A marked fence: what to do with `text`; `what` is the name, the text to wait for or the seconds to try."""
+    """A marked fence: what to do with `text`; `what` is the text to wait for or the seconds to try, `name` that of a
+    terminal or a file."""
 
     line: int
     kind: str
-    what: str
     text: str
+    what: str = ""
+    name: str = ""
 
 
 def marked_blocks(text: str) -> list[Block]:
@@ -52,7 +64,9 @@ def marked_blocks(text: str) -> list[Block]:
     while number < len(lines):
         fence = re.match(r"(`{3,})", lines[number])
         marker = MARKER.fullmatch(lines[number])
-        if marker:
+        if marker and marker["stopped"]:
+            blocks.append(Block(number + 1, "stop", "", name=marker["stopped"]))
+        elif marker:
             number += 1
             fence = re.match(r"(`{3,})", lines[number]) if number < len(lines) else None
             if fence is None:
@@ -70,57 +84,64 @@ def marked_blocks(text: str) -> list[Block]:
 
 
 def _block(line: int, marker: re.Match[str], text: str) -> Block:
-    plain, seconds, awaited, file = marker.groups()
-    if seconds:
-        return Block(line, "run", seconds, text)
-    if awaited:
-        return Block(line, "start", awaited, text)
-    return Block(line, "file", file, text) if file else Block(line, plain, "", text)
+    if marker["plain"] or marker["seconds"]:
+        return Block(line, marker["plain"] or "run", text, marker["seconds"] or "")
+    if marker["file"]:
+        return Block(line, "file", text, name=marker["file"])
+    return Block(line, "start", text, marker["awaited"] or "", marker["name"] or "")
 
 
 class Terminal:
-    """A command at work; what it says is kept as it comes."""
+    """A command in a terminal of its own; what it says is kept as it comes."""
 
     def __init__(self, block: Block, argv: list[str], scratch: Path, env: dict[str, str]) -> None:
         self.block = block
         self.said = ""
         self._news = threading.Condition()
-        self._process = subprocess.Popen(
-            argv,
-            cwd=scratch,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        self._ended = False
+        self._screen, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
+        try:
+            self._process = subprocess.Popen(
+                argv,
+                cwd=scratch,
+                env=env | {"TERM": "xterm"},
+                stdin=theirs,
+                stdout=theirs,
+                stderr=theirs,
+                start_new_session=True,
+            )
+        finally:
+            os.close(theirs)
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as lines:
-            for line in lines:
-                with self._news:
-                    self.said += line
-                    self._news.notify()
-        with self._news:
-            self._news.notify()
+        while True:
+            try:
+                piece = os.read(self._screen, 65536)
+            except OSError:  # EIO: nobody has the terminal any more
+                piece = b""
+            with self._news:
+                self.said += CONTROL.sub("", piece.decode(errors="replace").replace("\r\n", "\n"))
+                self._ended = not piece
+                self._news.notify()
+            if not piece:
+                return
 
     def wait_for(self, text: str) -> None:
         """Until it has said `text`; AssertionError if it ends without, or is silent about it for too long."""
         with self._news:
-            found = self._news.wait_for(lambda: text in self.said or not self._reader.is_alive(), PATIENCE)
-        assert found, self.failed(f"it never said {text!r}")
-        self._reader.join(0 if text in self.said else None)
-        assert text in self.said, self.failed(f"it ended without saying {text!r}")
+            self._news.wait_for(lambda: text in self.said or self._ended, PATIENCE)
+            assert text in self.said, self.failed(
+                f"it {'ended without saying' if self._ended else 'never said'} {text!r}"
+            )
 
-    def close(self) -> None:
-        """SIGTERM to all of it, if it is still there; AssertionError if that does not end it."""
+    def close(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """The signal to all of it, if it is still there; AssertionError if that does not end it."""
         ended = True
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
+            os.killpg(self._process.pid, how)
         try:
             self._process.wait(CLOSING)
         except subprocess.TimeoutExpired:
@@ -128,8 +149,11 @@ class Terminal:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._reader.join()
-        assert ended, self.failed(f"it did not end within {CLOSING:g} s of SIGTERM")
+        if self._screen >= 0:
+            self._reader.join()
+            os.close(self._screen)
+            self._screen = -1
+        assert ended, self.failed(f"it did not end within {CLOSING:g} s of {how.name}")
 
     def failed(self, how: str) -> str:
         """For people: where, how, and what it said."""
@@ -138,16 +162,18 @@ class Terminal:
 
 def run_blocks(blocks: list[Block], scratch: Path, env: dict[str, str]) -> None:
     """Does what `blocks` say, in order, in `scratch`; AssertionError tells the first that fails."""
-    said = ""
+    said, named = "", dict[str, Terminal]()
     with own_network() as prefix, contextlib.ExitStack() as terminals:
         for block in blocks:
             argv = [*prefix, "bash", "-euo", "pipefail", "-c", block.text]
             if block.kind == "file":
-                (scratch / block.what).write_text(block.text)
+                (scratch / block.name).write_text(block.text)
             elif block.kind == "says":
                 check_said(block, said)
+            elif block.kind == "stop":
+                named[block.name].close(signal.SIGINT)
             elif block.kind == "start":
-                terminal = Terminal(block, argv, scratch, env)
+                terminal = named[block.name] = Terminal(block, argv, scratch, env)
                 terminals.callback(terminal.close)
                 terminal.wait_for(block.what)
                 said = terminal.said

@@ -65,7 +65,7 @@ false # not marked
 false # inside another fence
 ```
 ````
-<!-- start: listening -->
+<!-- start here: listening -->
 ```sh
 echo listening
 exec sleep 60
@@ -80,6 +80,7 @@ echo "it has $(cat count) lines"
 ```
 it has ... lines
 ```
+<!-- stop here -->
 """
 
 
@@ -87,10 +88,11 @@ def test_marked_fences_are_found_and_others_left_alone() -> None:
     """Marked fences come with line, kind and text; unmarked ones and markers inside a fence do not count."""
     counting = 'grep -c . a.txt > count\ntest "$(cat count)" = 2\necho "it has $(cat count) lines"\n'
     assert marked_blocks(SAMPLE) == [
-        Block(2, "file", "a.txt", "one\ntwo\n"),
-        Block(16, "start", "listening", "echo listening\nexec sleep 60\n"),
-        Block(21, "run", "5", counting),
-        Block(27, "says", "", "it has ... lines\n"),
+        Block(2, "file", "one\ntwo\n", name="a.txt"),
+        Block(16, "start", "echo listening\nexec sleep 60\n", "listening", "here"),
+        Block(21, "run", counting, "5"),
+        Block(27, "says", "it has ... lines\n"),
+        Block(31, "stop", "", name="here"),
     ]
 
 
@@ -105,7 +107,7 @@ def test_a_marker_that_marks_nothing_is_an_error(text: str) -> None:
 
 def test_every_comment_that_looks_like_a_marker_is_one() -> None:
     """No document has a fence that a slip in its comment keeps from being run, but README's, which .ci/run runs."""
-    ours = re.compile(r"<!-- (run|start|says|file)\b.*-->")
+    ours = re.compile(r"<!-- (run|start|stop|says|file)\b.*-->")
     for document in DOCUMENTS:
         wanted = [line for line in document.read_text().splitlines() if ours.match(line)]
         assert len(wanted) == len(marked_blocks(document.read_text())), document
@@ -116,18 +118,18 @@ def test_blocks_share_a_directory_and_a_failing_one_is_told(tmp_path: Path) -> N
     run_blocks(marked_blocks(SAMPLE), tmp_path, dict(os.environ))
     assert (tmp_path / "count").read_text() == "2\n"
     with pytest.raises(AssertionError, match=r"line 7: exit 3(.|\n)*said so"):
-        run_blocks([Block(7, "run", "", "echo said so; (exit 3); true\n")], tmp_path, dict(os.environ))
+        run_blocks([Block(7, "run", "echo said so; (exit 3); true\n")], tmp_path, dict(os.environ))
 
 
 @pytest.mark.parametrize(
     ("blocks", "said"),
     [
-        ([Block(1, "start", "ready", "echo no\n")], "line 1: it ended without saying 'ready'"),
+        ([Block(1, "start", "echo no\n", "ready")], "line 1: it ended without saying 'ready'"),
         (
-            [Block(1, "run", "", "echo a; echo b\n"), Block(4, "says", "", "b\na\n")],
+            [Block(1, "run", "echo a; echo b\n"), Block(4, "says", "b\na\n")],
             "line 4: 'a' was not said",
         ),
-        ([Block(1, "run", "1", "echo again >> tries; false\n")], "line 1: exit 1"),
+        ([Block(1, "run", "echo again >> tries; false\n", "1")], "line 1: exit 1"),
     ],
     ids=["a terminal that ends", "lines in another order", "in vain for a second"],
 )
@@ -142,5 +144,5 @@ def test_a_terminal_is_closed_in_the_end(tmp_path: Path) -> None:
     """What a document started and did not end gets SIGTERM."""
     waiting = "trap 'echo ended > ended; exit' TERM\necho waits\nwhile :; do read -rt 60 <> fifo || :; done\n"
     os.mkfifo(tmp_path / "fifo")
-    run_blocks([Block(1, "start", "waits", waiting)], tmp_path, dict(os.environ))
+    run_blocks([Block(1, "start", waiting, "waits")], tmp_path, dict(os.environ))
     assert (tmp_path / "ended").read_text() == "ended\n"
