@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
 import pytest
+from docker import docker
 from documents import DOCUMENTS, LINK, ROOT, Block, commands, marked_blocks, run_blocks
 
 
@@ -23,11 +25,18 @@ def _name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.timeout(240)  # a tutorial is many commands
+@pytest.mark.timeout(400)  # a tutorial is many commands, and the image may have to be built
 @pytest.mark.parametrize("document", runnable(), ids=_name)
 def test_a_documents_commands_work(document: Path, tmp_path: Path) -> None:
     """The commands that a document marks succeed, in order, in an empty directory, and say what it shows."""
-    run_blocks(marked_blocks(document.read_text()), tmp_path, commands(tmp_path))
+    blocks, env = marked_blocks(document.read_text()), commands(tmp_path)
+    with contextlib.ExitStack() as cleanup:
+        if any(block.text.startswith("docker ") for block in blocks):
+            made = tmp_path.parent / f"{tmp_path.name}-docker"
+            made.mkdir()
+            env |= cleanup.enter_context(docker(made))
+            env["PATH"] = f"{made}:{env['PATH']}"
+        run_blocks(blocks, tmp_path, env)
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=_name)
