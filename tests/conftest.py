@@ -6,8 +6,21 @@ from collections.abc import Iterator
 
 import faults
 import leaks
+import peers
 import pytest
 from descriptors import Descriptors
+
+FIRST = (  # the files that take longest: begun last, one worker would end long after the others
+    "test_sanitized.py",
+    "test_container.py",
+    "test_packaging.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole files go to one worker each in this order, so what a module makes is made once, and the long ones begin."""
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +32,7 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     failed_before = request.session.testsfailed
     before = leaks.snapshot()
     yield
+    peers.give_ports_back()
     found = leaks.leaks(before, foreign_closes=not request.session.testsfailed)
     # The traceback of a failed test keeps its objects alive; one message about it is enough.
     if found and request.session.testsfailed == failed_before:

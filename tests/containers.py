@@ -53,18 +53,29 @@ def settings() -> dict[str, str]:
     place = home()
     place.mkdir(parents=True, exist_ok=True)
     hard = int(subprocess.run(["bash", "-c", "ulimit -Hn"], capture_output=True, check=True).stdout)
-    (place / "storage.conf").write_text(
-        f'[storage]\ndriver = "overlay"\ngraphroot = "{place}/storage"\nrunroot = "{place}/runroot"\n'
+    _written(
+        place / "storage.conf",
+        f'[storage]\ndriver = "overlay"\ngraphroot = "{place}/storage"\nrunroot = "{place}/runroot"\n',
     )
-    (place / "containers.conf").write_text(
+    _written(
+        place / "containers.conf",
         f'[containers]\ndefault_ulimits = ["nofile=1024:{hard}", "nproc=4096:4096"]\n'
-        '[engine]\nruntime = "runc"\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n'
+        '[engine]\nruntime = "runc"\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n',
     )
     return {
         **os.environ,
         "CONTAINERS_STORAGE_CONF": str(place / "storage.conf"),
         "CONTAINERS_CONF": str(place / "containers.conf"),
     }
+
+
+def _written(path: Path, text: str) -> None:
+    """The file has that text, and never another or a part of it: a test run beside this one reads it."""
+    if path.exists() and path.read_text() == text:
+        return
+    whole = path.with_name(f"{path.name}.{os.getpid()}")
+    whole.write_text(text)
+    whole.rename(path)
 
 
 def podman(*words: str, check: bool = True, patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:

@@ -215,11 +215,25 @@ def accept(listener: socket.socket, patience: float = PATIENCE) -> socket.socket
     return listener.accept()[0]
 
 
+_refusing: list[socket.socket] = []
+
+
 def refused_address() -> str:
-    """A tcp address that nobody listens on: bound and given back a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{sock.getsockname()[1]}"
+    """A tcp address that nobody listens on; nobody is given its port by chance before the test is over.
+
+    The port is bound here; a listener with SO_REUSEADDR can still have it.
+    """
+    sock = socket.socket()
+    _refusing.append(sock)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    return f"tcp://127.0.0.1:{sock.getsockname()[1]}"
+
+
+def give_ports_back() -> None:
+    """Lets go of all that refused_address() holds; at the end of each test."""
+    while _refusing:
+        _refusing.pop().close()
 
 
 # --- programs ---------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_warnings_pass_above_the_bars(data: Path) -> None:
 
 def test_elsewhere_there_are_plain_lines(data: Path) -> None:
     """With stderr no terminal: a line a second without escape sequences, results on stdout."""
-    ended = peers.run([*RELAY, data, "--to", "null:", "--rate", "2MB/s"])
+    ended = peers.run([*RELAY, data, "--to", "null:", "--rate", "1MB/s"])
     assert ended.returncode == 0
     line = ended.stderr.decode().splitlines()[0]
     assert re.fullmatch(r".*data\.bin -> null:: \S+ MiB of 2\.9 MiB \(\d+%\), \S+ MiB/s, \d s left", line)
@@ -139,7 +139,7 @@ def test_elsewhere_there_are_plain_lines(data: Path) -> None:
 
 def test_json_progress_is_for_programs(data: Path) -> None:
     """Every line on stderr is JSON: progress every half second, then one result for each sink."""
-    words = ["--to", "null:", "--to", refused_address(), "--rate", "2MB/s", "--progress", "json"]
+    words = ["--to", "null:", "--to", refused_address(), "--rate", "750kB/s", "--progress", "json"]
     ended = peers.run([*RELAY, data, *words, "--checksum", "crc32c"])
     assert ended.returncode == 1
     lines = [json.loads(line) for line in ended.stderr.decode().splitlines()]

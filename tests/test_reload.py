@@ -17,7 +17,7 @@ KEPT = '  kept: {source: {listen: "tcp://127.0.0.1:0"}, sink: {file: "kept-{id}"
 
 
 # below the ports that outgoing connections take, and not those of another run beside this one
-PORTS = itertools.count(12_000 + os.getpid() % 18_000)
+PORTS = itertools.count(12_000 + os.getpid() % 280 * 64)
 
 
 def free_port() -> int:

@@ -119,6 +119,12 @@ routes:
             assert sock.fileno() >= 0
 
 
+def stopped(pid: int) -> bool:
+    """Whether no thread of the process runs: SIGSTOP is sent, not done, when kill() returns."""
+    stats = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
 def test_who_waits_at_a_passed_socket_is_the_next_relays(tmp_path: Path) -> None:
     """relay ends at once while somebody waits in the backlog: that peer is not reset, and the next relay serves it."""
     with listener() as web, socket.create_connection(("127.0.0.1", port_of(web))) as first:
@@ -127,6 +133,7 @@ def test_who_waits_at_a_passed_socket_is_the_next_relays(tmp_path: Path) -> None
         with activated(limited, tmp_path, [("web", web)]) as served:
             served.said("ready")
             os.kill(served.pid, signal.SIGSTOP)
+            eventually(lambda: stopped(served.pid), "every thread of it has stopped")
             with ask(port_of(web), b"later") as second:
                 os.kill(served.pid, signal.SIGKILL)
                 served.wait()
