@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import signal
 import socket
 import threading
 import time
@@ -12,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from admins import figure, figures
 from peers import PATIENCE, eventually, payload, tcp_listener
+from relays import serving
 
 from relay.admin import desk as desk_of
 from relay.admin import inquiry
@@ -215,6 +219,36 @@ def test_duplex_sessions_are_summed_up(serve: Make) -> None:
                 sock.close()
         eventually(lambda: sum(route().sessions.values()) == 50, "all are over")
         assert (route().bytes, route().bytes_back, route().streams) == (total, 2 * total, 0)
+
+
+def test_refusals_count_on_through_a_reload(tmp_path: Path) -> None:
+    """A route that is exchanged has refused what it has refused: the figure goes on."""
+    config = (
+        "admin: {socket: 'unix://admin.sock'}\ndrain: 0s\nroutes:\n"
+        "  r: {source: {listen: 'tcp://127.0.0.1:0', limits: {deny: ['127.0.0.1']}}, sink: 'null:'}\n"
+    )
+
+    def refused() -> float:
+        return figure(figures(tmp_path / "admin.sock"), "relay_route_refused_connections_total")
+
+    def come(port: int) -> None:
+        with (
+            contextlib.suppress(ConnectionError),
+            socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock,
+        ):
+            sock.recv(1)
+
+    with serving(config, tmp_path) as process:
+        process.said("ready")
+        port = process.port()
+        for _ in range(3):
+            come(port)
+        eventually(lambda: refused() == 3, "three are counted")
+        process.config.write_text(config.replace("sink: 'null:'", "sink: 'null:', method: copy"))
+        process.signal(signal.SIGHUP)
+        process.said("reloaded: changed r")
+        come(port)
+        eventually(lambda: refused() == 4, "the fourth is counted beside them")
 
 
 def test_a_stream_is_not_held_up_by_scrapes(serve: Make) -> None:

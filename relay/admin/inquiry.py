@@ -126,6 +126,8 @@ class Inquiry:
         self._config = config
         self._began = began
         self._before: dict[RunningRoute, RouteStatus] = {}
+        self._refused: dict[RunningRoute, int] = {}  # as each counted when it was last looked at
+        self._refused_earlier: Counter[str] = Counter()  # by those of that name that are gone
 
     def look(self, patience: float = PATIENCE) -> Status:
         """How it stands now, without rates."""
@@ -147,6 +149,8 @@ class Inquiry:
             if look.facts is None or not done <= (answered | second.answered):
                 status = replace(self._before.get(route, status), unanswered=True)
             routes.append(status)
+        self._count_refusals(looks)
+        routes = [self._with_refusals(route, status) for route, status in zip(running, routes, strict=True)]
         self._before = dict(zip(running, routes, strict=True))
         return Status(
             version=__version__,
@@ -160,6 +164,21 @@ class Inquiry:
             resources=resources(),
             recent=self._ledger.recent(),
         )
+
+    def _count_refusals(self, looks: Iterable[Look]) -> None:
+        """A route that a reload exchanged begins to count anew, its figures do not."""
+        here = {look.running for look in looks}
+        for gone in [route for route in self._refused if route not in here]:
+            self._refused_earlier[gone.name] += self._refused.pop(gone)
+        for look in looks:
+            if look.facts is not None:
+                self._refused[look.running] = look.facts.refused
+
+    def _with_refusals(self, running: RunningRoute, status: RouteStatus) -> RouteStatus:
+        count = self._refused.get(running, 0)
+        if self._server.at_work(running):
+            count += self._refused_earlier[running.name]
+        return replace(status, refused=count)
 
     def _first_round(self, looks: Iterable[Look], until: float) -> Round:
         asking = Round()
