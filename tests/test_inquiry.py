@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from relay.admin.inquiry import Round
 from relay.admin.ledger import REASONS, Histogram, Ledger, reason_class
 from relay.admin.metrics import Figures
 from relay.admin.rates import Rates
-from relay.admin.status import RouteStatus, Status
+from relay.admin.status import RouteStatus, SinkStatus, Status
 from relay.admin.streams import known_sinks
 from relay.config.data import from_data
 from relay.engine import Engine
@@ -249,6 +250,29 @@ def test_refusals_count_on_through_a_reload(tmp_path: Path) -> None:
         process.said("reloaded: changed r")
         come(port)
         eventually(lambda: refused() == 4, "the fourth is counted beside them")
+
+
+def test_what_subscribers_got_counts_on(serve: Make) -> None:
+    """The bytes of all subscribers are summed, of those who left too."""
+    asked = serve({"b": {"source": "tcp://127.0.0.1:0", "sink": {"listen": "tcp://127.0.0.1:0"}}})
+    into, out = (int(where.rpartition(":")[2]) for where in reversed(asked.server.routes[0].bound))
+
+    def sink() -> SinkStatus:
+        return asked.desk._inquiry.look().routes[0].sinks[0]
+
+    with socket.create_connection(("127.0.0.1", into), timeout=PATIENCE) as source:
+        for number in range(1, 4):
+            with socket.create_connection(("127.0.0.1", out), timeout=PATIENCE) as reader:
+                eventually(lambda: sink().subscribers == 1, "it has joined")
+                source.sendall(b"x" * 1000)
+                assert len(reader.recv(1000, socket.MSG_WAITALL)) == 1000
+                reader.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )  # it leaves by a reset
+                eventually(lambda: sink().given == 1000 * number, "it is counted")  # noqa: B023 - asked at once
+            eventually(lambda: sink().subscribers == 0, "it has left")
+            assert sink().given == 1000 * number
+    assert sink().bytes == 3000
 
 
 def test_a_stream_is_not_held_up_by_scrapes(serve: Make) -> None:

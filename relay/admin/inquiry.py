@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -47,6 +47,7 @@ PATIENCE = 1.0  # seconds for all engines to answer
 SLICE = 0.0005  # seconds that an engine looks at a time
 DETAILS = 8  # streams of a route that are told one by one
 
+REFUSED = "\0refused"  # beside the names of sinks
 RESULTS = ("delivered", "partial", "failed")
 
 
@@ -126,8 +127,9 @@ class Inquiry:
         self._config = config
         self._began = began
         self._before: dict[RunningRoute, RouteStatus] = {}
-        self._refused: dict[RunningRoute, int] = {}  # as each counted when it was last looked at
-        self._refused_earlier: Counter[str] = Counter()  # by those of that name that are gone
+        # what routes count themselves, as it was when last looked at; and that of those that are gone, by name
+        self._counts: dict[RunningRoute, Counter[str]] = {}
+        self._earlier: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def look(self, patience: float = PATIENCE) -> Status:
         """How it stands now, without rates."""
@@ -149,9 +151,9 @@ class Inquiry:
             if look.facts is None or not done <= (answered | second.answered):
                 status = replace(self._before.get(route, status), unanswered=True)
             routes.append(status)
-        self._count_refusals(looks)
-        routes = [self._with_refusals(route, status) for route, status in zip(running, routes, strict=True)]
         self._before = dict(zip(running, routes, strict=True))
+        self._count(running, routes)
+        routes = [self._counted(route, status) for route, status in self._before.items()]
         return Status(
             version=__version__,
             pid=os.getpid(),
@@ -165,20 +167,24 @@ class Inquiry:
             recent=self._ledger.recent(),
         )
 
-    def _count_refusals(self, looks: Iterable[Look]) -> None:
+    def _count(self, running: list[RunningRoute], routes: list[RouteStatus]) -> None:
         """A route that a reload exchanged begins to count anew, its figures do not."""
-        here = {look.running for look in looks}
-        for gone in [route for route in self._refused if route not in here]:
-            self._refused_earlier[gone.name] += self._refused.pop(gone)
-        for look in looks:
-            if look.facts is not None:
-                self._refused[look.running] = look.facts.refused
+        for gone in [route for route in self._counts if route not in running]:
+            self._earlier[gone.name] += self._counts.pop(gone)
+        for route, status in zip(running, routes, strict=True):
+            given = {sink.sink: sink.given for sink in status.sinks if sink.given}
+            self._counts[route] = Counter({REFUSED: status.refused, **given})
 
-    def _with_refusals(self, running: RunningRoute, status: RouteStatus) -> RouteStatus:
-        count = self._refused.get(running, 0)
-        if self._server.at_work(running):
-            count += self._refused_earlier[running.name]
-        return replace(status, refused=count)
+    def _counted(self, running: RunningRoute, status: RouteStatus) -> RouteStatus:
+        """With what those counted whose place it took."""
+        earlier = self._earlier.get(running.name)
+        if not earlier or not self._server.at_work(running):
+            return status
+        sinks = tuple(
+            sink if sink.given is None else replace(sink, given=sink.given + earlier[sink.sink])
+            for sink in status.sinks
+        )
+        return replace(status, refused=status.refused + earlier[REFUSED], sinks=sinks)
 
     def _first_round(self, looks: Iterable[Look], until: float) -> Round:
         asking = Round()
