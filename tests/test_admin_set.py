@@ -64,6 +64,8 @@ def test_a_throttle_changes_under_a_stream(served: Process, tmp_path: Path) -> N
                 done = set_(tmp_path, "slow", "throttle#1", "rate=100MB/s", "burst=1MB")
                 assert done.returncode == 0, done.stderr
                 assert done.stdout == b"slow: throttle#1: burst 1000 -> 1000000, rate 20000 -> 100000000\n"
+                text = run_relay("status", "--admin", SOCKET, cwd=tmp_path).stdout
+                assert b"throttle#1 rate=100000000 burst=1000000" in text
             began = time.monotonic()
             assert sock.recv(1) == b""
             assert time.monotonic() - began < 10

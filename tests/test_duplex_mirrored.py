@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -261,6 +262,34 @@ def test_a_reload_changes_stages_for_new_sessions(tmp_path: Path) -> None:
             assert [path.read_text() for path in tmp_path.glob("new-*")] == ["new"]
 
 
+def test_a_reload_leaves_a_session_with_a_fifo_where_it_is(tmp_path: Path) -> None:
+    """A fifo is a mirror of the old sessions and of the new ones: a reload ends nobody for it."""
+    os.mkfifo(tmp_path / "fifo")
+    tee = {"tee": {"to": {"fifo": "fifo"}}}
+    with tcp_listener() as (listening, address):
+        here = f"tcp://127.0.0.1:{free_port()}"
+        reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            with serving(config(here, address, {"stages": [tee]}), tmp_path) as relay:
+                relay.addresses(1)
+                with connected(here) as client, accept(listening) as server:
+                    client.sendall(b"before")
+                    assert receive_exactly(server, 6) == b"before"
+                    assert relay.config is not None
+                    relay.config.write_text(config(here, address, {"stages": [tee, "meter"]}))
+                    relay.signal(signal.SIGHUP)
+                    relay.said("reloaded")
+                    with connected(here) as other, accept(listening) as second:
+                        other.sendall(b"beside")
+                        assert receive_exactly(second, 6) == b"beside"
+                    client.sendall(b"after")
+                    assert receive_exactly(server, 5) == b"after"
+                assert {one["result"] for one in relay.sessions(2)} == {"delivered"}
+            assert os.read(reader, 100) == b"beforebesideafter"
+        finally:
+            os.close(reader)
+
+
 def test_the_log_of_a_mirror_goes_on_after_a_kill(tmp_path: Path) -> None:
     """relay is killed while a mirror of the replies is away: the next run delivers what its log has."""
     mirror_port = free_port()
@@ -374,3 +403,22 @@ def test_status_tells_what_moved_until_the_mirrors_are_done(tmp_path: Path) -> N
                 assert_same(receive_all(reader), data)
             assert relay.sessions(1)[0]["result"] == "delivered"
             assert status() == {"streams": 0, "bytes": 8, "bytes_back": len(data)}
+
+
+def test_a_stage_of_either_direction_can_be_set(tmp_path: Path) -> None:
+    """`relay set` takes the brake off the replies while they pass; a new session has the new rate from the start."""
+    stages = {"stages": [{"throttle": {"rate": "1GB/s"}}], "replies": [{"throttle": {"rate": "10kB/s"}}]}
+    with tcp_listener() as (listening, address):
+        given = json.loads(config("tcp://127.0.0.1:0", address, stages))
+        text = json.dumps({**given, "admin": {"socket": "unix://admin.sock"}})
+        with serving(text, tmp_path) as relay:
+            for round_ in range(2):
+                with connected(f"tcp://127.0.0.1:{relay.port()}") as client, accept(listening) as server:
+                    sender = in_background(server.sendall, bytes(3_000_000))
+                    assert len(receive_exactly(client, 1000)) == 1000
+                    if not round_:
+                        words = ("set", "r", "throttle#2", "rate=1GB/s", "--admin", "unix://admin.sock")
+                        done = run_relay(*words, cwd=tmp_path)
+                        assert done.returncode == 0, done.stderr
+                    receive_exactly(client, 3_000_000 - 1000)
+                    sender.join(PATIENCE)

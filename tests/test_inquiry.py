@@ -154,6 +154,24 @@ def test_looking_leaves_room_between_slices(fds: Any) -> None:
         engine.stop()
 
 
+def test_who_answers_at_once_ends_no_round(fds: Any) -> None:
+    """An engine that answers before another was asked does not end the waiting for that one."""
+    quick, slow = Engine("quick"), Engine("slow")
+    quick.start()
+    slow.start()
+    try:
+        for _ in range(20):
+            asking = Round()
+            asking.ask(quick, iter(()))
+            eventually(lambda: quick in asking.answered, "the first has answered")  # noqa: B023 - asked at once
+            asking.ask(slow, iter(()))
+            asking.wait(time.monotonic() + PATIENCE)
+            assert asking.answered == {quick, slow}
+    finally:
+        quick.stop()
+        slow.stop()
+
+
 def test_a_look_that_fails_is_an_answer(caplog: pytest.LogCaptureFixture) -> None:
     """A bug in looking holds up nobody who asks."""
     engine = Engine("failing")

@@ -624,6 +624,9 @@ def test_every_try_begins_with_the_header(servers: list[Server]) -> None:
 # -- in the program itself
 
 
+ANY = "tcp://127.0.0.1:0"  # the same one after a reload
+
+
 def config(here: str, there: list[str], more: str = "") -> str:
     """One duplex route called r."""
     sink = json.dumps({"connect": there, "balance": "round_robin"})[1:-1]
@@ -637,13 +640,11 @@ def test_an_upstream_is_drained_by_a_reload(tmp_path: Path, servers: list[Server
     in its place newcomers go there."""
     fourth = Server("s3")
     try:
-        with tcp_listener() as (free, here):
-            free.close()
-        with serving(config(here, addresses(servers)), tmp_path) as relay, contextlib.ExitStack() as stack:
-            relay.addresses(1)
+        with serving(config(ANY, addresses(servers)), tmp_path) as relay, contextlib.ExitStack() as stack:
+            (here,) = relay.addresses(1)
             clients = [stack.enter_context(Client(here)) for _ in range(6)]
             assert {client.by for client in clients} == {"s0", "s1", "s2"}
-            relay.config.write_text(config(here, addresses([servers[0], fourth, servers[2]])))
+            relay.config.write_text(config(ANY, addresses([servers[0], fourth, servers[2]])))
             relay.signal(signal.SIGHUP)
             relay.said("reloaded")
             newcomers = [stack.enter_context(Client(here)) for _ in range(6)]
@@ -662,14 +663,13 @@ def test_an_upstream_is_drained_by_a_reload(tmp_path: Path, servers: list[Server
 def test_what_a_running_relay_tells_of_upstreams(tmp_path: Path, servers: list[Server]) -> None:
     """Status and figures have each upstream with its state and its sessions; after a reload without one it is leaving
     for as long as it has sessions, and is counted once."""
-    with tcp_listener() as (free, here):
-        free.close()
     admin = f"admin: {{socket: 'unix://{tmp_path}/admin'}}\n"
     servers[2].kill()
-    text = admin + config(here, addresses(servers), ", health: {every: 0.05s, fall: 2}")
+    text = admin + config(ANY, addresses(servers), ", health: {every: 0.05s, fall: 2}")
     with serving(text, tmp_path) as relay, contextlib.ExitStack() as stack:
         relay.said("is down")
         relay.said("ready")
+        (here,) = relay.addresses(1)
         clients = [stack.enter_context(Client(here)) for _ in range(4)]
 
         def told() -> list[tuple[str, str, int]]:
@@ -682,7 +682,7 @@ def test_what_a_running_relay_tells_of_upstreams(tmp_path: Path, servers: list[S
         words = run_relay("status", "--admin", f"unix://{tmp_path}/admin", cwd=tmp_path).stdout.decode()
         assert f"{one}: up for " in words
         assert "Connection refused (ECONNREFUSED)" in words
-        relay.config.write_text(admin + config(here, [one]))
+        relay.config.write_text(admin + config(ANY, [one]))
         relay.signal(signal.SIGHUP)
         relay.said("reloaded")
         eventually(lambda: told() == [(one, "up", 2), (other, "leaving", 2)], "it is leaving")
@@ -702,11 +702,10 @@ def test_what_a_running_relay_tells_of_upstreams(tmp_path: Path, servers: list[S
 def test_many_reloads_leave_nothing_behind(tmp_path: Path, servers: list[Server]) -> None:
     """Lists that change again and again, with checks at work and sessions that stay: in the end the process holds what
     it held before, and every session has gone on."""
-    with tcp_listener() as (free, here):
-        free.close()
-    text = config(here, addresses(servers))
+    text = config(ANY, addresses(servers))
     with serving(text, tmp_path) as relay, contextlib.ExitStack() as stack:
-        relay.addresses(1)
+        (here,) = relay.addresses(1)
+        relay.said("ready")
 
         def held() -> tuple[int, int]:
             there = Path(f"/proc/{relay.pid}")
@@ -721,7 +720,7 @@ def test_many_reloads_leave_nothing_behind(tmp_path: Path, servers: list[Server]
             clients.append(stack.enter_context(Client(here)))
             there = addresses(servers[turn % 3 :] + servers[: turn % 2])
             relay.config.write_text(
-                config(here, list(dict.fromkeys(there)), ", health: {every: 0.02s, expect: s}")
+                config(ANY, list(dict.fromkeys(there)), ", health: {every: 0.02s, expect: s}")
             )
             relay.signal(signal.SIGHUP)
             eventually(lambda want=turn + 1: reloads(relay) == want, "it is reloaded")
