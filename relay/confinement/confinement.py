@@ -72,6 +72,12 @@ def lacks(config: Config) -> Iterator[tuple[str, str]]:
         else:
             if os.geteuid() != 0 and not account.ours:
                 yield f"becoming {account.name} takes root", "start relay as root, or as that user"
+        for name, route in config.routes.items():
+            if route.sink.transparent:
+                yield (
+                    f"'transparent' of the route {name} takes CAP_NET_ADMIN, which goes with the user",
+                    "leave 'user' out, and start relay as a user with AmbientCapabilities=CAP_NET_ADMIN",
+                )
     version = kernel.landlock_version()
     for key, asked, needed in (("files", confine.files, 1), ("ports", confine.ports, PORTS)):
         if asked is not False and version < needed:

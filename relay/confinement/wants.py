@@ -104,13 +104,9 @@ def _end(place: Place, end: SourceSettings | SinkSettings) -> Iterator[Want]:
     at = (*place, end.verb if end.verb in ("listen", "connect") else address.scheme)
     if end.verb == "listen":
         yield from listens(at, address)
-    elif address.scheme == "tcp":
-        yield Want(at, "connect", port=address.port)
-        if not is_numeric(address.host):
-            yield Want(at, "connect", port=DNS)
-    elif address.scheme in ("unix", "shared"):
-        if address.path.startswith("@"):
-            yield Want(at, "abstract", str(address))
+    elif end.verb == "connect":
+        for each in end.addresses if isinstance(end, SinkSettings) else (address,):
+            yield from _connects(at, each)
     elif address.scheme == "fifo":
         yield Want(at, "write", place_of(address.path))
     elif address.scheme == "file" and isinstance(end, SourceSettings):
@@ -120,13 +116,22 @@ def _end(place: Place, end: SourceSettings | SinkSettings) -> Iterator[Want]:
         yield Want(at, "write", path, make=mode)
 
 
+def _connects(place: Place, address: Address) -> Iterator[Want]:
+    if address.scheme == "tcp":
+        yield Want(place, "connect", port=address.port)
+        if not is_numeric(address.host):
+            yield Want(place, "connect", port=DNS)
+    elif address.path.startswith("@"):
+        yield Want(place, "abstract", str(address))
+
+
 def listens(place: Place, address: Address) -> Iterator[Want]:
     """What listening on `address` takes."""
     if address.scheme == "tcp":
         yield Want(place, "bind", port=address.port)
         if address.host and not is_numeric(address.host):
             yield Want(place, "connect", port=DNS)
-    elif address.scheme == "unix" and not address.abstract:
+    elif address.scheme in ("unix", "shared") and not address.path.startswith("@"):
         yield Want(place, "write", place_of(address.path))
 
 

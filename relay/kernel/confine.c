@@ -54,7 +54,7 @@ static const struct relay_call allowed[] = {
     CALL(clock_getres), CALL(clock_nanosleep), CALL(nanosleep), CALL(gettimeofday), CALL(restart_syscall),
     CALL(timerfd_create), CALL(timerfd_settime), CALL(timerfd_gettime), CALL(setitimer), CALL(getitimer),
     /* memory */
-    CALL(brk), CALL(mmap), CALL(munmap), CALL(mremap), CALL(mprotect), CALL(madvise), CALL(mincore), CALL(msync),
+    CALL(brk), CALL(mmap), CALL(munmap), CALL(mremap), CALL(mprotect), CALL(madvise), CALL(msync),
     CALL(membarrier), CALL(get_mempolicy),
     /* threads and signals of its own */
     CALL(clone), CALL(futex), CALL(set_robust_list), CALL(get_robust_list), CALL(set_tid_address), CALL(rt_sigaction),

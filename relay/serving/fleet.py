@@ -73,8 +73,10 @@ def compare(old: Config, new: Config) -> Change:
 
 
 def held(name: str, route: Route) -> set[tuple[str, str]]:
-    """The ends of a route that two cannot hold at once."""
-    found = set()
+    """The ends of a route that two cannot hold at once; the many sessions of a duplex route have none."""
+    found: set[tuple[str, str]] = set()
+    if route.duplex:
+        return found
     ends = [(sink, sink.placeholders, sink.append) for _place, sink in route.sinks()]
     for end, placeholders, append in [*ends, (route.source, frozenset(), True)]:
         address = end.address

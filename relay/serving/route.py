@@ -74,7 +74,7 @@ class RunningRoute:
         self._lines = lines
         self.name = name
         self.route = route
-        self.stages: Stages = route.stages  # as they were changed since, see changes.py
+        self.stages: Stages = route.stages + route.replies  # as they were changed since, see changes.py
         self.home = home
         self.records: list[SessionRecord] = []
         self.finite = once or route.source.verb == "read"

@@ -7,6 +7,7 @@ from typing import Any
 
 from relay.duplex.staged import StagedSessions
 from relay.engine import Engine
+from relay.serving.changes import Stages, pairs
 from relay.serving.duplex_route import DuplexRoute
 from relay.serving.route import RunningRoute
 
@@ -20,7 +21,22 @@ class StagedRoute(DuplexRoute):
 
     def _sessions_on(self, engine: Engine) -> StagedSessions:
         spill = partial(self._spills.sink, self._ways)
-        return StagedSessions(engine, *self._sessions_of(engine), spill=spill)
+        made = StagedSessions(engine, *self._sessions_of(engine), spill=spill)
+        made.change(*self._both(), ())
+        return made
+
+    def _both(self) -> tuple[Stages, Stages]:
+        """The stages of both ways, as they are now."""
+        there = len(self.route.stages)
+        return self.stages[:there], self.stages[there:]
+
+    def change(self, stages: Stages) -> None:
+        """Some of its stages have other settings from now on, those of the way back behind the others."""
+        differ = tuple(pairs(self.stages, stages))
+        super().change(stages)
+        for engine, sessions in self._sessions.items():
+            if isinstance(sessions, StagedSessions):
+                engine.post(partial(sessions.change, *self._both(), differ))
 
     @property
     def under_way(self) -> bool:
