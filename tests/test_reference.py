@@ -15,7 +15,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from documents import ROOT
+import yaml
+from documents import DOCUMENTS, ROOT
+
+from relay.config.load import loads
+from relay.config.models import Config, Route
+from relay.errors import ConfigErrors
 
 GAP = "\0"  # in a message of the source: something that is filled in
 FILLED = re.compile(r"%(?:\([a-z_]+\))?[-+ #0]*[\d.]*[sdrgfxi]")
@@ -90,6 +95,72 @@ def test_a_message_that_relay_does_not_say_is_found() -> None:
     assert is_said("sink ... is slow: dropping for it alone")
     assert not is_said("sink ... is slow: it is ignored")
     assert not is_said("dropping for it alone ... sink")
+
+
+def parts(document: Path) -> Iterator[tuple[str, str]]:
+    """What a document consists of: fences with their language ("sh", or "" for none), and the text between ("text")."""
+    kind, lines = "text", list[str]()
+    for line in document.read_text().splitlines():
+        if fence := re.match(r" *```(\w*)", line):
+            yield kind, "\n".join(lines)
+            kind, lines = (fence[1] if kind == "text" else "text"), []
+        else:
+            lines.append(line)
+    yield kind, "\n".join(lines)
+
+
+def told(document: Path) -> Iterator[list[str]]:
+    """Every relay command that a document names, in fences and in the text, as words up to the next of the shell's."""
+    said: list[str] = []
+    for kind, text in parts(document):
+        if kind in ("sh", ""):
+            said += text.replace("\\\n", " ").splitlines()
+        elif kind == "text":
+            for paragraph in text.split("\n\n"):
+                said += re.findall(r"`([^`]+)`", paragraph)
+    for line in said:
+        for command in re.findall(r"(?:^|[|;&(] *|exec camera )relay ([a-z].*)", line.strip()):
+            yield re.split(r"[|;&<>#)]", command)[0].split()
+
+
+def known_options() -> dict[str, set[str]]:
+    """The options of every command, as docs/reference/commands.md, which is made from them, has them."""
+    found: dict[str, set[str]] = {}
+    for part in generator().commands().split("\n## relay ")[1:]:
+        found[part.split("\n")[0]] = {"--help", *re.findall(r"^\| `(--[a-z-]+)`", part, re.MULTILINE)}
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_document_names_commands_and_options_that_there_are(document: Path) -> None:
+    """Each `relay COMMAND --option` in a document, run or not, is one that relay knows."""
+    options = known_options()
+    for name, *words in told(document):
+        assert name in options, (name, words)
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert given <= options[name], (name, words)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_documents_configurations_are_ones_that_relay_takes(document: Path) -> None:
+    """Every configuration in a document, and every part of one, is right."""
+    keys, top = set(Route.keys()), set(Config.keys())
+    for kind, text in parts(document):
+        data = yaml.safe_load(text) if kind == "yaml" else None
+        if not isinstance(data, dict) or not data.keys() & (keys | top):
+            continue  # of something else, such as Prometheus
+        if data.keys() <= keys:  # a part of a route, one way or both ways
+            part = {"source": "tcp://127.0.0.1:1", "sink": "tcp://127.0.0.1:2", **data}
+            ways = [{"routes": {"part": part | {"duplex": duplex}}} for duplex in (False, True)]
+        else:
+            ways = [{"routes": {"part": {"source": "-", "sink": "null:"}}, **data}]
+        wrong = []
+        for way in ways:
+            try:
+                loads(yaml.safe_dump(way), str(document), to_run=True)
+            except ConfigErrors as error:
+                wrong.append(str(error))
+        assert len(wrong) < len(ways), "\n".join(wrong)
 
 
 @pytest.mark.parametrize(
