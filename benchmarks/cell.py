@@ -20,9 +20,10 @@ LARGE_PIPE = MIB
 class Cell:
     """One table: from where (`file`, `tcp`, `unix`, `pipe`), to where (`tcp`, `unix`, `fifo`, `file`), how many times.
 
-    `size` is bytes of the source stream, which is fed in writes of `chunk`. `receivers` drop bytes in the kernel
-    (`discard`) or copy them (`read`). `target` bounds relay's CPU as a fraction of the named peer's; `goal` is the most
-    CPU and the least GiB/s that relay is to have, as fractions of the best peers'.
+    `size` is bytes of the source stream, so many that starting up is a small part of what they cost, and is fed in
+    writes of `chunk`. `receivers` drop bytes in the kernel (`discard`) or copy them (`read`). `target` bounds relay's
+    CPU as a fraction of the named peer's; `goal` is the most CPU and the least GiB/s that relay is to have, as
+    fractions of the best peers'.
     """
 
     name: str
@@ -47,23 +48,23 @@ _BASE = (
         "file",
         "tcp",
         1,
-        GIB,
+        4 * GIB,
         contender.FILE_TCP,
         goal=(0.9, 1.1),
     ),
-    Cell("tcp-4tcp", "tcp to 4 tcp", "tcp", "tcp", 4, GIB, contender.TCP_4TCP, goal=(0.8, 1.25)),
+    Cell("tcp-4tcp", "tcp to 4 tcp", "tcp", "tcp", 4, 4 * GIB, contender.TCP_4TCP, goal=(0.8, 1.25)),
     Cell(
         "pipe-4pipes",
         "Pipe to 4 pipes, chunks and pipes of 1 MiB",
         "pipe",
         "fifo",
         4,
-        8 * GIB,
+        16 * GIB,
         contender.PIPE_4PIPES,
         target=("tee", 0.2),
         goal=(0.1, 8.0),
     ),
-    Cell("tcp-file", "tcp to file", "tcp", "file", 1, GIB, contender.TCP_FILE, goal=(0.8, 1.1)),
+    Cell("tcp-file", "tcp to file", "tcp", "file", 1, 2 * GIB, contender.TCP_FILE, goal=(0.8, 1.1)),
 )
 
 

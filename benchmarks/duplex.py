@@ -172,11 +172,13 @@ JOBS = (
 class Running:
     """A contender at work on its CPU; knows what all of its processes use."""
 
-    def __init__(self, proxy: Proxy, directory: Path, listen: int, to: int, complaints: object) -> None:
+    def __init__(
+        self, proxy: Proxy, directory: Path, listen: int, to: int, complaints: object, *, pinned: bool
+    ) -> None:
         argv = proxy.start(directory, listen, to)
         self._process = Process(
             argv,
-            cpus=cpus(True)[0],
+            cpus=cpus(pinned)[0],
             stderr=complaints,
             cwd=directory,
             env=environment(),  # type: ignore[arg-type]
@@ -228,8 +230,11 @@ def _listens(port: int) -> bool:
 class Trials:
     """Runs jobs; the compiled programs and a directory are borrowed."""
 
-    def __init__(self, load: Path, talk: Path, directory: Path, milliseconds: int) -> None:
+    def __init__(
+        self, load: Path, talk: Path, directory: Path, milliseconds: int, *, pinned: bool = True
+    ) -> None:
         self._load, self._talk, self._directory, self._milliseconds = load, talk, directory, milliseconds
+        self._pinned = pinned
 
     def run(self, job: Job, proxy: Proxy) -> dict[str, float]:
         """One run: figures by the keys of the job's columns. Raises BenchmarkError."""
@@ -260,12 +265,12 @@ class Trials:
     def _proxy(
         self, proxy: Proxy, listen: int, to: int, stack: contextlib.ExitStack, complaints: object
     ) -> Running:
-        running = Running(proxy, self._directory, listen, to, complaints)
+        running = Running(proxy, self._directory, listen, to, complaints, pinned=self._pinned)
         stack.callback(running.kill)
         return running
 
     def _ends(self, argv: list[str], stack: contextlib.ExitStack) -> subprocess.Popen[str]:
-        load = cpus(True)[1]
+        load = cpus(self._pinned)[1]
         pin = ["taskset", "-c", ",".join(map(str, load))] if load else []
         ends = subprocess.Popen([*pin, *argv], stdin=-1, stdout=-1, stderr=subprocess.STDOUT, text=True)
         stack.enter_context(ends)
@@ -331,6 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--milliseconds", type=int, default=2000, help="how long a run of messages lasts")
     parser.add_argument("--methods", action="store_true", help="relay by method: zero-copy too")
+    parser.add_argument("--unpinned", action="store_true", help="leave all to the scheduler")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args(arguments)
@@ -349,7 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
         compiled(TALK) as talk,
         tempfile.TemporaryDirectory(prefix="relay-bench-") as name,
     ):
-        trials = Trials(load, talk, Path(name), options.milliseconds)
+        trials = Trials(load, talk, Path(name), options.milliseconds, pinned=not options.unpinned)
         for job in JOBS:
             if options.only and job.name not in options.only:
                 continue

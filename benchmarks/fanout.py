@@ -127,7 +127,7 @@ _SMALL = replace(
     target=None,
 )
 _UNIX = Cell(
-    "unix-4unix", "unix to 4 unix, chunks of 1 MiB", "unix", "unix", 4, GIB, UNIX_4UNIX, goal=(0.1, 8.0)
+    "unix-4unix", "unix to 4 unix, chunks of 1 MiB", "unix", "unix", 4, 4 * GIB, UNIX_4UNIX, goal=(0.1, 8.0)
 )
 
 _BASE = (
@@ -137,11 +137,11 @@ _BASE = (
         "file",
         "tcp",
         8,
-        GIB // 2,
+        GIB,
         FILE_8TCP,
         goal=(0.7, 1.3),
     ),
-    Cell("tcp-16tcp", "tcp to 16 tcp", "tcp", "tcp", 16, GIB // 4, TCP_4TCP, goal=(0.8, 1.25)),
+    Cell("tcp-16tcp", "tcp to 16 tcp", "tcp", "tcp", 16, GIB, TCP_4TCP, goal=(0.8, 1.25)),
     _SMALL,
     Cell(
         "pipe-16pipes",
@@ -149,7 +149,7 @@ _BASE = (
         "pipe",
         "fifo",
         16,
-        2 * GIB,
+        8 * GIB,
         PIPE_4PIPES,
         goal=(0.1, 8.0),
     ),
@@ -162,7 +162,7 @@ _BASE = (
     ),
     _UNIX,
     replace(_UNIX, name="unix-4unix-64k", title="unix to 4 unix, chunks of 64 KiB", chunk=64 * KIB),
-    Cell("tcp-3files", "tcp to 3 files", "tcp", "file", 3, GIB // 2, TCP_3FILES, goal=(0.8, 1.1)),
+    Cell("tcp-3files", "tcp to 3 files", "tcp", "file", 3, GIB, TCP_3FILES, goal=(0.8, 1.1)),
 )
 
 

@@ -65,6 +65,15 @@ class HopStatus:
 
 
 @dataclass(frozen=True)
+class StageStatus:
+    """A stage by the name that `relay set` knows it by; `now` is what can be changed of it, as it is."""
+
+    stage: str
+    kind: str
+    now: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class StreamStatus:
     """A stream under way, or a pipeline that waits for one (`id` is empty then)."""
 
@@ -84,7 +93,7 @@ class RouteStatus:
     """`state` is starting, waiting, flowing, held, draining, done or failed. `streams` counts those under way.
 
     `sessions` counts those that are over, by result; `hops` how many streams cross where and how. `details` are
-    some of the streams, the oldest first. `upstreams` are those of a duplex route.
+    some of the streams, the oldest first. `upstreams` are those of a duplex route, `stages` those of both ways.
     `unanswered`: an engine did not answer in time, what it knows is as it was before.
     """
 
@@ -106,6 +115,7 @@ class RouteStatus:
     bytes_back: int | None = None
     rate_back: float | None = None
     upstreams: tuple[UpstreamState, ...] = ()
+    stages: tuple[StageStatus, ...] = ()
     resumed: int = 0
     failed: str = ""
     unanswered: bool = False

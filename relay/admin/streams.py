@@ -26,7 +26,8 @@ def known_sinks(route: Route) -> Iterator[tuple[str, str, str]]:
     Those of one name are one.
     """
     seen = set()
-    for name, sink, slow in _walk(route.stages, route.sink, route.sink.slow, ""):
+    back = list(_walk(route.replies, route.back, route.back.slow, ""))[:-1] if route.duplex else ()
+    for name, sink, slow in (*_walk(route.stages, route.sink, route.sink.slow, ""), *back):
         if name not in seen:
             seen.add(name)
             yield name, str(sink.address), slow.policy or "block"

@@ -237,6 +237,7 @@ static void turn(struct relay_engine *e, struct relay_duplex *d, struct relay_ev
             return;
         set_timed(e, d, 0);
         d->state = RELAY_TURNING;
+        d->connected_ns = e->now_ns;
     }
     if (d->state == RELAY_TURNING && d->lends) {
         epoll_ctl(e->epoll, EPOLL_CTL_DEL, a->fd, NULL);
@@ -375,6 +376,8 @@ int relay_duplex_dial(struct relay_engine *e, struct relay_duplex *d, const stru
     if (error)
         return error;
     d->state = is_connected ? RELAY_TURNING : RELAY_CONNECTING;
+    if (is_connected)
+        d->connected_ns = e->now_ns;
     if (is_connected)
         relay_duplex_ready(e, d);
     else
