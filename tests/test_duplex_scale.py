@@ -66,7 +66,6 @@ def test_churn_of_duplex_connections(
         assert people.whole > people.came // 10
         assert people.broken > 0
         served.signal(signal.SIGTERM)
-        import time as t; b=t.monotonic(); code = served.process.wait(20); told.join(); print("exit", code, t.monotonic()-b, told.tail)
         told.join()
     assert told.sessions == people.came
     assert not told.errors
@@ -76,7 +75,9 @@ def test_churn_of_duplex_connections(
         assert now.pipes <= start.pipes + 2 * PIPES, now
         assert now.threads <= first.threads, now
     assert last.resident <= first.resident + 2048, "memory grows with the number of connections"
-    assert last.resident <= start.resident + 8192 + at_once * (8 if stages else 1), "a crowd leaves memory behind"
+    assert last.resident <= start.resident + 8192 + at_once * (8 if stages else 1), (
+        "a crowd leaves memory behind"
+    )
 
 
 PIPES = 8  # that an engine keeps for bulk
