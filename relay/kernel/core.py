@@ -82,7 +82,7 @@ def buffer(size: int) -> Struct:
 
 
 def room(size: int) -> Struct:
-    """As `buffer`, of memory that counts only where it was written to, and goes back to the system when it is let go."""
+    """As `buffer`, of memory that counts only where it was written to, and goes back to the system when let go."""
     try:
         return ffi.from_buffer("char[]", mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     except OSError:  # no mapping is left for this process
