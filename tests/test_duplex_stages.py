@@ -669,6 +669,29 @@ def test_a_reset_behind_a_half_close_passes(tmp_path: Path, who: str, shape: str
             good.sendall(b"nobody hears this")
 
 
+@pytest.mark.parametrize("shape", ["plain", "mirrored"])
+def test_what_a_party_sent_before_it_broke_is_delivered_before_the_reset(tmp_path: Path, shape: str) -> None:
+    """A server fills everything up to the client and is gone; the client says something, which goes nowhere. Then it
+    reads: all that the server sent is there, to the last byte, and then a reset, for nobody had its words."""
+    with relayed("tcp", "unix", tmp_path, **({} if shape == "plain" else BOTH)) as (client, server, duplex):
+        data = payload(7, 64 << 20)
+        server.settimeout(0.3)
+        sent = 0
+        with contextlib.suppress(TimeoutError):
+            while sent < len(data):
+                sent += server.send(data[sent : sent + (1 << 20)])
+        assert sent < len(data)
+        server.close()
+        client.sendall(b"words")
+        select.select([], [], [], 0.2)
+        got, end = outcome(client)
+        assert_same(got, data[:sent])
+        assert end == "ConnectionResetError"
+        record = duplex.record()
+        assert (record.result, record.ended_by, record.back) == ("failed", "sinks", sent)
+        assert "EPIPE" in record.reason
+
+
 def test_the_mirror_of_a_session_that_broke_is_told(tmp_path: Path) -> None:
     """The client resets: its mirror has what arrived and then a reset, its recording stays a .part."""
     with Mirror(tmp_path, deaf=True) as mirror:
