@@ -13,15 +13,20 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from relay import aio as aio
     from relay.config.models import Route as Route
+    from relay.errors import ConfigErrors as ConfigErrors
+    from relay.errors import KernelError as KernelError
     from relay.errors import RelayError as RelayError
     from relay.errors import ShareError as ShareError
     from relay.errors import TransferCancelled as TransferCancelled
     from relay.errors import TransferError as TransferError
+    from relay.errors import UsageError as UsageError
+    from relay.journal.record import SessionRecord as SessionRecord
     from relay.kernel.arena import Arena as Arena
     from relay.kernel.pipe import Pipe as Pipe
     from relay.kernel.transfer import splice as splice
     from relay.kernel.transfer import tee as tee
     from relay.kernel.transfer import vmsplice as vmsplice
+    from relay.sending.progress import Standing as Standing
     from relay.sharing.memory import Memory as Memory
     from relay.sharing.shared import Draft as Draft
     from relay.sharing.shared import Shared as Shared
@@ -35,10 +40,15 @@ if TYPE_CHECKING:
     from relay.transfers import send as send
 
 _HOMES = {
+    "ConfigErrors": "relay.errors",
+    "KernelError": "relay.errors",
     "RelayError": "relay.errors",
     "ShareError": "relay.errors",
     "TransferCancelled": "relay.errors",
     "TransferError": "relay.errors",
+    "UsageError": "relay.errors",
+    "SessionRecord": "relay.journal.record",
+    "Standing": "relay.sending.progress",
     "Route": "relay.config.models",
     "Arena": "relay.kernel.arena",
     "Pipe": "relay.kernel.pipe",
@@ -62,18 +72,23 @@ __all__ = [
     "Arena",
     "Block",
     "Cancel",
+    "ConfigErrors",
     "Draft",
+    "KernelError",
     "Memory",
     "Outcome",
     "Pipe",
     "RelayError",
     "Route",
+    "SessionRecord",
     "ShareError",
     "ShareSink",
     "ShareSource",
     "Shared",
+    "Standing",
     "TransferCancelled",
     "TransferError",
+    "UsageError",
     "__version__",
     "aio",
     "run",

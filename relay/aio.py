@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 from relay import transfers
 from relay.config.models import Config, Route
+from relay.journal.record import SessionRecord
+from relay.sending.progress import Standing
 from relay.transfers import Cancel, Outcome, Path
 
 if TYPE_CHECKING:
@@ -21,17 +23,47 @@ if TYPE_CHECKING:
 _Told = TypeVar("_Told")
 
 
-async def send(source: Path | Buffer | Sequence[Path], to: Path | Sequence[Path], **options: Any) -> Outcome:
+class SendOptions(TypedDict, total=False):
+    """The options of relay.send."""
+
+    method: str
+    rate: str | int | None
+    offset: str | int
+    length: str | int | None
+    checksum: str
+    wait: str | float
+    on_slow: str
+    progress: Callable[[Sequence[Standing]], None] | None
+    cancel: Cancel | None
+    check: bool
+
+
+class RunOptions(TypedDict, total=False):
+    """The options of relay.run."""
+
+    once: bool
+    on_ready: Callable[[list[str]], None] | None
+    on_record: Callable[[SessionRecord], None] | None
+    progress: Callable[[Sequence[Standing]], None] | None
+    cancel: Cancel | None
+    check: bool
+
+
+async def send(
+    source: Path | Buffer | Sequence[Path], to: Path | Sequence[Path], **given: Unpack[SendOptions]
+) -> Outcome:
     """As relay.send, whose options it takes; `progress` is called on the event loop."""
+    options: dict[str, Any] = {**given}
     options["progress"] = _on_loop(options.get("progress"))
     return await _on_a_thread(lambda cancel: transfers.send(source, to, cancel=cancel, **options), options)
 
 
-async def run(config: Path | Mapping[str, Any] | Config | Route, **options: Any) -> Outcome:
+async def run(config: Path | Mapping[str, Any] | Config | Route, **given: Unpack[RunOptions]) -> Outcome:
     """As relay.run, whose options it takes; its callbacks are called on the event loop.
 
     Cancelling the task ends everything at once; `cancel`, a relay.Cancel, drains first.
     """
+    options: dict[str, Any] = {**given}
     for name in ("progress", "on_ready", "on_record"):
         options[name] = _on_loop(options.get(name))
     return await _on_a_thread(lambda cancel: transfers.run(config, cancel=cancel, **options), options)

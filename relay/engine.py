@@ -37,6 +37,7 @@ Answer = TypeVar("Answer")
 SCRATCH = 1 << 20  # bytes a copying hop may read at once; shared by all pipelines of an engine
 BUDGET = 4 << 20  # bytes one pipeline may read before the others have their turn
 EVENTS = 16384  # room for 4 events a node: pipelines of up to 4,000 nodes
+TIMERS = 1024  # so many are kept, cancelled ones among them, before these are looked for
 
 # What to do when epoll cannot watch one more descriptor.
 WATCH_HINTS = {
@@ -111,6 +112,7 @@ class Engine:
         self._tokens = itertools.count(1)
         self._targets: dict[int, Target] = {}
         self._timers: list[tuple[float, int, Timer]] = []
+        self._most_timers = TIMERS
         self._posted: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
@@ -202,9 +204,17 @@ class Engine:
 
     def later(self, seconds: float, action: Callable[[], None]) -> Timer:
         """Runs `action` once, `seconds` from now."""
+        if len(self._timers) >= self._most_timers:
+            self._forget_cancelled()
         timer = Timer(time.monotonic() + seconds, action)
         heapq.heappush(self._timers, (timer.due, next(self._tokens), timer))
         return timer
+
+    def _forget_cancelled(self) -> None:
+        """A limit of hours leaves a timer behind with each connection that was there for a moment."""
+        self._timers = [entry for entry in self._timers if entry[2].action is not None]
+        heapq.heapify(self._timers)
+        self._most_timers = max(TIMERS, 2 * len(self._timers))
 
     def watch(self, fd: int, mask: int, action: Callable[[int], None]) -> Watch:
         """Calls `action(mask)` whenever epoll says that `fd` is ready. Raises KernelError if epoll refuses."""

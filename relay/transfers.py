@@ -13,12 +13,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from relay.config.data import from_data
 from relay.config.models import Config, Route
-from relay.errors import RelayError, TransferCancelled, TransferError
+from relay.errors import RelayError, TransferCancelled, TransferError, UsageError
 from relay.journal.record import SessionRecord
 from relay.kernel import memfd
 from relay.sending.order import order
@@ -145,15 +145,17 @@ def send(
 ) -> Outcome:
     """Sends files, or bytes in memory, to every address in `to`, as `relay send` does; waits until it is done.
 
-    `source` is a path ("-": stdin), several of them (each a stream of its own, in order), or a buffer, which is
-    copied once before anything is sent. Amounts are numbers (bytes, bytes a second, seconds) or text with
-    units ("10MB/s"). Delivered means acknowledged by the receiver's kernel.
+    `source` is a path ("-": stdin), several of them (each a stream of its own, in order), or a buffer, whose bytes,
+    in C order, are copied once before anything is sent. Amounts are numbers (bytes, bytes a second, seconds) or
+    text with units ("10MB/s"). Delivered means acknowledged by the receiver's kernel.
 
     `progress` is called ten times a second with a Standing for each address. `cancel` ends it from another
     thread. Raises TransferError, whose `outcome` says what did arrive, when anything was not delivered
     (TransferCancelled when it was cancelled), unless `check` is False; UsageError for arguments that make
     no sense.
     """
+    if not _several(to):
+        raise UsageError("there is nobody to send to: `to` is empty")
     with ExitStack() as stack:
         names: dict[str, str] = {}
         files = [_path_of(one, stack, names) for one in _several(source)]
@@ -165,7 +167,11 @@ def send(
         sending = Sending(wanted, told, signals=False)
         if cancel is not None:
             stack.callback(cancel.attach(sending.cancel))
-        outcome = Outcome(sending.run(), tuple(told.results), tuple(sending.records))
+        code = sending.run()
+        records = (
+            replace(record, source=names.get(record.source, record.source)) for record in sending.records
+        )
+        outcome = Outcome(code, tuple(told.results), tuple(records))
     return outcome.check() if check else outcome
 
 
@@ -178,7 +184,14 @@ def _path_of(source: Any, stack: ExitStack, names: dict[str, str]) -> str:
     """A path to `source`; of a memfd that holds it, if it is a buffer."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
-    flat = memoryview(source).cast("B")
+    view = memoryview(source)
+    flat = (
+        memoryview(view.tobytes())
+        if not view.c_contiguous
+        else view.cast("B")
+        if view.nbytes
+        else memoryview(b"")
+    )
     fd = memfd.make("relay-send")
     stack.callback(os.close, fd)
     memfd.fill(fd, flat)

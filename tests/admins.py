@@ -10,6 +10,8 @@ from typing import Any
 
 from peers import PATIENCE
 
+Figures = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
 
 class OverUnix(http.client.HTTPConnection):
     """HTTP over a unix socket."""
@@ -48,7 +50,7 @@ def asked(
         connection.close()
 
 
-def figures(where: Path | int) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+def figures(where: Path | int) -> Figures:
     """What /metrics says: the value by name and labels."""
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -61,7 +63,7 @@ def figures(where: Path | int) -> dict[tuple[str, tuple[tuple[str, str], ...]], 
     }
 
 
-def figure(found: dict[tuple[str, tuple[tuple[str, str], ...]], float], name: str, **labels: str) -> float:
+def figure(found: Figures, name: str, **labels: str) -> float:
     """The sum of the samples of that name with these labels among theirs."""
     matching = [
         value

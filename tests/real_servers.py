@@ -113,7 +113,7 @@ def nginx(directory: Path) -> Iterator[tuple[int, Path]]:
     port, h2 = free_port(), free_port()
     (root / "h2").write_text(str(h2))
     common = (
-        f"root {root}; dav_methods PUT; client_max_body_size 1g; gzip on; gzip_types *; gzip_min_length 1;"
+        f"root {root}; dav_methods PUT; client_max_body_size 0; gzip on; gzip_types *; gzip_min_length 1;"
     )
     temporary = " ".join(
         f"{kind}_temp_path {directory}/{kind};"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import socket
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,11 @@ import pytest
 from admins import asked, figure, figures
 from peers import PATIENCE, eventually, payload, program, tcp_listener
 from relays import Process, environment, run_relay, serving
+
+from relay.endpoints import unix
+from relay.endpoints.address import Address
+from relay.endpoints.listening import Bound
+from relay.errors import SourceError
 
 SOCKET = "admin.sock"
 ADMIN = f"admin: {{socket: 'unix://{SOCKET}', http: 'tcp://127.0.0.1:0'}}\n"
@@ -398,3 +405,43 @@ def test_nobody_can_ask_who_may_not(served: Process, tmp_path: Path) -> None:
         check=False, cwd="/",
     )  # fmt: skip
     assert b"PermissionError" in done.stderr, done.stderr
+
+
+def test_of_those_who_find_a_stale_socket_one_replaces_it(tmp_path: Path) -> None:
+    """Many that begin at once at the same stale socket: one listens, the others find it answering and say so."""
+    address = Address.parse(f"unix://{tmp_path}/stale.sock")
+    for _ in range(30):
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(address.path)
+        found: list[Bound | SourceError] = []
+        together = threading.Barrier(4)
+
+        def begin(found: list[Bound | SourceError] = found, together: threading.Barrier = together) -> None:
+            together.wait()
+            try:
+                found += unix.bind(address, mode=0o600)
+            except SourceError as error:
+                found.append(error)
+
+        threads = [threading.Thread(target=begin) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (bound,) = [one for one in found if isinstance(one, Bound)]
+        assert bound.reachable
+        assert [one.errno for one in found if isinstance(one, SourceError)] == [errno.EADDRINUSE] * 3
+        bound.close()
+
+
+def test_check_and_plan_know_the_admin_sockets(tmp_path: Path) -> None:
+    """`relay check` says what this machine lacks for them, `relay plan` counts their descriptors."""
+    path = tmp_path / "a.yaml"
+    path.write_text(INBOX)
+    without = json.loads(run_relay("plan", "--format", "json", path, cwd=tmp_path).stdout)
+    path.write_text("admin: {socket: 'unix://missing/a.sock', http: 'tcp://127.0.0.1:9464'}\n" + INBOX)
+    done = run_relay("check", path, cwd=tmp_path)
+    assert done.returncode == 0
+    assert b"admin: unix://missing/a.sock: the directory missing cannot be used" in done.stderr
+    counted = json.loads(run_relay("plan", "--format", "json", path, cwd=tmp_path).stdout)
+    assert counted["needs"]["descriptors"] - without["needs"]["descriptors"] == 2 + 1 + 16

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from admins import figure, figures
+from admins import Figures, figure, figures
 from peers import PATIENCE, accept, eventually, payload, tcp_listener, wait_for
 from relays import RELAY, Process, environment, run_relay, serving
 
@@ -64,6 +64,8 @@ def test_a_throttle_changes_under_a_stream(served: Process, tmp_path: Path) -> N
                 done = set_(tmp_path, "slow", "throttle#1", "rate=100MB/s", "burst=1MB")
                 assert done.returncode == 0, done.stderr
                 assert done.stdout == b"slow: throttle#1: burst 1000 -> 1000000, rate 20000 -> 100000000\n"
+                text = run_relay("status", "--admin", SOCKET, cwd=tmp_path).stdout
+                assert b"throttle#1 rate=100000000 burst=1000000" in text
             began = time.monotonic()
             assert sock.recv(1) == b""
             assert time.monotonic() - began < 10
@@ -157,3 +159,46 @@ def test_top_on_a_terminal(served: Process, tmp_path: Path) -> None:
         os.close(near)
         if far >= 0:
             os.close(far)
+
+
+def test_stages_of_both_ways_of_a_duplex_route(tmp_path: Path) -> None:
+    """The throttles there and back change under a session that is open; the records say how long connecting took."""
+    with tcp_listener() as (listening, address):
+        config = f"""admin: {{socket: 'unix://{SOCKET}'}}
+drain: 0s
+routes:
+  web:
+    source: {{listen: 'tcp://127.0.0.1:0'}}
+    duplex: true
+    stages: [throttle: {{rate: 10kB/s, burst: 1kB}}]
+    replies: [throttle: {{rate: 10kB/s, burst: 1kB}}]
+    sink: {{connect: '{address}'}}
+"""
+        with serving(config, tmp_path) as process:
+            process.said("ready")
+            with socket.create_connection(("127.0.0.1", process.port()), timeout=PATIENCE) as client:
+                with accept(listening) as server:
+                    server.settimeout(PATIENCE)
+                    for number, (giver, taker) in enumerate(((client, server), (server, client)), 1):
+                        giver.sendall(payload(number, 500_000))
+                        giver.shutdown(socket.SHUT_WR)
+                        done = set_(tmp_path, "web", f"throttle#{number}", "rate=1GB/s", "burst=1MB")
+                        assert done.returncode == 0, done.stderr
+                        began = time.monotonic()
+                        got = b""
+                        while piece := taker.recv(1 << 20):
+                            got += piece
+                        assert got == payload(number, 500_000)
+                        assert time.monotonic() - began < 10
+            (record,) = process.sessions()
+            assert 0 < record["sinks"][0]["connect_seconds"] < 5
+            found = eventually(lambda: over(tmp_path), "it is counted")
+            assert figure(found, "relay_route_received_bytes_total") == 500_000
+            assert figure(found, "relay_route_returned_bytes_total") == 500_000
+            assert figure(found, "relay_sink_connect_duration_seconds_count") == 1
+
+
+def over(tmp_path: Path) -> Figures | None:
+    """The figures, once a session is over."""
+    found = figures(tmp_path / SOCKET)
+    return found if any(name == "relay_sessions_total" for name, _labels in found) else None

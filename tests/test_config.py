@@ -443,7 +443,7 @@ R = "routes: {a: {source: '-', sink: 'null:'}}\n"
     ("text", "place", "said"),
     [
         ("engine: 2", "2:1", "unknown key 'engine'; did you mean 'engines'?"),
-        ("zebra: 2", "2:1", "unknown key 'zebra'; known here: routes, admin, engines, drain"),
+        ("zebra: 2", "2:1", "unknown key 'zebra'; known here: routes, admin, confine, engines, drain"),
         ("engines: 0", "2:10", "must be at least 1, got the number 0"),
         ("engines: 2.0", "2:10", "expected a whole number, got the number 2.0"),
         ("engines: true", "2:10", "expected a whole number, got true"),

@@ -1,99 +1,45 @@
-"""What the documents tell people to type works as printed.
-
-In README.md and docs/*.md an HTML comment right before a fence says what it is for: `<!-- run -->` runs it,
-`<!-- file: NAME -->` saves it as NAME. The fences of a document share a scratch directory, in order.
-"""
+"""What the documents tell people to type works as printed: README.md and docs/, marked as tests/documents.py says."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARKER = re.compile(r"<!-- (?:(run)|file: ([\w.-]+)) -->")
-LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
-
-
-class Block(NamedTuple):
-    """A marked fence: `text` to run, or to save as `file` if that is not empty; `line` is its marker's."""
-
-    line: int
-    file: str
-    text: str
-
-
-def marked_blocks(text: str) -> list[Block]:
-    """The marked fences of a document; ValueError for a marker without a fence or a fence without an end."""
-    lines = text.splitlines()
-    blocks: list[Block] = []
-    number = 0
-    while number < len(lines):
-        fence = re.match(r"(`{3,})", lines[number])
-        marker = MARKER.fullmatch(lines[number])
-        if marker:
-            number += 1
-            fence = re.match(r"(`{3,})", lines[number]) if number < len(lines) else None
-            if fence is None:
-                raise ValueError(f"line {number}: no fence after {marker[0]}")
-        if fence:
-            start = number + 1
-            while (number := number + 1) < len(lines) and lines[number].strip() != fence[1]:
-                pass
-            if number == len(lines):
-                raise ValueError(f"line {start}: a fence without an end")
-            if marker:
-                blocks.append(Block(start - 1, marker[2] or "", "\n".join(lines[start:number]) + "\n"))
-        number += 1
-    return blocks
-
-
-def run_blocks(blocks: list[Block], scratch: Path, env: dict[str, str]) -> None:
-    """Saves and runs `blocks` in order in `scratch`; AssertionError tells the first that fails."""
-    for block in blocks:
-        if block.file:
-            (scratch / block.file).write_text(block.text)
-            continue
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block.text],
-            cwd=scratch,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=50,
-            check=False,
-        )
-        assert done.returncode == 0, f"line {block.line}: exit {done.returncode}\n{block.text}\n{done.stdout}"
+from docker import docker
+from documents import DOCUMENTS, LINK, ROOT, Block, commands, marked_blocks, run_blocks
 
 
 def runnable() -> list[Path]:
     """The documents that have something to run."""
-    return [path for path in DOCUMENTS if any(not block.file for block in marked_blocks(path.read_text()))]
+    return [
+        path
+        for path in DOCUMENTS
+        if any(block.kind in ("run", "start") for block in marked_blocks(path.read_text()))
+    ]
 
 
-@pytest.mark.parametrize("document", runnable(), ids=lambda path: path.name)
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.timeout(400)  # a tutorial is many commands, and the image may have to be built
+@pytest.mark.parametrize("document", runnable(), ids=_name)
 def test_a_documents_commands_work(document: Path, tmp_path: Path) -> None:
-    """The commands that a document marks as runnable succeed, in order, in an empty directory."""
-    binaries = Path(sys.executable).parent
-    if shutil.which("relay", path=str(binaries)) is None:
-        pytest.skip(f"no relay command in {binaries}: pip install -e '.[test]' puts it there")
-    run_blocks(
-        marked_blocks(document.read_text()),
-        tmp_path,
-        {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}"},
-    )
+    """The commands that a document marks succeed, in order, in an empty directory, and say what it shows."""
+    blocks, env = marked_blocks(document.read_text()), commands(tmp_path)
+    with contextlib.ExitStack() as cleanup:
+        if any(block.text.startswith("docker ") for block in blocks):
+            made = tmp_path.parent / f"{tmp_path.name}-docker"
+            made.mkdir()
+            env |= cleanup.enter_context(docker(made))
+            env["PATH"] = f"{made}:{env['PATH']}"
+        run_blocks(blocks, tmp_path, env)
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=_name)
 def test_a_documents_links_lead_somewhere(document: Path) -> None:
     """Every link into the repository names a file that is there."""
     links = [link.partition("#")[0] for link in LINK.findall(document.read_text())]
@@ -109,6 +55,16 @@ def test_readme_has_the_blocks_that_ci_runs() -> None:
         assert lines[at + 1] == "```sh"
         assert lines[at + 3] == "```"
 
+
+def test_the_tutorial_installs_relay_as_readme_does() -> None:
+    """What the tutorial has people install is the beginning of README's first command, which .ci/run runs."""
+    readme = (ROOT / "README.md").read_text().splitlines()
+    command = readme[readme.index("<!-- install -->") + 2].removesuffix(" && relay serve")
+    assert "pip install ." in command
+    assert f"```sh\n{command}\n```" in (ROOT / "docs" / "tutorial.md").read_text()
+
+
+# -- what runs them
 
 SAMPLE = """\
 text
@@ -126,19 +82,34 @@ false # not marked
 false # inside another fence
 ```
 ````
-<!-- run -->
+<!-- start here: listening -->
+```sh
+echo listening
+exec sleep 60
+```
+<!-- run within 5s -->
 ```sh
 grep -c . a.txt > count
 test "$(cat count)" = 2
+echo "it has $(cat count) lines"
 ```
+<!-- says -->
+```
+it has ... lines
+```
+<!-- stop here -->
 """
 
 
 def test_marked_fences_are_found_and_others_left_alone() -> None:
-    """Marked fences come with line, name and text; unmarked ones and markers inside a fence do not count."""
+    """Marked fences come with line, kind and text; unmarked ones and markers inside a fence do not count."""
+    counting = 'grep -c . a.txt > count\ntest "$(cat count)" = 2\necho "it has $(cat count) lines"\n'
     assert marked_blocks(SAMPLE) == [
-        Block(2, "a.txt", "one\ntwo\n"),
-        Block(16, "", 'grep -c . a.txt > count\ntest "$(cat count)" = 2\n'),
+        Block(2, "file", "one\ntwo\n", name="a.txt"),
+        Block(16, "start", "echo listening\nexec sleep 60\n", "listening", "here"),
+        Block(21, "run", counting, "5"),
+        Block(27, "says", "it has ... lines\n"),
+        Block(31, "stop", "", name="here"),
     ]
 
 
@@ -151,9 +122,44 @@ def test_a_marker_that_marks_nothing_is_an_error(text: str) -> None:
         marked_blocks(text)
 
 
+def test_every_comment_that_looks_like_a_marker_is_one() -> None:
+    """No document has a fence that a slip in its comment keeps from being run, but README's, which .ci/run runs."""
+    ours = re.compile(r"<!-- (run|start|stop|says|file)\b.*-->")
+    for document in DOCUMENTS:
+        wanted = [line for line in document.read_text().splitlines() if ours.match(line)]
+        assert len(wanted) == len(marked_blocks(document.read_text())), document
+
+
 def test_blocks_share_a_directory_and_a_failing_one_is_told(tmp_path: Path) -> None:
     """Saved files are there for the commands that follow; a failing one is told, line and output."""
     run_blocks(marked_blocks(SAMPLE), tmp_path, dict(os.environ))
     assert (tmp_path / "count").read_text() == "2\n"
     with pytest.raises(AssertionError, match=r"line 7: exit 3(.|\n)*said so"):
-        run_blocks([Block(7, "", "echo said so; (exit 3); true\n")], tmp_path, dict(os.environ))
+        run_blocks([Block(7, "run", "echo said so; (exit 3); true\n")], tmp_path, dict(os.environ))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "said"),
+    [
+        ([Block(1, "start", "echo no\n", "ready")], "line 1: it ended without saying 'ready'"),
+        (
+            [Block(1, "run", "echo a; echo b\n"), Block(4, "says", "b\na\n")],
+            "line 4: 'a' was not said",
+        ),
+        ([Block(1, "run", "echo again >> tries; false\n", "1")], "line 1: exit 1"),
+    ],
+    ids=["a terminal that ends", "lines in another order", "in vain for a second"],
+)
+def test_what_is_not_said_or_never_works_is_told(blocks: list[Block], said: str, tmp_path: Path) -> None:
+    """A terminal that never says what is waited for, another output than the one printed, and a command that goes on
+    failing are failures."""
+    with pytest.raises(AssertionError, match=said):
+        run_blocks(blocks, tmp_path, dict(os.environ))
+
+
+def test_a_terminal_is_closed_in_the_end(tmp_path: Path) -> None:
+    """What a document started and did not end gets SIGTERM."""
+    waiting = "trap 'echo ended > ended; exit' TERM\necho waits\nwhile :; do read -rt 60 <> fifo || :; done\n"
+    os.mkfifo(tmp_path / "fifo")
+    run_blocks([Block(1, "start", waiting, "waits")], tmp_path, dict(os.environ))
+    assert (tmp_path / "ended").read_text() == "ended\n"

@@ -23,6 +23,7 @@ from relay.errors import KernelError
 from relay.kernel.pipe import Pipe
 
 A_USER = 61_235  # nobody else's, so that its budget of pipe pages is all ours
+FILLED_BY_FILES = ("pipe", "unix", "tcp")
 SOMETHING = {"type": ["number", "null"]}
 DOCUMENTED = {
     "type": "object",
@@ -41,13 +42,14 @@ DOCUMENTED = {
             "type": "array",
             "items": {
                 "type": "object",
-                "required": ["from", "to", "way", "result", "gb_s", "cpu_s_per_gb"],
+                "required": ["from", "to", "way", "result", "gb_s", "cpu_s_per_gb", "references"],
                 "properties": {
-                    "from": {"enum": ["memory", "file", "memfd", "pipe", "unix", "tcp"]},
+                    "from": {"enum": ["memory", "file", "memfd", "pipe", "unix", "tcp", "process"]},
                     "to": {"enum": ["pipe", "unix", "tcp", "file", "memfd", "process"]},
                     "result": {"enum": ["shared", "copied", "denied"]},
                     "gb_s": SOMETHING,
                     "cpu_s_per_gb": SOMETHING,
+                    "references": {"enum": ["held", "none", None]},
                 },
             },
         },
@@ -85,6 +87,12 @@ def test_every_row_is_found_out() -> None:
     assert code == 0
     Draft202012Validator(DOCUMENTED).validate(document)
     assert results(document) == {cell: expected(*cell) for cell in cells()}
+    counted = {"shared": "held", "copied": "none"}
+    for row in document["matrix"]:  # what an anonymous page or a file's is referred to by, nobody tells
+        apart = row["from"] in ("file", "process") or (
+            row["to"] == "process" and row["from"] in FILLED_BY_FILES
+        )
+        assert row["references"] == (None if apart else counted[row["result"]])
     assert all(row["gb_s"] > 0 and row["cpu_s_per_gb"] > 0 for row in document["matrix"])
 
 
@@ -165,6 +173,16 @@ def test_neither_bytes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Pages, "change", half)
     with pytest.raises(KernelError, match="neither what was sent"):
         path.examine("file", "pipe", "splice", tmp_path, 0.001)
+
+
+def test_two_evidences_that_disagree_are_a_failure() -> None:
+    """Where the bytes say one thing and the references another, neither is believed."""
+    row = path.Found("memfd", "pipe", "splice", "shared")
+    assert row.agreeing(True).references == "held"
+    assert row.agreeing(None).references is None
+    for result, held in (("shared", False), ("copied", True)):
+        with pytest.raises(KernelError, match="the bytes say"):
+            path.Found("memfd", "pipe", "splice", result, 1.0).agreeing(held)  # type: ignore[arg-type]
 
 
 def test_a_failure_is_told_and_the_rest_goes_on(

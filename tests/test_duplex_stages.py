@@ -44,7 +44,9 @@ from peers import (
 from stories import MIXES, both_at_once, play
 
 from relay.config.data import from_data
+from relay.config.load import loads
 from relay.endpoints import tcp
+from relay.errors import ConfigErrors
 from relay.kernel.probe import machine
 from relay.planning.plan import make_plan
 
@@ -103,6 +105,42 @@ def reading(path: Path) -> Iterator[list[bytes]]:
     thread = in_background(read)
     yield got
     thread.join(PATIENCE)
+
+
+# -- what a mirror cannot be
+
+
+@pytest.mark.parametrize("which", ["stages", "replies"])
+@pytest.mark.parametrize(
+    ("to", "place", "words"),
+    [
+        ("{listen: 'tcp://:3'}", "listen: 'tcp://:3'", "can be listened on once only; connect instead"),
+        ("'-'", "'-'", "would mix in '-'; write a file with {id} in its name"),
+        ("{fd: 3}", "{fd: 3}", "would mix in 'fd://3'"),
+        ("{file: x.bin}", "{file: x.bin}", "names one file for all; put {id} in the name"),
+        ("'{route}.bin'", "'{route}.bin'", "names one file for all; put {id} in the name"),
+    ],
+)
+def test_a_mirror_that_sessions_could_not_share_is_refused(
+    which: str, to: str, place: str, words: str
+) -> None:
+    """Each session has mirrors of its own: what only one can have is refused, at its place, within branches too."""
+    for tee in (f"tee: {{to: {to}}}", f"tee: {{stages: [tee: {{to: {to}}}], to: 'null:'}}"):
+        head = "routes:\n  r:\n    source: 'tcp://:1'\n    sink: 'tcp://h:2'\n    duplex: true\n"
+        text = f"{head}    {which}:\n    - {tee}\n"
+        with pytest.raises(ConfigErrors) as caught:
+            loads(text)
+        (error,) = caught.value.errors
+        assert words in str(error)
+        assert text.splitlines()[error.line - 1][error.column - 1 :].startswith(place)
+
+
+def test_two_logs_of_one_name_are_refused_across_directions() -> None:
+    """A mirror of the requests and one of the replies that would keep one log on disk: refused."""
+    tee = "[tee: {to: 'tcp://h:3', on_slow: {policy: spill, directory: d}}]"
+    text = f"routes: {{r: {{source: 'tcp://:1', sink: 'tcp://h:2', duplex: true, stages: {tee}, replies: {tee}}}}}"
+    with pytest.raises(ConfigErrors, match="keeps its log there already"):
+        loads(text)
 
 
 # -- mirrors have what went each way
@@ -201,6 +239,7 @@ def test_sessions_are_recorded_into_files_of_their_own(tmp_path: Path, policy: s
                 assert to.read_text() == f"question {number}"
                 assert back.read_text() == f"answer {number}"
                 assert record.result == "delivered"
+                assert [one.path for one in record.sinks if one.path] == [str(to), str(back)]
 
 
 # -- a mirror is in nobody's way
@@ -214,8 +253,7 @@ POLICIES = {
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("method", ["copy", "zero-copy"])
-@pytest.mark.parametrize("which", ["stages", "replies"])
+@pytest.mark.parametrize(("which", "method"), [("stages", "copy"), ("replies", "zero-copy")])
 def test_a_stalled_mirror_slows_nobody(tmp_path: Path, policy: str, method: str, which: str) -> None:
     """A mirror that reads nothing at all: 48 MiB pass each way, beside it; then the sockets are closed."""
     size = 48 << 20
@@ -427,6 +465,42 @@ def test_random_schedules(tmp_path: Path, source: str, sink: str, method: str) -
             assert_same(back.got[seed], streams[1])
 
 
+@pytest.mark.parametrize("method", ["auto", "copy", "zero-copy"])
+def test_random_schedules_with_hostile_mirrors(tmp_path: Path, method: str) -> None:
+    """Mirrors that refuse, read nothing, or reset at some moment, under policies that hold nobody: whatever the
+    schedule, both parties get all of it, and clean ends."""
+    with Mirror(tmp_path, deaf=True) as deaf, tcp_listener() as (listening, address):
+        for seed in range(EXAMPLES):
+            rng = random.Random(seed)
+            policies = [*POLICIES.values()][:2]
+            mirrors = [{"to": refused_address()}, {"to": deaf.address}, {"to": "null:"}]
+            stages = {
+                which: [
+                    {"tee": {**rng.choice(mirrors), "on_slow": rng.choice(policies)}}
+                    for _ in range(rng.randint(0 if which == "replies" else 1, 3))
+                ]
+                for which in ("stages", "replies")
+            }
+            source = {"listen": "tcp://127.0.0.1:0"}
+            with Duplex(source, {"connect": address}, method=method, **stages) as duplex:
+                with connected(duplex.address) as client, accept(listening) as server:
+                    cruel = in_background(_reset_one, deaf, rng.random() * 0.02)
+                    play(rng, client, server)
+                    cruel.join(PATIENCE)
+                duplex.engines[0].post(lambda one=duplex: one.route.abort("enough"))
+                record = duplex.record()
+                assert record.ended_by in ("source", "sinks"), (seed, record.reason)
+                assert (record.result, record.reason) in (("delivered", ""), ("partial", "")), seed
+                assert record.back_lost == 0
+
+
+def _reset_one(deaf: Mirror, after: float) -> None:
+    """One of its connections, if there is one by then."""
+    select.select([], [], [], after)
+    if deaf.held:
+        reset(deaf.held.pop())
+
+
 @pytest.mark.parametrize("method", ["copy", "zero-copy"])
 def test_segments_of_one_byte(tmp_path: Path, method: str) -> None:
     """Thousands of one-byte segments that wait for a reader, more than any pipe has slots, all arrive."""
@@ -564,11 +638,10 @@ def test_a_name_that_nobody_knows_resets_the_client() -> None:
 # -- resets
 
 
-@pytest.mark.parametrize("shape", ["plain", "mirrored"])
 @pytest.mark.parametrize("who", ["client", "server"])
-def test_a_reset_reaches_a_side_that_does_not_read(tmp_path: Path, who: str, shape: str) -> None:
+def test_a_reset_reaches_a_side_that_does_not_read(tmp_path: Path, who: str) -> None:
     """A party that resets while the other one takes nothing: that one hears of it within seconds, not never."""
-    with relayed("tcp", "tcp", tmp_path, **({} if shape == "plain" else BOTH)) as (client, server, duplex):
+    with relayed("tcp", "tcp", tmp_path, **BOTH) as (client, server, duplex):
         bad, good = (client, server) if who == "client" else (server, client)
         bad.settimeout(0.5)
         with pytest.raises(TimeoutError):
@@ -578,6 +651,45 @@ def test_a_reset_reaches_a_side_that_does_not_read(tmp_path: Path, who: str, sha
         assert record.result == "failed"
         assert record.ended_by == ("source" if who == "client" else "sinks")
         assert outcome(good)[1] == "ConnectionResetError"
+
+
+@pytest.mark.parametrize("shape", ["plain", "mirrored"])
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_a_reset_behind_a_half_close_passes(tmp_path: Path, who: str, shape: str) -> None:
+    """A party ends its stream, and then resets while the other one is silent: that one hears of both, in seconds."""
+    with relayed("tcp", "tcp", tmp_path, **({} if shape == "plain" else BOTH)) as (client, server, duplex):
+        bad, good = (client, server) if who == "client" else (server, client)
+        bad.sendall(b"last words")
+        bad.shutdown(socket.SHUT_WR)
+        assert outcome(good) == (b"last words", "end")
+        reset(bad)
+        record = duplex.record()
+        assert (record.result, record.ended_by) == ("failed", "source" if who == "client" else "sinks")
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            good.sendall(b"nobody hears this")
+
+
+@pytest.mark.parametrize("shape", ["plain", "mirrored"])
+def test_what_a_party_sent_before_it_broke_is_delivered_before_the_reset(tmp_path: Path, shape: str) -> None:
+    """A server fills everything up to the client and is gone; the client says something, which goes nowhere. Then it
+    reads: all that the server sent is there, to the last byte, and then a reset, for nobody had its words."""
+    with relayed("tcp", "unix", tmp_path, **({} if shape == "plain" else BOTH)) as (client, server, duplex):
+        data = payload(7, 64 << 20)
+        server.settimeout(0.3)
+        sent = 0
+        with contextlib.suppress(TimeoutError):
+            while sent < len(data):
+                sent += server.send(data[sent : sent + (1 << 20)])
+        assert sent < len(data)
+        server.close()
+        client.sendall(b"words")
+        select.select([], [], [], 0.2)
+        got, end = outcome(client)
+        assert_same(got, data[:sent])
+        assert end == "ConnectionResetError"
+        record = duplex.record()
+        assert (record.result, record.ended_by, record.back) == ("failed", "sinks", sent)
+        assert "EPIPE" in record.reason
 
 
 def test_the_mirror_of_a_session_that_broke_is_told(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("aio",),
     ("transfers", "admin"),
     ("serving", "sending", "planning", "doctor", "bench"),
+    ("confinement",),
     ("config", "duplex"),
     ("spill",),
     ("pipeline",),

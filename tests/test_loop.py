@@ -7,6 +7,7 @@ import random
 import select
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from descriptors import Descriptors
 from line import Line
 from peers import assert_same, payload, read_all
 
-from relay.engine import Engine
+from relay.engine import TIMERS, Engine
 from relay.kernel import core
 from relay.kernel.ring import Reader, Ring
 
@@ -266,3 +267,16 @@ def test_a_wait_ends_when_it_is_due_and_not_before(engine: Engine, coarse: int) 
     assert min(took) >= 0.0005
     assert min(took) < (0.0009 if not coarse else 0.01)
     assert turns <= 60
+
+
+def test_timers_that_were_cancelled_are_not_kept(engine: Engine) -> None:
+    """Ten thousand that were due in an hour leave no more than TIMERS behind; the others run, in order."""
+    ran: list[int] = []
+    wanted = [engine.later(0.2 - number / 1e3, partial(ran.append, number)) for number in range(100)]
+    for _ in range(10_000):
+        engine.later(3600.0, list).cancel()
+    assert len(wanted) <= len(engine._timers) <= TIMERS
+    end = time.monotonic() + 5
+    while len(ran) < len(wanted) and time.monotonic() < end:
+        engine.turn(0.01)
+    assert ran == list(reversed(range(100)))

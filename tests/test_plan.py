@@ -450,7 +450,7 @@ def test_the_text_draws_a_tree() -> None:
 def test_json_has_stable_keys() -> None:
     """The keys of the JSON form are a promise to scripts."""
     data = json.loads(json.dumps(drawing.as_data(make_plan(load_default(), PLAIN))))
-    assert list(data) == ["engines", "needs", "limits", "calls", "routes"]
+    assert list(data) == ["engines", "needs", "limits", "calls", "routes", "confined"]
     (route,) = data["routes"]
     assert list(route) == [
         "name", "method", "crossing", "turns", "duplex", "streams", "waiting", "source", "chain", "holds", "needs",

@@ -136,6 +136,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@pytest.mark.timeout(60 + LARGE / 10e6)
 def test_curl_and_nginx(site: tuple[Through, Path], tmp_path: Path) -> None:
     """A large download and the same back as an upload, a range, answers and requests in chunks, five requests over one
     connection."""
@@ -290,6 +291,7 @@ def test_ssh_scp_and_rsync(tmp_path: Path) -> None:
 # -- websockets
 
 
+@pytest.mark.timeout(LONG_IDLE + 60)
 def test_websockets(tmp_path: Path) -> None:
     """Many websockets that are idle for long, then talk: every one is still there; large messages in both directions,
     pings of the servers' own, and each side's goodbye."""

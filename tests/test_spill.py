@@ -398,6 +398,7 @@ def test_a_drain_that_is_cut_short_says_what_waits(tmp_path: Path, connections: 
             drain="200ms", connections=connections, address=receiver.address, directory=directory
         )
         with serving(config, tmp_path) as served:
+            served.said("ready")
             with socket.create_connection(("127.0.0.1", served.port())) as source:
                 source.sendall(data)
                 source.shutdown(socket.SHUT_WR)
@@ -424,6 +425,7 @@ def test_a_drain_that_is_cut_short_says_what_waits(tmp_path: Path, connections: 
             return
         with serving(config, tmp_path) as served:
             served.said("of an earlier run go on to")
+            served.said("ready")
             receiver.up()
             assert_same(receiver.read(len(data)), data)
             served.signal(signal.SIGTERM)

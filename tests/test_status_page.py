@@ -9,11 +9,19 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
 from admins import asked
 from browser import browser
 from peers import PATIENCE, eventually, payload, tcp_listener
-from relays import serving
+from relays import ROOT, serving
 from test_admin import SOCKET, http_port, send
+
+from relay.admin.picture import picture
+from relay.admin.status import RouteStatus, SinkStatus
+from relay.admin.streams import known_sinks
+from relay.config.load import load
+from relay.kernel.probe import machine
+from relay.planning.plan import make_plan
 
 ADMIN = f"admin: {{socket: 'unix://{SOCKET}', http: 'tcp://127.0.0.1:0'}}\n"
 EVIL = "<script>alert(1)</script>"
@@ -110,6 +118,25 @@ def test_nothing_that_others_named_becomes_markup(tmp_path: Path) -> None:
             assert "<img" not in html
             assert not re.search(r"(src|href)=[\"']?(https?:)?//", html)
             assert re.findall(r"https?://[^\"]*", html.replace("http://www.w3.org/2000/svg", "")) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_route_can_be_drawn(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a plan has, its picture shows: no two boxes in one place, every sink's address, and sound XML."""
+    for variable in re.findall(r"\$\{(\w+)\}", path.read_text()):
+        monkeypatch.setenv(variable, "x")
+    config = load(path)
+    for plan in make_plan(config, machine()).routes:
+        sinks = tuple(
+            SinkStatus(name, where, policy) for name, where, policy in known_sinks(config.routes[plan.name])
+        )
+        status = RouteStatus(plan.name, "waiting", plan.duplex, "", (), 0, 0, 0, 0, 0, {}, sinks, (), ())
+        svg = ElementTree.fromstring(picture(plan, status))
+        spots = [(box.get("x"), box.get("y")) for box in svg.iter("{http://www.w3.org/2000/svg}rect")]
+        assert len(set(spots)) == len(spots) >= 2
+        told = words(svg)
+        for sink in sinks:
+            assert sink.address in told
 
 
 def test_a_thousand_routes(tmp_path: Path) -> None:

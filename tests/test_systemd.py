@@ -28,6 +28,7 @@ from relays import ROOT, environment, relay, run_relay, serving
 from relay.config.data import from_data
 from relay.endpoints.address import Address
 from relay.errors import ConfigErrors
+from relay.kernel.confine import calls
 from relay.serving.notify import Notifier
 
 UNITS = ROOT / "deploy" / "systemd"
@@ -49,6 +50,15 @@ def ask(port: int, data: bytes = b"question") -> socket.socket:
     sock.sendall(data)
     sock.shutdown(socket.SHUT_WR)
     return sock
+
+
+def stopped(pid: int) -> bool:
+    """Whether no thread of it runs any more."""
+    states = [
+        (task / "stat").read_text().rpartition(")")[2].split()[0]
+        for task in Path(f"/proc/{pid}/task").iterdir()
+    ]
+    return set(states) == {"T"}
 
 
 def test_a_one_way_route_takes_the_socket_of_a_name(tmp_path: Path) -> None:
@@ -126,6 +136,7 @@ def test_who_waits_at_a_passed_socket_is_the_next_relays(tmp_path: Path) -> None
         with activated(limited, tmp_path, [("web", web)]) as served:
             served.said("ready")
             os.kill(served.pid, signal.SIGSTOP)
+            eventually(lambda: stopped(served.pid), "every thread has stopped")
             with ask(port_of(web), b"later") as second:
                 os.kill(served.pid, signal.SIGKILL)
                 served.wait()
@@ -280,6 +291,20 @@ def test_an_idle_relay_ends_and_one_in_use_does_not(tmp_path: Path) -> None:
             assert served.wait() == 0
 
 
+def test_whoever_watches_a_broadcast_keeps_relay_up(tmp_path: Path) -> None:
+    """A viewer that waits for a stream is somebody who needs relay; when it leaves relay is idle."""
+    with manager(tmp_path) as told, listener() as out:
+        text = 'routes: {r: {source: "tcp://127.0.0.1:0", sink: {listen: "systemd://out"}}}\n'
+        with activated(text, tmp_path, [("out", out)], told, ["--exit-idle", "300ms"]) as served:
+            with socket.create_connection(("127.0.0.1", port_of(out))):
+                told.hear("READY")
+                until = time.monotonic() + 0.9
+                eventually(lambda: time.monotonic() > until, "three times the idle time has passed")
+                assert served.process.poll() is None
+            assert "nobody has needed relay" in told.hear("STOPPING")["STATUS"]
+            assert served.wait() == 0
+
+
 def test_exit_idle_wants_a_time(tmp_path: Path) -> None:
     """What is no time, or none at all, is a wrong command line."""
     for text in ("soon", "0s"):
@@ -364,3 +389,39 @@ def test_the_configurations_beside_the_units_are_right(config: str, tmp_path: Pa
     """relay check takes the configuration that each unit names."""
     done = run_relay("check", UNITS / config, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_units_allow_every_call_that_relay_makes() -> None:
+    """What SystemCallFilter= leaves, as systemd itself lists it, holds all that relay's own filter allows.
+
+    But for changing owners: a unit has its user from the start, and the socket unit has SocketUser=.
+    """
+    analyze = program("systemd-analyze")
+
+    def names(group: str) -> set[str]:
+        said = subprocess.run(
+            [analyze, "syscall-filter", "--no-pager", group], capture_output=True, text=True
+        )
+        found: set[str] = set()
+        for line in said.stdout.splitlines()[1:]:
+            word = line.strip()
+            if word.startswith("@"):
+                found |= names(word)
+            elif word and not word.startswith("#"):
+                found.add(word)
+        return found
+
+    for unit in sorted(UNITS.glob("*.service")):
+        allowed: set[str] = set()
+        for line in unit.read_text().splitlines():
+            key, _equals, value = line.partition("=")
+            if key == "SystemCallFilter":
+                listed = [
+                    names(word) if word.startswith("@") else {word} for word in value.lstrip("~").split()
+                ]
+                allowed = (
+                    allowed - set.union(*listed) if value.startswith("~") else allowed | set.union(*listed)
+                )
+        assert "splice" in allowed
+        missing = {name for name in calls() if name not in allowed}
+        assert missing <= {"chown", "lchown", "fchown", "fchownat"}, (unit.name, missing)

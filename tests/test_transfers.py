@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import signal
 import socket
@@ -264,3 +265,24 @@ def test_asyncio(file: Path, tmp_path: Path) -> None:
 
     asyncio.run(main())
     assert len(list(tmp_path.glob("in-*"))) == 3
+
+
+def test_whatever_order_memory_is_in(tmp_path: Path) -> None:
+    """A buffer that is not contiguous is sent in the order of its own bytes, an empty one as an empty stream."""
+    for view in (memoryview(bytes(range(100)))[::3], memoryview(b"")[:0], memoryview(b"").cast("B")):
+        outcome = relay.send(view, tmp_path / "out")
+        assert (tmp_path / "out").read_bytes() == view.tobytes()
+        assert outcome.records[0].source == "memory"
+
+
+def test_nobody_to_send_to(file: Path) -> None:
+    """An empty list of addresses is a mistake, and no address that was never given is used in its place."""
+    with pytest.raises(relay.UsageError, match="nobody to send to"):
+        relay.send(file, [])
+
+
+def test_the_twins_take_the_same_options() -> None:
+    """What relay.aio names as options are those of relay.send and relay.run, all of them."""
+    for twin, options in ((relay.send, aio.SendOptions), (relay.run, aio.RunOptions)):
+        keyword = [one for one in inspect.signature(twin).parameters.values() if one.kind is one.KEYWORD_ONLY]
+        assert set(options.__annotations__) == {one.name for one in keyword}

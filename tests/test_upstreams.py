@@ -249,6 +249,46 @@ def test_a_good_check_ends_an_ejection() -> None:
     assert one.state == "up"
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_happens_the_counts_are_right(seed: int) -> None:
+    """Connects, failures, trials, goodbyes and checks in any order, in any number at once: sessions are counted, one
+    trial at a time is let in, and an upstream that only good things happen to is up in the end."""
+    chance = random.Random(seed)
+    one, now = upstream(1), 1.0
+    connecting: list[Any] = []
+    open_: list[Any] = []
+    for _ in range(400):
+        now += chance.choice([0.0, 0.001, 0.05, 1.0, 20.0])
+        what = chance.random()
+        if what < 0.4:
+            ejected = one.state == "ejected"
+            if one.usable(now) or chance.random() < 0.1:  # the least bad one is asked for more
+                connecting.append(one.begin(now, []))
+                assert connecting[-1].trial == (ejected or (one.state == "down" and one._ejected))
+                assert not (ejected and one.usable(now))
+        elif what < 0.6 and connecting:
+            attempt = connecting.pop(chance.randrange(len(connecting)))
+            if chance.random() < 0.5:
+                one.refused(attempt, chance.choice([errno.ECONNREFUSED, errno.ETIMEDOUT, errno.EAGAIN]), now)
+            else:
+                if attempt.trial:
+                    one.connected(attempt, now)
+                open_.append(attempt)
+        elif what < 0.8 and open_:
+            one.leave(open_.pop(chance.randrange(len(open_))))
+        else:
+            one.checked(chance.choice(["", "it is ill"]), now - chance.random(), now, 3, 2)
+        assert one.sessions == len(connecting) + len(open_)
+        assert one._trials == sum(attempt.trial for attempt in connecting + open_)
+    for attempt in connecting + open_:
+        one.leave(attempt)
+    assert (one.sessions, one._trials) == (0, 0)
+    for _ in range(2):
+        one.checked("", now + 1, now + 1, 3, 2)
+    assert one.state == "up"
+    assert one.usable(now + 1)
+
+
 # -- all of them, and names
 
 

@@ -120,10 +120,17 @@ def route_lines(route: dict[str, Any]) -> Iterator[str]:
     )
     if route["failed"]:
         yield f"  failed: {route['failed']}"
+    if stages := [f"{each['stage']} {stage_words(each['now'])}" for each in route["stages"] if each["now"]]:
+        yield f"  stages: {'; '.join(stages)}"
     for sink in route["sinks"]:
         yield f"  -> {sink_words(sink)}"
     if len(route["upstreams"]) > 1 or any(one["state"] != "up" for one in route["upstreams"]):
         yield from (f"     {upstream_words(one)}" for one in route["upstreams"])
+
+
+def stage_words(now: dict[str, Any]) -> str:
+    """What can be changed of a stage, as it is, in the form in which it is set."""
+    return " ".join(f"{key}={value}" for key, value in now.items())
 
 
 def upstream_words(one: dict[str, Any]) -> str:

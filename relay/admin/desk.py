@@ -47,13 +47,15 @@ class NotDone(Exception):
 class Desk:
     """What `server` can be asked and told. `remote`: it may be asked from other machines."""
 
-    def __init__(self, server: Server, ledger: Ledger, config: str, *, remote: bool = False) -> None:
+    def __init__(
+        self, server: Server, ledger: Ledger, config: str, *, began: float = 0.0, remote: bool = False
+    ) -> None:
         self.remote = remote
         self._server = server
         self._ledger = ledger
         self._figures: Figures | None = None
         self._plans: tuple[Config, dict[str, RoutePlan]] | None = None
-        self._inquiry = Inquiry(server, ledger, config)
+        self._inquiry = Inquiry(server, ledger, config, began or time.monotonic())
         self._rates = Rates()
         self._looking = threading.Lock()
         self._last: tuple[float, Status] | None = None
@@ -180,8 +182,6 @@ def _change(
     running: RunningRoute, stage: str, values: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """On the route's home engine: the values before, and now."""
-    if running.route.duplex:
-        raise NotChanged(f"the stages of the duplex route '{running.name}' cannot be changed while it runs")
     old = find(running.name, running.stages, stage)
     new = changed(old, values)
     running.change(replaced(running.stages, old, new))

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
+import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from relay.admin.desk import Desk
 from relay.admin.ledger import Ledger
 from relay.admin.listeners import Client, Listeners
 from relay.admin.where import default_place
@@ -20,45 +22,64 @@ from relay.endpoints.listening import Bound
 from relay.errors import EndpointError, UsageError
 from relay.serving.server import Server
 
+if TYPE_CHECKING:
+    from relay.admin.desk import Desk
+
 log = logging.getLogger("relay.admin")
 
 MODE = 0o600  # of the unix socket: whoever may connect may tell the relay to end
 
 
 @contextlib.contextmanager
-def opened(server: Server, ledger: Ledger, config: str) -> Iterator[Desk]:
-    """The desk of `server`, at the sockets that its configuration names or at the default one; closed at the end.
+def opened(server: Server, ledger: Ledger, config: str, owner: tuple[int, int] = (-1, -1)) -> Iterator[None]:
+    """A desk of `server` at the sockets that its configuration names, or at the default one, until the end.
 
-    Raises SourceError when a socket that is named cannot be had; the default one is done without then.
+    A unix socket is given to `owner`, a user and a group by number, whom relay will be. Raises SourceError when a
+    socket that is named cannot be had; the default one is done without then.
     """
     admin = server.config.admin
-    desk = Desk(server, ledger, config, remote=admin is not None and admin.remote)
-    bounds = _by_default() if admin is None else _named(admin)
+    bounds = _by_default(owner) if admin is None else _named(admin, owner)
     if not bounds:
-        yield desk
+        yield
         return
-
-    def talk(client: Client) -> None:
-        # HTTP comes with it, which a relay that nobody asks does without
-        from relay.admin.conversation import Conversation
-
-        Conversation(client, desk)
-
-    listeners = Listeners(bounds, talk)
+    if owner != (-1, -1):  # whom relay will be may not be able to read it any more
+        from relay.admin import conversation, desk  # noqa: F401 - so that a client's thread has them
+    desks = _Desks(server, ledger, config, remote=admin is not None and admin.remote)
+    listeners = Listeners(bounds, desks.talk)
     listeners.start()
     for address in listeners.addresses:
         log.info("admin: listening on %s", address, extra={"event": "admin", "address": address})
     try:
-        yield desk
+        yield
     finally:
         listeners.close()
 
 
-def _named(admin: Admin) -> list[Bound]:
+class _Desks:
+    """The desk, made when the first client comes: a relay that nobody asks does without HTTP and all that."""
+
+    def __init__(self, server: Server, ledger: Ledger, config: str, *, remote: bool) -> None:
+        self._made_of = (server, ledger, config)
+        self._remote = remote
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+        self._desk: Desk | None = None
+
+    def talk(self, client: Client) -> None:
+        """On the client's thread."""
+        from relay.admin import conversation, desk
+
+        with self._lock:
+            if self._desk is None:
+                self._desk = desk.Desk(*self._made_of, began=self._began, remote=self._remote)
+        conversation.Conversation(client, self._desk)
+
+
+def _named(admin: Admin, owner: tuple[int, int]) -> list[Bound]:
     bounds: list[Bound] = []
     try:
         if admin.socket is not None:
-            bounds += unix.bind(admin.socket, mode=MODE)
+            bounds += unix.bind(admin.socket, mode=MODE, owner=owner[0], group=owner[1])
         if admin.http is not None:
             bounds += tcp.bind(admin.http, tcp.places(admin.http))
     except EndpointError:
@@ -68,14 +89,14 @@ def _named(admin: Admin) -> list[Bound]:
     return bounds
 
 
-def _by_default() -> list[Bound]:
+def _by_default(owner: tuple[int, int]) -> list[Bound]:
     try:
         place: Address | None = default_place()
         if place is None:
             return []
         if place.scheme == "tcp":
-            return _named(Admin(http=place))
-        return unix.bind(place, mode=MODE)
+            return _named(Admin(http=place), owner)
+        return unix.bind(place, mode=MODE, owner=owner[0], group=owner[1])
     except (EndpointError, UsageError, ValueError) as error:
         log.warning(
             "there is no admin socket, relay goes on without: %s; give this one its own with 'admin: {socket: ...}'",

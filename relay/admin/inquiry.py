@@ -16,18 +16,27 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from relay import __version__
 from relay.admin.ledger import Ledger, RouteTotals, SinkTotals
 from relay.admin.resources import resources
-from relay.admin.status import EngineStatus, HopStatus, RouteStatus, SinkStatus, Status, StreamStatus
+from relay.admin.status import (
+    EngineStatus,
+    HopStatus,
+    RouteStatus,
+    SinkStatus,
+    StageStatus,
+    Status,
+    StreamStatus,
+)
 from relay.admin.streams import combined, known_sinks, stream_of
 from relay.duplex.sessions import Session, Sessions
 from relay.engine import Engine
 from relay.pipeline.pipeline import Pipeline
+from relay.serving.changes import named
 from relay.serving.facts import Facts
 from relay.serving.route import RunningRoute
 from relay.serving.server import Server
@@ -38,6 +47,7 @@ PATIENCE = 1.0  # seconds for all engines to answer
 SLICE = 0.0005  # seconds that an engine looks at a time
 DETAILS = 8  # streams of a route that are told one by one
 
+REFUSED = "\0refused"  # beside the names of sinks
 RESULTS = ("delivered", "partial", "failed")
 
 
@@ -46,7 +56,7 @@ class Round:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open = 0
+        self._open = 1  # whoever asks is not done asking: the first may answer before the second is asked
         self._over = threading.Event()
         self.asked: set[Engine] = set()
         self.answered: set[Engine] = set()
@@ -69,21 +79,22 @@ class Round:
                         return
             except Exception:
                 log.exception("looking at what runs on %s", engine.name)
-            self._answered(engine)
+            with self._lock:
+                self.answered.add(engine)
+            self._one_less()
 
         engine.post(go_on)
 
-    def _answered(self, engine: Engine) -> None:
+    def _one_less(self) -> None:
         with self._lock:
             self._open -= 1
-            self.answered.add(engine)
             if not self._open:
                 self._over.set()
 
     def wait(self, until: float) -> None:
-        """Until all have answered, or that time."""
-        if self.asked:
-            self._over.wait(max(0.0, until - time.monotonic()))
+        """Until all that were asked have answered, or that time. Once."""
+        self._one_less()
+        self._over.wait(max(0.0, until - time.monotonic()))
 
 
 @dataclass
@@ -110,12 +121,15 @@ class Look:
 class Inquiry:
     """Gathers what there is to know of `server`. `look` from any thread, one at a time."""
 
-    def __init__(self, server: Server, ledger: Ledger, config: str) -> None:
+    def __init__(self, server: Server, ledger: Ledger, config: str, began: float) -> None:
         self._server = server
         self._ledger = ledger
         self._config = config
-        self._began = time.monotonic()
+        self._began = began
         self._before: dict[RunningRoute, RouteStatus] = {}
+        # what routes count themselves, as it was when last looked at; and that of those that are gone, by name
+        self._counts: dict[RunningRoute, Counter[str]] = {}
+        self._earlier: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def look(self, patience: float = PATIENCE) -> Status:
         """How it stands now, without rates."""
@@ -138,6 +152,8 @@ class Inquiry:
                 status = replace(self._before.get(route, status), unanswered=True)
             routes.append(status)
         self._before = dict(zip(running, routes, strict=True))
+        self._count(running, routes)
+        routes = [self._counted(route, status) for route, status in self._before.items()]
         return Status(
             version=__version__,
             pid=os.getpid(),
@@ -150,6 +166,25 @@ class Inquiry:
             resources=resources(),
             recent=self._ledger.recent(),
         )
+
+    def _count(self, running: list[RunningRoute], routes: list[RouteStatus]) -> None:
+        """A route that a reload exchanged begins to count anew, its figures do not."""
+        for gone in [route for route in self._counts if route not in running]:
+            self._earlier[gone.name] += self._counts.pop(gone)
+        for route, status in zip(running, routes, strict=True):
+            given = {sink.sink: sink.given for sink in status.sinks if sink.given}
+            self._counts[route] = Counter({REFUSED: status.refused, **given})
+
+    def _counted(self, running: RunningRoute, status: RouteStatus) -> RouteStatus:
+        """With what those counted whose place it took."""
+        earlier = self._earlier.get(running.name)
+        if not earlier or not self._server.at_work(running):
+            return status
+        sinks = tuple(
+            sink if sink.given is None else replace(sink, given=sink.given + earlier[sink.sink])
+            for sink in status.sinks
+        )
+        return replace(status, refused=status.refused + earlier[REFUSED], sinks=sinks)
 
     def _first_round(self, looks: Iterable[Look], until: float) -> Round:
         asking = Round()
@@ -241,7 +276,7 @@ def _route(look: Look, totals: RouteTotals | None) -> RouteStatus:
     for (result, _ended_by, _reason), count in totals.ends.items():
         sessions[result] = sessions.get(result, 0) + count
     count = crowd.sessions if duplex else len(live)
-    held = any(sink.state in ("slow", "away") for sink in sinks)
+    held = any(_holds(sink) for sink in sinks)
     return RouteStatus(
         name=running.name,
         state=(facts.state if facts else "") or ("held" if held else "flowing" if count else "waiting"),
@@ -259,9 +294,21 @@ def _route(look: Look, totals: RouteTotals | None) -> RouteStatus:
         details=tuple(streams[:DETAILS]),
         bytes_back=totals.back + crowd.back if duplex else None,
         upstreams=facts.upstreams if facts else (),
+        stages=tuple(_stages(running)),
         resumed=facts.resumed if facts else 0,
         failed=facts.failed if facts else "",
     )
+
+
+def _stages(running: RunningRoute) -> Iterator[StageStatus]:
+    for name, stage in named(running.stages):
+        now = {key: value for key in stage.changeable if (value := getattr(stage, key)) is not None}
+        yield StageStatus(name, stage.kind, now)
+
+
+def _holds(sink: SinkStatus) -> bool:
+    """Whether it holds its source: one that is slow or away does under block, one behind a log when that is full."""
+    return (sink.state == "slow" and not sink.drops) or (sink.state == "away" and sink.policy == "block")
 
 
 def _hops(
@@ -293,7 +340,7 @@ def _sinks(
         here = combined(name, address, policy, by_label.get(name, []))
         yield replace(
             here,
-            bytes=over.bytes + here.bytes + crowd.bytes,
+            bytes=over.bytes + here.bytes + (crowd.bytes if name == str(running.route.sink.address) else 0),
             dropped=over.dropped + here.dropped,
             lost=over.lost + here.lost,
             twice=over.twice + here.twice,

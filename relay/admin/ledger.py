@@ -13,9 +13,12 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from relay.admin.status import SessionStatus
 from relay.journal.record import SessionRecord, SinkRecord
+
+if TYPE_CHECKING:
+    from relay.admin.status import SessionStatus  # loaded when somebody asks
 
 RECENT = 100  # sessions that are remembered
 SECONDS = (0.001, 0.01, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0, 300.0, 1800.0, 3600.0, 21600.0, 86400.0)
@@ -159,6 +162,8 @@ class Ledger:
 
 
 def _told(at: float, record: SessionRecord) -> SessionStatus:
+    from relay.admin.status import SessionStatus
+
     reason = record.reason or next((sink.reason for sink in record.sinks if sink.reason), "")
     return SessionStatus(
         at=at,

@@ -88,7 +88,9 @@ class Listeners:
         self._thread.start()
 
     def close(self) -> None:
-        """Closes the sockets, cuts the clients off and waits a moment for their threads."""
+        """Closes the sockets, cuts the clients off and waits a moment for their threads. Safe to call again."""
+        if self._closing:
+            return
         self._closing = True
         self._nudge()
         if self._thread.ident is not None:

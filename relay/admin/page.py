@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from relay.admin.picture import picture
 from relay.admin.status import RouteStatus, SessionStatus, SinkStatus, Status, StreamStatus
+from relay.duplex.upstream import UpstreamState
 from relay.planning.hops import RoutePlan
 from relay.units import show_size
 
@@ -117,8 +118,23 @@ def _route(route: RouteStatus, plan: RoutePlan | None, *, whole: bool) -> Iterat
         yield f'<div class="scroll">{picture(plan, route)}</div>'
     if plan is None or whole:
         yield from _sinks(route.sinks)
+    if len(route.upstreams) > 1:
+        yield from _upstreams(route.upstreams)
     if whole:
         yield from _streams(route.details)
+
+
+def _upstreams(upstreams: Iterable[UpstreamState]) -> Iterator[str]:
+    yield '<table class="upstreams"><thead><tr><th>upstream<th>of<th>state<th class="n">sessions<th class="n">served'
+    yield '<th class="n">failed<th>why</tr></thead><tbody>'
+    for one in upstreams:
+        colour = "open" if one.state == "up" else "away"
+        yield (
+            f'<tr><td>{escape(one.upstream)}<td>{escape(one.address)}<td class="state {colour}">{one.state}'
+            f'<td class="n">{one.sessions}<td class="n">{one.served}<td class="n">{one.fails + one.failed_checks}'
+            f'<td class="wrap">{escape(one.why)}</tr>'
+        )
+    yield "</tbody></table>"
 
 
 def _sinks(sinks: Iterable[SinkStatus]) -> Iterator[str]:

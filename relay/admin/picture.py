@@ -6,11 +6,12 @@ source -> stage -> tee -> ... -> sink        a chain lies in one row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from xml.sax.saxutils import escape
 
-from relay.admin.status import RouteStatus, SinkStatus
+from relay.admin.status import RouteStatus, SinkStatus, StageStatus
 from relay.planning.hops import Hop, RoutePlan
 from relay.units import show_size
 
@@ -55,6 +56,7 @@ class _Drawing:
         for hop in sorted(status.hops, key=lambda hop: hop.streams):
             self._methods[hop.hop] = hop.method  # that of most streams comes last
         self._flows = bool(status.rate)
+        self._now = _settings(plan, status)
         self._boxes: list[Box] = []
         self._edges: list[str] = []
 
@@ -70,6 +72,10 @@ class _Drawing:
         rows = self._chain(
             plan.chain, 1, 0, self._boxes[0], self._methods.get("source", plan.source.choice.method)
         )
+        if plan.back is not None:  # a chain of its own, from the sink's connections to the source's
+            back = plan.back.source
+            self._boxes.append(Box(0, rows, state, ("back", back.name, _rate(status.rate_back)), back.name))
+            rows = self._chain(plan.back.chain, 1, rows, self._boxes[-1], back.choice.method)
         columns = max(box.column for box in self._boxes) + 1
         width, height = EDGE * 2 + (columns - 1) * STEP_X + WIDE, EDGE * 2 + (rows - 1) * STEP_Y + HIGH
         said = escape(f"The pipeline of route {status.name}, {status.state}")
@@ -110,9 +116,9 @@ class _Drawing:
         if sink is None:
             return method
         known = self._methods.get(sink.sink, "")
-        if self._plan.duplex:
+        if self._plan.duplex and self._plan.back is None:
             back = self._methods.get("source", hop.choice.method)
-            return f"{known or method}, back {back}" if back != (known or method) else back
+            return f"{known or method}/{back}" if back != (known or method) else back
         return known or hop.choice.method
 
     def _sink(self, hop: Hop) -> SinkStatus | None:
@@ -130,8 +136,10 @@ class _Drawing:
             )
             state = "open" if waits == "empty" else "slow"
             return Box(column, row, state, ("log", hop.address or "in memory", waits), hop.detail)
+        if hop.role == "sink" and sink is None:  # the source's connections, at the end of the way back
+            return Box(column, row, "waiting", ("sink", hop.address or hop.name, ""), hop.name)
         if sink is None:
-            detail = hop.detail or (hop.name if hop.name != hop.kind else "")
+            detail = self._now.get(id(hop)) or hop.detail or (hop.name if hop.name != hop.kind else "")
             return Box(column, row, "stage", (hop.kind, detail, ""), f"{hop.kind} {hop.name} {hop.detail}")
         flow = [sink.state if sink.state != "none" else "no stream", _rate(sink.rate)]
         if sink.subscribers is not None:
@@ -163,6 +171,39 @@ class _Drawing:
         self._edges.append(
             f'<text class="method" x="{middle:g}" y="{y - 5}">{escape(_short(method, 12))}</text>'
         )
+
+
+def _settings(plan: RoutePlan, status: RouteStatus) -> dict[int, str]:
+    """What stages are set to now, by the ids of their hops: those of a kind are in the same order here and there."""
+    waiting: dict[str, list[StageStatus]] = {}
+    for stage in status.stages:
+        waiting.setdefault(stage.kind, []).append(stage)
+    found = {}
+
+    def walk(chain: Sequence[Hop]) -> None:
+        for hop in chain:
+            if hop.role == "stage" and waiting.get(hop.kind):
+                found[id(hop)] = words_of(waiting[hop.kind].pop(0).now)
+            walk(hop.branch)
+
+    walk(plan.chain)
+    walk(plan.back.chain if plan.back is not None else ())
+    return found
+
+
+def words_of(now: Mapping[str, Any]) -> str:
+    """Settings in a few words: a rate, a burst, an interval."""
+    parts = []
+    for key, value in now.items():
+        said = (
+            f"{show_size(value)}/s"
+            if key == "rate"
+            else show_size(value)
+            if key == "burst"
+            else f"{value:g} s"
+        )
+        parts.append(said if key == "rate" else f"{key} {said}")
+    return ", ".join(parts)
 
 
 def _box(box: Box) -> str:

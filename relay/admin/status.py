@@ -28,7 +28,7 @@ class SinkStatus:
 
     `state` is opening, open, slow, away, finishing, failed, finished or none; `method` is how bytes leave to it.
     `bytes` it has, `backlog` wait for it, `dropped` it did not get by policy, `lost` broke with a connection.
-    `subscribers`: how many read it now; None for a sink that is no broadcast.
+    `subscribers`: how many read it now, and `given` what all of them ever got; None for a sink that is no broadcast.
     """
 
     sink: str
@@ -47,6 +47,7 @@ class SinkStatus:
     reconnects: int = 0
     spill: Spill | None = None
     subscribers: int | None = None
+    given: int | None = None
     reason: str = ""
 
     @property
@@ -62,6 +63,15 @@ class HopStatus:
     hop: str
     method: str
     streams: int = 1
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """A stage by the name that `relay set` knows it by; `now` is what can be changed of it, as it is."""
+
+    stage: str
+    kind: str
+    now: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ class RouteStatus:
     """`state` is starting, waiting, flowing, held, draining, done or failed. `streams` counts those under way.
 
     `sessions` counts those that are over, by result; `hops` how many streams cross where and how. `details` are
-    some of the streams, the oldest first. `upstreams` are those of a duplex route.
+    some of the streams, the oldest first. `upstreams` are those of a duplex route, `stages` those of both ways.
     `unanswered`: an engine did not answer in time, what it knows is as it was before.
     """
 
@@ -106,6 +116,7 @@ class RouteStatus:
     bytes_back: int | None = None
     rate_back: float | None = None
     upstreams: tuple[UpstreamState, ...] = ()
+    stages: tuple[StageStatus, ...] = ()
     resumed: int = 0
     failed: str = ""
     unanswered: bool = False

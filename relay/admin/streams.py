@@ -26,7 +26,8 @@ def known_sinks(route: Route) -> Iterator[tuple[str, str, str]]:
     Those of one name are one.
     """
     seen = set()
-    for name, sink, slow in _walk(route.stages, route.sink, route.sink.slow, ""):
+    back = list(_walk(route.replies, route.back, route.back.slow, ""))[:-1] if route.duplex else ()
+    for name, sink, slow in (*_walk(route.stages, route.sink, route.sink.slow, ""), *back):
         if name not in seen:
             seen.add(name)
             yield name, str(sink.address), slow.policy or "block"
@@ -97,6 +98,7 @@ def _sink(outlet: Outlet, group: Subscribers | None, *, ring: bool, sendfile: bo
         reconnects=record.reconnects,
         spill=_spill(sink) if isinstance(sink, SpillSink) else None,
         subscribers=len(group.members) if group is not None else None,
+        given=group.given if group is not None else None,
         reason=record.reason,
     )
 
@@ -147,5 +149,6 @@ def combined(name: str, address: str, policy: str, parts: Sequence[SinkStatus]) 
         reconnects=sum(part.reconnects for part in parts),
         spill=spill,
         subscribers=sum(readers) if readers else None,
+        given=sum(part.given or 0 for part in parts) if readers else None,
         reason=next((part.reason for part in parts if part.reason), ""),
     )

@@ -12,7 +12,6 @@ from typing import Any
 
 from relay.config.models import Config
 from relay.kernel.probe import machine
-from relay.planning import drawing
 from relay.planning.hops import Hold, Hop, RoutePlan
 from relay.planning.plan import make_plan
 from relay.serving.route import RunningRoute
@@ -24,6 +23,8 @@ MOST = 50  # routes that are told one by one; `relay plan` tells of all
 
 def summary(config: Config, routes: Sequence[RunningRoute]) -> None:
     """Logs it."""
+    if not log.isEnabledFor(logging.INFO):
+        return
     plan = make_plan(config, machine())
     bound = {running.name: running.bound for running in routes}
     for of_route in plan.routes[:MOST]:
@@ -31,21 +32,21 @@ def summary(config: Config, routes: Sequence[RunningRoute]) -> None:
         log.info("%s", _words(of_route, data), extra={"event": "route", **data})
     if len(plan.routes) > MOST:
         log.info("and %d more routes: relay plan tells of all", len(plan.routes) - MOST)
-    needs, limits = drawing.need_data(plan.total), plan.machine
+    total, limits = plan.total, plan.machine
     log.info(
         "%d route%s with %d engines; at their limits they take %d of %d descriptors and %d%s pipe pages",
         len(plan.routes),
         "" if len(plan.routes) == 1 else "s",
         plan.engines,
-        needs["descriptors"],
+        total.descriptors,
         limits.files,
-        needs["pipe_pages"],
+        total.pages,
         f" of {limits.pipe_pages}" if limits.pipe_pages else "",
         extra={
             "event": "summary",
             "routes": len(plan.routes),
             "engines": plan.engines,
-            "needs": needs,
+            "needs": {"descriptors": total.descriptors, "pipes": total.pipes, "pipe_pages": total.pages},
             "limits": {"descriptors": limits.files, "pipe_pages": limits.pipe_pages or None},
         },
     )

@@ -40,17 +40,19 @@ def serve(
             help="End when nothing was under way for so long, such as 60s; a socket unit starts it again.",
         ),
     ] = None,
+    user: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Become this user when every address is bound; as confine.user."),
+    ] = None,
 ) -> None:
     """Runs the routes; SIGTERM drains and ends, SIGHUP reloads and opens files anew."""
     from relay.admin.serving import serve as run_routes
-    from relay.endpoints import passed
-    from relay.journal import logs
     from relay.serving.vigil import idle_time
 
     idle = idle_time(exit_idle)
-    passed.receive()
-    logs.set_up(log_format.value, log_level.value)
-    raise typer.Exit(run_routes(config, idle))
+    raise typer.Exit(
+        run_routes(config, log_format=log_format.value, log_level=log_level.value, user=user, exit_idle=idle)
+    )
 
 
 def add_to(app: typer.Typer) -> None:

@@ -7,6 +7,8 @@ those who run it.
 from __future__ import annotations
 
 import os
+import shlex
+import stat
 from dataclasses import dataclass
 from errno import errorcode
 from pathlib import Path
@@ -71,9 +73,9 @@ def load_with_places(path: str | os.PathLike[str], *, to_run: bool = False) -> L
         name, place = "<stdin>", 0
     try:
         with open(place, "rb", closefd=place != 0) as file:
-            size = os.fstat(
-                file.fileno()
-            ).st_size  # before a byte is read; 0 for a pipe, which is read up to the limit
+            status = os.fstat(file.fileno())
+            _trusted(name, status, to_run=to_run)
+            size = status.st_size  # before a byte is read; 0 for a pipe, which is read up to the limit
             raw = file.read(LARGEST + 1) if size <= LARGEST else b""
     except OSError as error:
         code = errorcode.get(error.errno or 0, "error")
@@ -107,6 +109,12 @@ def _loaded(text: str, name: str, *, to_run: bool) -> Loaded:
             name, "the configuration is empty", line=1, column=1, hint="it needs at least 'routes:'"
         )
     return Loaded(_built(document, name, to_run=to_run), name, document)
+
+
+def _trusted(name: str, status: os.stat_result, *, to_run: bool) -> None:
+    """A root that does what anybody wrote would be anybody's: refuses such a file."""
+    if to_run and os.geteuid() == 0 and stat.S_ISREG(status.st_mode) and status.st_mode & stat.S_IWOTH:
+        raise _refusal(name, "anybody may write it, and relay is root", hint=f"chmod o-w {shlex.quote(name)}")
 
 
 def default_text() -> str:

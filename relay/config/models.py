@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PlainValidator, ValidationError, WithJsonSchema
 
 from relay.endpoints.address import Address, AddressError
-from relay.endpoints.options import OnSlow
+from relay.endpoints.options import Account, OnSlow
 from relay.endpoints.settings import SinkSettings, SourceSettings
 from relay.settings import FrozenModel, Place, Problem
 from relay.stages.base import AnyStage, StageSettings
@@ -123,7 +123,7 @@ class Route(FrozenModel):
     def _shared_logs(self) -> Iterator[Problem]:
         """Two sinks of one address whose logs would have one name."""
         seen: set[tuple[str, str]] = set()
-        for place, sink, slow in self._policies():
+        for place, sink, slow in self.policies():
             if slow.directory is None:
                 continue
             key = (str(sink.address), slow.directory)
@@ -132,7 +132,7 @@ class Route(FrozenModel):
                 yield Problem(said, place)
             seen.add(key)
 
-    def _policies(self) -> Iterator[tuple[Place, SinkSettings, OnSlow]]:
+    def policies(self) -> Iterator[tuple[Place, SinkSettings, OnSlow]]:
         """Every sink with the policy that covers it as it is written, and the place of that."""
 
         def walk(
@@ -231,6 +231,34 @@ class Admin(FrozenModel):
             yield Problem(f"{said}, or write 'remote: true' beside it if that is meant", ("http",))
 
 
+class Confine(FrozenModel):
+    """What relay gives up once it has started; never what the routes need. It cannot be taken back."""
+
+    user: Account | None = Field(
+        default=None, description="user to become when every address is bound, by name or number; takes root"
+    )
+    group: Account | None = Field(default=None, description="group to become; the user's own by default")
+    files: bool | Literal["where_possible"] = Field(
+        default="where_possible",
+        description="only files that the routes, Python and the resolver need (Landlock)",
+    )
+    ports: bool | Literal["where_possible"] = Field(
+        default="where_possible",
+        description="only tcp ports that the routes listen on or connect to (Landlock)",
+    )
+    calls: bool | Literal["where_possible"] = Field(
+        default="where_possible", description="only system calls that relay makes, no new processes (seccomp)"
+    )
+    read: tuple[str, ...] = Field(default=(), description="more files and directories that may be read")
+    write: tuple[str, ...] = Field(default=(), description="more files and directories that may be written")
+
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """A group without a user would leave relay the rights of its user."""
+        if "group" in given and "user" not in given:
+            yield Problem("'group' needs 'user' beside it", ("group",), at_key=True)
+
+
 LONGEST_NAME = 100  # bytes: it is a part of the names of files, which have 255
 
 
@@ -250,6 +278,7 @@ class Config(FrozenModel):
 
     routes: Annotated[dict[str, Route], AfterValidator(_some)] = Field(description="routes by name")
     admin: Admin | None = Field(default=None, description="where a running relay can be asked and told")
+    confine: Confine | None = Field(default=None, description="what relay gives up once it has started")
     engines: int | None = Field(
         default=None, ge=1, le=1024, description="threads that move bytes; one a CPU by default"
     )

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import select
 import socket
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from relay.errors import KernelError, name_of
-from relay.kernel.arena import Arena
+from relay.kernel.arena import HUGE_PAGE, Arena
 from relay.kernel.pipe import DEFAULT_CAPACITY, Pipe
 from relay.units import show_size
 
@@ -64,11 +65,13 @@ def sandbox() -> str:
 
 def who_refused(code: int) -> str:
     """An errno in words, with who probably answered it."""
-    name = name_of(code)
-    if code == errno.EPERM and (filters := sandbox()):
+    name, filters = name_of(code), sandbox()
+    if code == errno.EPERM and filters:
         return f"{name}, answered by {filters}"
     if code == errno.ENOSYS:
         return f"{name}: this kernel or sandbox does not have it"
+    if code == errno.EAGAIN and filters:
+        return f"{name}: {os.strerror(code)}, or answered by {filters}"
     return f"{name}: {os.strerror(code)}"
 
 
@@ -91,6 +94,7 @@ def abilities() -> list[Ability]:
         _budget(),
         _tried("memfd", _memfd, needed=True, hint="logs in memory are made of it"),
         _tried("seals", _seals, hint="memory that is passed to others cannot be trusted without"),
+        _huge_memfd(),
         _tried("descriptors passed", _passed, hint="memory cannot be handed to another process without"),
         _tried("kernel tls", _tls, hint="modprobe tls; encrypted streams are not spliced without"),
         _tried("io_uring", _io_uring, hint="relay does not use it"),
@@ -270,6 +274,40 @@ def _seals() -> str:
     finally:
         os.close(fd)
     return "a sealed memfd can neither shrink nor be written to"
+
+
+def _huge_memfd() -> Ability:
+    """Whether memory that is shared is made of huge pages: looked up where the kernel says what is mapped how."""
+    name, size = "huge pages in memfds", 2 * HUGE_PAGE
+    try:
+        fd = os.memfd_create("relay-doctor", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size)
+            with mmap.mmap(fd, size) as memory:
+                memory.madvise(mmap.MADV_HUGEPAGE)
+                memory[:: mmap.PAGESIZE] = bytes(size // mmap.PAGESIZE)
+                found = _mapped_huge(fd)
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as error:
+        return Ability(name, "less", f"could not be tried: {error}")
+    if found:
+        return Ability(name, "yes", f"{show_size(found)} of {show_size(size)} mapped by huge pages")
+    hint = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled: memory that is shared once is then cheaper"
+    return Ability(name, "less", "small pages only", hint=hint)
+
+
+def _mapped_huge(fd: int) -> int:
+    """Bytes of the memfd `fd` that this process maps by huge pages."""
+    inode = str(os.fstat(fd).st_ino)
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            inside = len(words) > 4 and words[4] == inode and "relay-doctor" in line
+        elif inside and words[0] == "ShmemPmdMapped:":
+            found += int(words[1]) * 1024
+    return found
 
 
 def _passed() -> str:

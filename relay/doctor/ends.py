@@ -2,11 +2,18 @@
 
 An origin's pages are those of a memfd, a file or plain memory, which `change` writes to after the bytes have arrived
 somewhere. Whoever then finds the new bytes there looks at the same pages; whoever finds the old ones has a copy.
+
+Facts (mm/memfd.c, memfd_wait_for_pins): F_SEAL_WRITE counts the references to each page of a memfd. While somebody has
+one, other than by a mapping or the file itself, it waits for some 150 ms and then says EBUSY. That is the only count of
+references that the kernel gives to anybody (/proc/kpagecount has mappings, for root), and it tells the same story in
+another way: of pages that were copied nobody has any.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import functools
 import mmap
 import os
@@ -17,10 +24,10 @@ from pathlib import Path
 from typing import Final, Literal
 
 from relay.errors import KernelError
-from relay.kernel import core
+from relay.kernel import core, memfd
 from relay.kernel.pipe import Pipe
 
-Kind = Literal["memory", "file", "memfd", "pipe", "unix", "tcp", "process"]
+Kind = Literal["memory", "file", "memfd", "pipe", "unix", "tcp", "process", "mapped"]
 
 BEFORE: Final = b"a"
 AFTER: Final = b"b"
@@ -38,7 +45,7 @@ def piece() -> int:
 class Pages:
     """Bytes that can be changed afterwards; owns what holds them.
 
-    `fd` is a file's or a memfd's, -1 for memory; `memory` a map of it for plain memory.
+    `fd` is a file's or a memfd's, -1 for memory; `map` is there for plain memory, and for a memfd that is `mapped`.
     """
 
     def __init__(self, kind: Kind, directory: Path) -> None:
@@ -51,7 +58,9 @@ class Pages:
             self.fd, path = tempfile.mkstemp(dir=directory)
             os.unlink(path)  # noqa: PTH108 - a plain call, as mkstemp before it
         else:
-            self.fd = os.memfd_create("relay-doctor", os.MFD_CLOEXEC)
+            self.fd = os.memfd_create("relay-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(self.fd, piece())
+            self.map = mmap.mmap(self.fd, piece()) if kind == "mapped" else None
         self.write(BEFORE)
 
     def write(self, byte: bytes) -> None:
@@ -64,6 +73,20 @@ class Pages:
     def change(self) -> None:
         """From now on it has other bytes."""
         self.write(AFTER)
+
+    def held(self) -> bool | None:
+        """Of a memfd: whether anybody but this object has references to its pages, or maps them. For the last time.
+
+        None where that cannot be told.
+        """
+        if self.map is not None:
+            self.map.close()
+            self.map = None
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, memfd.WRITE)
+        except OSError as error:
+            return True if error.errno == errno.EBUSY else None
+        return False
 
     @property
     def pointer(self) -> core.Struct:

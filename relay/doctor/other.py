@@ -7,6 +7,7 @@ A child made by fork shares nothing that it wrote to since: its memory is mapped
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -16,7 +17,7 @@ import struct
 from types import TracebackType
 from typing import Final
 
-from relay.doctor.ends import piece
+from relay.doctor.ends import AFTER, BEFORE, piece
 from relay.errors import KernelError
 from relay.kernel import core
 
@@ -24,6 +25,8 @@ READ: Final = b"r"
 VMSPLICE: Final = b"v"
 MAP: Final = b"m"
 LOOK: Final = b"l"
+WHERE: Final = b"w"
+CHANGE: Final = b"c"
 PATIENCE: Final = 10.0  # seconds for an answer
 
 
@@ -67,6 +70,12 @@ class Landing:
         """What is there now."""
         return bytes((self._mapped or self._map)[: piece()])
 
+    def write(self, byte: bytes) -> int:
+        """The memory becomes that byte; its address."""
+        self._map[:] = byte * piece()
+        with core.ffi.from_buffer("char[]", self._map) as pointer:
+            return int(core.ffi.cast("uintptr_t", pointer))
+
     def release(self) -> None:
         """Unmaps what was handed over."""
         if self._mapped is not None:
@@ -93,6 +102,14 @@ def _wait(fd: int) -> None:
     poll.register(fd, select.POLLIN)
     if not poll.poll(PATIENCE * 1000):
         raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+
+class _IoVec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
 
 
 class Other:
@@ -122,6 +139,25 @@ class Other:
         self._ours.sendall(LOOK)
         return self._answer(piece())
 
+    def address(self) -> int:
+        """Where in the child's memory a piece of the old bytes is."""
+        self._ours.sendall(WHERE)
+        (address,) = struct.unpack("Q", self._answer(8))
+        return int(address)
+
+    def change(self) -> None:
+        """From now on there are other bytes."""
+        self._ours.sendall(CHANGE)
+        self._answer(1)
+
+    def read(self, address: int, into: core.Struct, size: int) -> None:
+        """A piece straight out of the child's memory. Raises OSError."""
+        near, far = _IoVec(int(core.ffi.cast("uintptr_t", into)), size), _IoVec(address, size)
+        got = _libc.process_vm_readv(self._pid, ctypes.byref(near), 1, ctypes.byref(far), 1, 0)
+        if got != size:
+            code = ctypes.get_errno() if got < 0 else errno.EIO
+            raise OSError(code, os.strerror(code))
+
     def _answer(self, size: int) -> bytes:
         got = b""
         while len(got) < size:
@@ -149,6 +185,13 @@ def _serve(asked: socket.socket) -> None:
                 break
             if word == LOOK:
                 asked.sendall(landing.look())
+                continue
+            if word == WHERE:
+                asked.sendall(struct.pack("Q", landing.write(BEFORE)))
+                continue
+            if word == CHANGE:
+                landing.write(AFTER)
+                asked.sendall(word)
                 continue
             failed = 0
             try:

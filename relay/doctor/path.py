@@ -2,8 +2,9 @@
 
 Theory of operation. A piece is moved from an origin to where they arrive. Then the origin is changed, and only
 then is looked at what arrived: new bytes mean shared pages, old ones a copy. A refusal of the kernel or a sandbox is
-denied. Then the same is done over and over for a moment; only the way's own calls are timed, not what fills and
-empties the ends.
+denied. Where the origin's pages can be those of a memfd the same is done once more, and the references to them are
+counted: both answers have to agree. Then the same is done over and over for a moment; only the way's own calls are
+timed, not what fills and empties the ends.
 
 Four rows answer one question: how do pages of memory get into another process without a copy? `vmsplice+vmsplice`
 (lent to a pipe, taken out in the reverse direction), `vmsplice+read`, `vmsplice+splice` (into a memfd that the other
@@ -18,13 +19,14 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from relay.doctor.ability import who_refused
 from relay.doctor.ends import AFTER, BEFORE, Arrival, Channel, Kind, Pages, Stored, arrival, piece
 from relay.doctor.other import MAP, READ, VMSPLICE, Landing, Other
-from relay.errors import KernelError, name_of
+from relay.errors import KernelError
 from relay.kernel import core
 from relay.kernel.pipe import Pipe
 
@@ -57,13 +59,22 @@ class Found:
     gb_s: float | None = None
     cpu_s_per_gb: float | None = None
     why: str = ""
+    references: Literal["held", "none"] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         found: dict[str, Any] = {"from": self.source, "to": self.to, "way": self.way, "result": self.result}
         found["gb_s"] = None if self.gb_s is None else round(self.gb_s, 3)
         found["cpu_s_per_gb"] = None if self.cpu_s_per_gb is None else round(self.cpu_s_per_gb, 4)
+        found["references"] = self.references
         return {**found, "why": self.why} if self.why else found
+
+    def agreeing(self, held: bool | None) -> Found:
+        """With what the count of references says. KernelError where that is something else."""
+        if held is not None and self.result != "denied" and held != (self.result == "shared"):
+            count = "there are references to the origin's pages" if held else "nobody has the origin's pages"
+            raise KernelError(f"the bytes say {self.result}, but {count}")
+        return self if held is None else replace(self, references="held" if held else "none")
 
 
 def ways(source: Kind, to: Kind) -> tuple[str, ...]:
@@ -83,12 +94,15 @@ def cells() -> Iterator[tuple[Kind, Kind, str]]:
         for to in (*LAST, "process"):
             for way in ways(source, to):
                 yield source, to, way
+    yield "process", "process", "process_vm_readv"
 
 
 def examine(source: Kind, to: Kind, way: str, directory: Path, seconds: float) -> Found:
     """Tries one row. Raises OSError and KernelError for what is neither a result nor a refusal."""
     try:
         with contextlib.ExitStack() as undo:
+            if source == "process":
+                return _from_process(way, seconds)
             if to == "process":
                 return _to_process(source, way, directory, seconds, undo)
             bench = _Bench(source, to, directory, undo)
@@ -101,7 +115,38 @@ def examine(source: Kind, to: Kind, way: str, directory: Path, seconds: float) -
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        return Found(source, to, way, "denied", why=name_of(error.errno or 0))
+        return Found(source, to, way, "denied", why=who_refused(error.errno or 0))
+
+
+def references(found: Found, directory: Path) -> Found:
+    """The row with the second evidence: whether there are references to the origin's pages when they have arrived.
+
+    Takes some 150 ms where there are. Rows from files and into other processes stay as they are. Raises as `examine`.
+    """
+    if found.result == "denied" or found.to == "process" or found.source == "file":
+        return found
+    with contextlib.ExitStack() as undo:
+        bench = _Bench(found.source, found.to, directory, undo, sealed=True)
+        bench.fill()
+        bench.move(found.way)
+        return found.agreeing(bench.held())
+
+
+def _from_process(way: str, seconds: float) -> Found:
+    """Out of another process's memory, by its address."""
+    landed = bytearray(piece())
+    into = core.ffi.from_buffer("char[]", landed)
+    with Other() as other:
+        address = other.address()
+
+        def take() -> None:
+            other.read(address, into, piece())
+
+        take()
+        other.change()
+        result = _seen(bytes(landed))
+        gb_s, cpu = _timed(seconds, lambda: None, take, lambda: None)
+    return Found("process", "process", way, result, gb_s, cpu)
 
 
 def _seen(content: bytes) -> Result:
@@ -132,15 +177,15 @@ def _timed(
 
 def _to_process(source: Kind, way: str, directory: Path, seconds: float, undo: contextlib.ExitStack) -> Found:
     """Into another process's memory."""
-    held: Kind = "memfd" if (source, way) == ("memory", "passed") else source
-    bench = _Bench(held, "pipe", directory, undo)
-    pipe = bench.arrived
-    assert isinstance(pipe, Channel)
+    held_as: Kind = "memfd" if (source, way) == ("memory", "passed") else source
+    bench = _Bench(held_as, "pipe", directory, undo)
     target = Stored("memfd" if way == "vmsplice+splice" else "file", directory)
     undo.callback(target.close)
     os.ftruncate(target.write_fd, piece())
 
-    def into(take: Callable[[bytes, int], None]) -> None:
+    def into(take: Callable[[bytes, int], None], bench: _Bench = bench) -> None:
+        pipe = bench.arrived
+        assert isinstance(pipe, Channel)
         if way == "passed":
             take(MAP, bench.pages.fd)
         elif way == "vmsplice+splice":
@@ -161,6 +206,12 @@ def _to_process(source: Kind, way: str, directory: Path, seconds: float, undo: c
         into(other.take)
         bench.pages.change()
         result = _seen(other.look())
+        held = bench.pages.held() if held_as == "memfd" else None
+        if held_as == "memory":
+            counted = _Bench("memory", "pipe", directory, undo, sealed=True)
+            target.look()
+            into(other.take, counted)
+            held = counted.held()
     if way == "vmsplice+splice":
         landing.take(MAP, target.write_fd)
 
@@ -175,19 +226,23 @@ def _to_process(source: Kind, way: str, directory: Path, seconds: float, undo: c
         bench.again()
 
     gb_s, cpu = _timed(seconds, again, once, lambda: None)
-    return Found(source, "process", way, result, gb_s, cpu)
+    return Found(source, "process", way, result, gb_s, cpu).agreeing(held)
 
 
 class _Bench:
     """An origin, an arrival, a pipe between where one is needed; all closed by `undo`."""
 
-    def __init__(self, source: Kind, to: Kind, directory: Path, undo: contextlib.ExitStack) -> None:
+    def __init__(
+        self, source: Kind, to: Kind, directory: Path, undo: contextlib.ExitStack, *, sealed: bool = False
+    ) -> None:
         self._source = source
         self._undo = undo
         self.arrived: Arrival = arrival(to, directory)
         undo.callback(self.arrived.close)
         self._to_pipe = to == "pipe"
         kind: Kind = source if source in ("memory", "file", "memfd") else "file"
+        if sealed:
+            kind = "mapped" if source == "memory" else "memfd"
         self.pages = Pages(kind, directory)
         undo.callback(self.pages.close)
         self._channel: Channel | None = None
@@ -201,6 +256,12 @@ class _Bench:
         self._view = memoryview(self.pages.map) if self.pages.map is not None else None
         if self._view is not None:
             undo.callback(self._view.release)
+
+    def held(self) -> bool | None:
+        """Whether anybody has references to the pages of a bench that is `sealed`. The last thing that is asked."""
+        if self._view is not None:
+            self._view.release()
+        return self.pages.held()
 
     @property
     def origin_fd(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from relay.duplex.party import Party, PartySink
 from relay.endpoints.base import Sink
+from relay.endpoints.proxy_header import make
 from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine
 from relay.journal.record import SessionRecord
@@ -60,6 +61,7 @@ class Direction(Pipeline):
         self.record: SessionRecord | None = None
         self.giver, self.taker = giver, taker
         self.heard_end = False
+        self._header = 0  # bytes of a PROXY header, which are nobody's
         self._heard = heard
         self._told_over = on_over
         super().__init__(engine, route, stages, sink, ways, persistent=False, on_over=self._recorded)
@@ -68,8 +70,16 @@ class Direction(Pipeline):
 
     def start(self, turn: Turn) -> None:
         """Bytes flow from here on."""
+        settings = self.main.settings
+        if settings is not None and settings.proxy_protocol is not None:
+            self._header = len(make(settings.proxy_protocol, turn.peer, turn.local))
         self.open()
         self.begin(self.giver.source, turn)
+
+    @property
+    def taken(self) -> int:
+        """Bytes that the taker's kernel has."""
+        return max(0, self.taker.sink.moved - self._header)
 
     @property
     def given(self) -> bool:

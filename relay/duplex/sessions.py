@@ -347,6 +347,7 @@ class Sessions:
         a, b = c.sides[0], c.sides[1]
         to, back = Way.of(a), Way.of(b)
         measured = self._gauge.over(session)
+        connected = c.connected_ns / 1e9
         lib.relay_duplex_close(self._engine.c, c, bool(reason))
         session.slot = -1
         del self._live[slot]
@@ -360,6 +361,8 @@ class Sessions:
         seconds = self._engine.now - session.began
         result = "failed" if reason else "delivered"
         sink = SinkRecord(self._sink, address, to.bytes, seconds, to.method, result, lost=to.lost)
+        if connected:
+            sink.connects = (max(connected - session.began, 1e-6),)
         sink.upstream, sink.tries, sink.passed_over = upstream, session.tries, session.passed
         record = SessionRecord(
             route=self._name,

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from relay.config.models import Route
 from relay.duplex.direction import Direction
@@ -35,6 +35,7 @@ from relay.errors import KernelError, RelayError, name_of
 from relay.journal.record import SessionRecord
 from relay.kernel import core
 from relay.pipeline.sinks import Spilling
+from relay.stages.base import StageSettings
 from relay.stages.stage import Turn
 from relay.ways import Ways
 
@@ -172,14 +173,14 @@ class StagedSession:
         c = self.session.c
         c.last_ns = max(c.last_ns, *(party.last_ns for party in self.parties))
         for side, way in zip(c.sides, self.ways, strict=True):
-            side.given = min(way.giver.source.moved, way.taker.sink.moved)
+            side.given = min(way.giver.source.moved, way.taken)
 
     @property
     def untold(self) -> tuple[int, int]:
         """Bytes there and back once its sockets are closed."""
         if self.record is None:
             return 0, 0
-        there, back = (min(way.giver.source.moved, way.taker.sink.moved) for way in self.ways)
+        there, back = (min(way.giver.source.moved, way.taken) for way in self.ways)
         return there, back
 
     def part(self, reason: str) -> None:
@@ -230,6 +231,7 @@ class StagedSessions(Sessions):
     ) -> None:
         super().__init__(engine, name, route, ways, upstreams, ids, self._recorded, on_short)
         self._route = route
+        self._stages, self._replies = route.stages, route.replies
         self._crosses = ways
         self._spill = spill
         self._tell_over = on_over
@@ -284,8 +286,8 @@ class StagedSessions(Sessions):
         made: list[Direction] = []
         try:
             for stages, settings, giver, taker in (
-                (self._route.stages, self._route_sink, client, server),
-                (self._route.replies, self._back, server, client),
+                (self._stages, self._route_sink, client, server),
+                (self._replies, self._back, server, client),
             ):
                 made.append(
                     Direction(
@@ -306,6 +308,20 @@ class StagedSessions(Sessions):
                 way.close()
             raise
         return tuple(made)
+
+    def change(
+        self,
+        stages: tuple[StageSettings, ...],
+        replies: tuple[StageSettings, ...],
+        differ: Sequence[tuple[StageSettings, StageSettings]],
+    ) -> None:
+        """These are the stages from now on; of those at work some `differ`, (old, new) each."""
+        self._stages, self._replies = stages, replies
+        for staged in self._staged.values() if differ else ():
+            for way in staged.ways:
+                for old, new in differ if not way.closed else ():
+                    way.chain.change(old, new)
+                    self._engine.ready(way.c)
 
     # -- the end
 

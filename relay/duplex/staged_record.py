@@ -19,7 +19,7 @@ def complete(record: SessionRecord, there: Direction, back: Direction) -> None:
     for mirror in mirrors:
         mirror.way = "back"
     (main,) = record.sinks
-    main.bytes, main.lost, main.method = to.bytes, to.dropped, there.record.method
+    main.bytes, main.lost, main.method = there.taken, to.dropped, there.record.method
     main.blocked_seconds = to.blocked_seconds
     if record.result == "delivered" and any(one.result == "failed" for one in (*others, *mirrors)):
         record.result = "partial"

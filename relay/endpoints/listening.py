@@ -67,7 +67,12 @@ class Bound:
     def close(self) -> None:
         """Closes the socket and removes its file. Safe to call again."""
         if self._path and self.reachable:
-            Path(self._path).unlink(missing_ok=True)
+            try:
+                Path(self._path).unlink(missing_ok=True)
+            except (
+                OSError
+            ) as error:  # relay may have become somebody else since; whoever binds next replaces it
+                log.warning("%s: its file is left behind: %s", self.address, error.strerror)
         self._path = ""
         self.sock.close()
 

@@ -114,6 +114,7 @@ def read_descriptor(value: object) -> Address:
 
 SOCKET_JSON = WithJsonSchema({"type": "string", "pattern": r"^(tcp|unix)://|\$\{"})
 LISTEN_JSON = WithJsonSchema({"type": "string", "pattern": r"^(tcp|unix|systemd)://|\$\{"})
+SHARED_JSON = WithJsonSchema({"type": "string", "pattern": r"^(unix|shared)://|\$\{"})
 PATH_JSON = WithJsonSchema({"type": "string", "minLength": 1})
 FD_JSON = WithJsonSchema(
     {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^fd://|\$\{"}]}

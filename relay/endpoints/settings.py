@@ -30,7 +30,7 @@ from relay.endpoints.options import (
 from relay.endpoints.readers import (
     FD_JSON,
     PATH_JSON,
-    SOCKET_JSON,
+    SHARED_JSON,
     SOCKETS_JSON,
     ConnectAddress,
     ListenAddress,
@@ -120,7 +120,7 @@ class EndpointSettings(FrozenModel):
     fd: Annotated[Address, PlainValidator(read_descriptor), FD_JSON] | None = Field(
         default=None, description="number of a descriptor that relay was started with"
     )
-    shared: Annotated[Address, PlainValidator(read_shared), SOCKET_JSON] | None = Field(
+    shared: Annotated[Address, PlainValidator(read_shared), SHARED_JSON] | None = Field(
         default=None,
         description="unix socket over which a local program and relay hand each other blocks of shared memory",
     )

@@ -14,11 +14,14 @@ and left as it is; the file is removed at the end if it is still ours. A sink as
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from relay.endpoints import passed
@@ -30,6 +33,8 @@ from relay.endpoints.socket import SocketSink, SocketSource
 from relay.engine import Engine
 from relay.errors import SourceError
 from relay.kernel.pipe import LARGEST_CAPACITY
+
+PATIENCE = 1.0  # seconds to wait for others who listen in the same directory
 
 
 def place(address: Address) -> str:
@@ -140,8 +145,13 @@ def bind(
     if given is not None:
         return [Bound(given, str(address), key(address), passed=True)]
     named = not address.path.startswith("@")
-    if named:
-        _make_way(address)
+    with _alone(address.path) if named else contextlib.nullcontext():
+        if named:
+            _make_way(address)
+        return [_listen(address, mode, owner, group, named=named)]
+
+
+def _listen(address: Address, mode: int | None, owner: int, group: int, *, named: bool) -> Bound:
     try:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     except OSError as error:
@@ -158,7 +168,30 @@ def bind(
     except SourceError:
         sock.close()
         raise
-    return [Bound(sock, str(address), key(address), address.path if named else "")]
+    return Bound(sock, str(address), key(address), address.path if named else "")
+
+
+@contextlib.contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Of relays that find the same stale socket one replaces it, and the others find it answering: each holds a lock on
+    the directory meanwhile. Who cannot have that for PATIENCE seconds goes on without."""
+    fd = -1
+    with contextlib.suppress(OSError):
+        fd = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    break
+                time.sleep(0.01)
+    try:
+        yield
+    finally:
+        if fd >= 0:
+            os.close(fd)
 
 
 def dress(address: Address, *, mode: int | None, owner: int, group: int) -> None:

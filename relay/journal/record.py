@@ -154,12 +154,14 @@ class SessionRecord:
         ends = _ends(self.route, self.source, sink.sink, sink.address)
         why = f', "why_method": {_quoted(self.why_method)}' if self.why_method else ""
         reason = f', "reason": {_quoted(self.reason)}' if self.reason else ""
+        more = _upstream(sink)
+        more += f', "connect_seconds": {sink.connects[-1]:.6f}' if sink.connects else ""
         return (
             f'{ends[0]}, "id": "{self.id}", {ends[1]}, "peer": "{self.peer}", "bytes": {self.bytes}, '
             f'"seconds": {self.seconds:.6f}, "method": "{self.method}", "ended_by": "{self.ended_by}", '
             f'"result": "{self.result}", "sinks": [{{{ends[2]}, "bytes": {sink.bytes}, "lost": {sink.lost}, '
             f'"dropped": 0, "reconnects": 0, "seconds": {sink.seconds:.6f}, "method": "{sink.method}", '
-            f'"result": "{sink.result}"{_upstream(sink)}}}], "bytes_back": {self.back}, "lost_back": {self.back_lost}, '
+            f'"result": "{sink.result}"{more}}}], "bytes_back": {self.back}, "lost_back": {self.back_lost}, '
             f'"method_back": "{self.back_method}"{reason}{why}'
         )
 

@@ -28,8 +28,9 @@ SOURCES = (
     "ferry.c",
     "feed.c",
     "memory.c",
+    "confine.c",
 )
-HEADERS = ("pump.h", "feed.h", "calls.h", "pass.h", "direction.h")
+HEADERS = ("pump.h", "feed.h", "confine.h", "calls.h", "pass.h", "direction.h")
 
 # hidden: what the files of the core share is nobody else's to call or to replace
 flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing", "-fvisibility=hidden"]
@@ -44,10 +45,10 @@ if os.environ.get("RELAY_SANITIZE"):
     links += sanitizers
 
 builder = FFI()
-builder.cdef((HERE / "pump.h").read_text() + (HERE / "feed.h").read_text())
+builder.cdef("".join((HERE / name).read_text() for name in ("pump.h", "feed.h", "confine.h")))
 builder.set_source(
     "relay.kernel._pump",
-    '#include <stdint.h>\n#include "pump.h"\n#include "feed.h"\n',
+    '#include <stdint.h>\n#include "pump.h"\n#include "feed.h"\n#include "confine.h"\n',
     sources=[os.path.relpath(HERE / name, ROOT) for name in SOURCES],
     include_dirs=[os.path.relpath(HERE, ROOT)],
     depends=[os.path.relpath(HERE / name, ROOT) for name in HEADERS],

@@ -6,6 +6,7 @@ A struct made here belongs to the Python object that keeps it: C borrows it whil
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from typing import Any, Final, TypeAlias
 
@@ -78,6 +79,14 @@ def new_end(fd: int = -1, kind: int = POLLED, method: int = SPLICE) -> Struct:
 def buffer(size: int) -> Struct:
     """`size` bytes of zeroed memory for C to copy through."""
     return ffi.new("char[]", size)
+
+
+def room(size: int) -> Struct:
+    """As `buffer`, of memory that counts only where it was written to, and goes back to the system when let go."""
+    try:
+        return ffi.from_buffer("char[]", mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    except OSError:  # no mapping is left for this process
+        return buffer(size)
 
 
 def check(answer: int, operation: str, *, hint: str = "") -> int:

@@ -237,6 +237,7 @@ static void turn(struct relay_engine *e, struct relay_duplex *d, struct relay_ev
             return;
         set_timed(e, d, 0);
         d->state = RELAY_TURNING;
+        d->connected_ns = e->now_ns;
     }
     if (d->state == RELAY_TURNING && d->lends) {
         epoll_ctl(e->epoll, EPOLL_CTL_DEL, a->fd, NULL);
@@ -376,6 +377,8 @@ int relay_duplex_dial(struct relay_engine *e, struct relay_duplex *d, const stru
         return error;
     d->state = is_connected ? RELAY_TURNING : RELAY_CONNECTING;
     if (is_connected)
+        d->connected_ns = e->now_ns;
+    if (is_connected)
         relay_duplex_ready(e, d);
     else
         set_timed(e, d, e->now_ns + timeout_ns);
@@ -406,6 +409,6 @@ void relay_duplex_close(struct relay_engine *e, struct relay_duplex *d, int rese
         side->fd = -1;
         if (x->gauge.side == side)
             x->gauge.side = NULL;
-        side_release(x, side);
+        side_release(e, side);
     }
 }

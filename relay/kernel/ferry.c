@@ -7,6 +7,8 @@
 #include "calls.h"
 
 #include <poll.h>
+#include <sched.h>
+#include <time.h>
 #include <sys/vfs.h>
 
 /* A folio of the page cache is at most as large as the write that makes it. Up to 32 KiB the kernel has them at hand
@@ -219,4 +221,26 @@ int64_t relay_splice(int from, int64_t offset, int to, int64_t size, int more)
 {
     loff_t at = offset;
     return call_splice(from, offset < 0 ? NULL : &at, to, size, more ? SPLICE_F_MORE : 0);
+}
+
+/* Asking a pipe whether it is ready takes no lock of it, trying to move bytes does: whoever spins must not hold up the
+ * other end. */
+int relay_spin(int fd, int events, int64_t ns)
+{
+    struct pollfd one = { .fd = fd, .events = (short)events };
+    int64_t until = 0, now;
+    struct timespec t;
+
+    for (;;) {
+        int ready = poll(&one, 1, 0);
+        if (ready)
+            return ready < 0 ? -errno : 1;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        now = t.tv_sec * 1000000000LL + t.tv_nsec;
+        if (!until)
+            until = now + ns;
+        else if (now >= until)
+            return 0;
+        sched_yield();      /* the other end may be waiting for this very CPU */
+    }
 }

@@ -262,10 +262,12 @@ int fill_from_source(struct pass *s)
     if (moved == -EAGAIN) {
         if (head->held)
             head->full = 1;
-        else if (source->is_socket && says_ready(source->fd, POLLIN))
+        else if (!source->is_socket)
+            source_empty(s, source);
+        else if (says_ready(source->fd, POLLIN))
             return fill_by_hand(s, head);   /* tcp does not splice past urgent data, recv does */
         else
-            source_empty(s, source);
+            source->readable = 0;
         return 0;
     }
     if (source->method != RELAY_COPY && not_this_way(moved)) {

@@ -160,7 +160,8 @@ static void note(struct relay_engine *e, struct relay_end *end, uint32_t mask)
         relay_ready(e, end->reads);
     if (end->writes)
         relay_ready(e, end->writes);
-    if (end->twin)
+    /* a twin that may be written to anyway waits for nothing else */
+    if (end->twin && (!end->twin->writable || mask & (EPOLLHUP | EPOLLERR)))
         note(e, end->twin, mask);
 }
 

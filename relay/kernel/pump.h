@@ -300,6 +300,7 @@ struct relay_duplex {
     uint8_t lends;           /* once connected it is lent */
     uint8_t gauges;          /* its bulk may be measured */
     int64_t last_ns;         /* monotonic time of the last byte */
+    int64_t connected_ns;    /* when its second side was connected; 0: it is not */
     int64_t until_ns;        /* connecting: when it is given up; cutting: when the reset is due */
     int64_t seen;            /* cutting: bytes outstanding when last looked at */
     const char *ahead;       /* goes to the second side before all else: `ahead_size` bytes, Python's until it is over */
@@ -427,6 +428,8 @@ void relay_refuse(int fd);
 int64_t relay_lend(int pipe_w, const char *memory, int64_t size);
 int64_t relay_tee(int pipe_r, int pipe_w, int64_t size);
 int64_t relay_splice(int from, int64_t offset, int to, int64_t size, int more);
+/* Asks again and again, for ns at most: 1 when `events` of poll(2) are there, 0 when not, or -errno. */
+int relay_spin(int fd, int events, int64_t ns);
 
 /* Memory that is lent (memory.c). What is mapped at `from` moves to `to`, read-only unless `writable`; `from` stays
  * mapped, and empty where it is private: 0 or -errno. Both are whole pages, `to` private anonymous ones. */
@@ -435,3 +438,5 @@ int relay_cut(char *from, char *to, int64_t size, int writable);
 int64_t relay_lend_pieces(int pipe_w, const char *base, const int64_t *pieces, int count);
 /* Whole pages of the file `fd` (-1: fresh private ones) take the place of the mapping at `at`: 0 or -errno. */
 int relay_map_over(char *at, int64_t size, int fd, int64_t offset, int writable);
+/* As memcpy, by the fastest way there is for much memory. */
+void relay_copy(char *to, const char *from, int64_t size);

@@ -40,7 +40,7 @@ class Node:
         """
         size = STASH + int(self.c.align)
         if self._stash is None or len(self._stash) < size:
-            self._stash = core.buffer(size)
+            self._stash = core.room(size)  # most gates never have a gap
             self.c.stash, self.c.stash_size = self._stash, STASH
 
     def copies(self, why: str) -> None:
@@ -54,6 +54,7 @@ class Node:
         self._engine.forget_token(self.c.token)
         self.pipe.close()
         self.c.pipe_r = self.c.pipe_w = -1
+        self._stash, self.c.stash = None, core.ffi.NULL  # at once, rather than when the collector comes by
 
 
 def guard(gate: Node, slow: OnSlow) -> None:

@@ -36,6 +36,8 @@ def summary(plan: Plan) -> Iterator[str]:
     yield f"in all: {_need(plan.total)} with {_count(plan.engines, 'engine')}; allowed are {limits}"
     for line in room(plan):
         yield f"  {line}"
+    if plan.confined:
+        yield f"confined: relay {plan.confined}"
 
 
 def room(plan: Plan) -> Iterator[str]:
@@ -172,6 +174,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
             call: machine.refused(call) or "works" for call in ("splice", "tee", "vmsplice", "sendfile")
         },
         "routes": [_route_data(route) for route in plan.routes],
+        "confined": plan.confined or None,
     }
 
 

@@ -43,6 +43,7 @@ class Plan:
     engines: int
     routes: tuple[RoutePlan, ...]
     base: Need = field(default=needs.NOTHING)
+    confined: str = ""  # what relay gives up once it has started
 
     @property
     def total(self) -> Need:

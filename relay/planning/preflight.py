@@ -11,11 +11,12 @@ import os
 import shlex
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from relay.config.load import load_to_run
 from relay.config.models import Config, Route
+from relay.confinement import confinement
 from relay.endpoints import unix
 from relay.endpoints.address import Address
 from relay.endpoints.dial import TRANSPARENT
@@ -26,7 +27,7 @@ from relay.kernel.pipe import LARGEST_CAPACITY
 from relay.kernel.probe import CAP_NET_ADMIN, CAP_NET_BIND_SERVICE, CAP_NET_RAW, Machine, machine
 from relay.planning import drawing
 from relay.planning.plan import Plan, make_plan
-from relay.serving.resumption import spilling
+from relay.serving.spilling import spilling
 
 UNKNOWN = "-"  # stands for a placeholder's value in a path
 
@@ -45,7 +46,7 @@ class Finding:
 
 def show_plan(path: str | None, form: str) -> str:
     """The plan of the configuration at `path` as text, json or mermaid. Raises ConfigErrors."""
-    plan = make_plan(load_to_run(path), machine())
+    plan = _planned(load_to_run(path))
     if form == "json":
         return json.dumps(drawing.as_data(plan), indent=2, ensure_ascii=False) + "\n"
     return drawing.as_mermaid(plan) if form == "mermaid" else drawing.as_text(plan)
@@ -57,7 +58,7 @@ def show_check(path: str | None, form: str) -> tuple[str, list[Finding]]:
     Raises ConfigErrors when `relay serve` would refuse it.
     """
     config = load_to_run(path)
-    plan = make_plan(config, machine())
+    plan = _planned(config)
     found = list(findings(config, plan))
     if form == "json":
         data = {
@@ -71,6 +72,10 @@ def show_check(path: str | None, form: str) -> tuple[str, list[Finding]]:
     return "\n".join(["ok", *drawing.summary(plan)]) + "\n", found
 
 
+def _planned(config: Config) -> Plan:
+    return replace(make_plan(config, machine()), confined=confinement.planned(config.confine))
+
+
 def findings(config: Config, plan: Plan) -> Iterator[Finding]:
     """Everything that would keep these routes from running as they should, here and now."""
     yield from limits(plan)
@@ -80,6 +85,7 @@ def findings(config: Config, plan: Plan) -> Iterator[Finding]:
                 _socket_path(address) if address.scheme == "unix" else _port(address, plan.machine)
             ):
                 yield Finding(f"admin: {finding.about}", finding.what, finding.remedy)
+    yield from (Finding("confine", what, remedy) for what, remedy in confinement.lacks(config))
     for name, route in config.routes.items():
         for finding in _route(name, route, plan.machine):
             yield Finding(f"{name}: {finding.about}", finding.what, finding.remedy)

@@ -30,6 +30,11 @@ class Named(NamedTuple):
     name: str
     settings: StageSettings
 
+    @property
+    def alike(self) -> str:
+        """What others may be called, too."""
+        return self.settings.name or self.settings.kind
+
 
 def flat(stages: Stages) -> Iterator[StageSettings]:
     """All stages, those of a tee's branch behind it."""
@@ -46,25 +51,24 @@ def named(stages: Stages) -> list[Named]:
     for stage in flat(stages):
         name = stage.name or stage.kind
         counts[name] = counts.get(name, 0) + 1
-        found.append(Named(name if counts[name] == 1 else f"{name}#{counts[name]}", stage))
-    return found
+        found.append(Named(f"{name}#{counts[name]}", stage))
+    return [Named(each.name if counts[each.alike] > 1 else each.alike, each.settings) for each in found]
 
 
 def find(route: str, stages: Stages, wanted: str) -> StageSettings:
     """The stage that is meant. Raises NotChanged when there is none, or more than one."""
     known = named(stages)
-    first = f"{wanted}#1"
-    alike = [each.name for each in known if each.name == wanted or each.name.startswith(f"{wanted}#")]
-    if len(alike) > 1:
-        which = list_of([first, *alike[1:]])
-        raise NotChanged(f"route '{route}' has {len(alike)} stages '{wanted}'", hint=f"say which: {which}")
     for each in known:
         if wanted in (each.name, f"{each.name}#1"):
             return each.settings
+    alike = [each.name for each in known if each.alike == wanted]
+    if alike:
+        which = list_of(alike)
+        raise NotChanged(f"route '{route}' has {len(alike)} stages '{wanted}'", hint=f"say which: {which}")
     if not known:
         raise NotChanged(f"route '{route}' has no stages")
     names = [each.name for each in known]
-    guess = did_you_mean(wanted, names) or f"; it has {', '.join(names)}"
+    guess = did_you_mean(wanted, [each.alike for each in known]) or f"; it has {', '.join(names)}"
     raise NotChanged(f"route '{route}' has no stage '{wanted}'{guess}")
 
 

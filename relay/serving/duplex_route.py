@@ -23,8 +23,6 @@ from relay.journal.record import SessionRecord
 from relay.kernel import core
 from relay.serving.facts import Facts
 from relay.serving.introductions import Introduced
-from relay.serving.names import Found
-from relay.serving.reception import Take, nobody
 from relay.serving.resumption import ids
 from relay.serving.route import RunningRoute
 from relay.ways import Ways
@@ -59,11 +57,8 @@ class DuplexRoute(RunningRoute):
         if isinstance(old, DuplexRoute):
             self.upstreams = Upstreams(self.name, self.route.sink, self.home, old.upstreams)
 
-    def open(self, found: Found | None = None, take: Take = nobody, *, wait: bool = False) -> None:
-        """Binds the listeners, and accepts unless it is to `wait`. Raises SourceError; see `bound`."""
-        self.reception.open(found or {}, take)
-        if not wait:
-            self.begin()
+    def stand(self) -> None:
+        """Nothing outlives a session."""
 
     def begin(self) -> None:
         """Connections come in from now on."""

@@ -34,8 +34,8 @@ from relay.errors import RelayError
 from relay.journal.record import SessionRecord
 from relay.serving.names import Found, listening
 from relay.serving.reception import Handover, keys
-from relay.serving.resumption import spilling
 from relay.serving.route import RunningRoute
+from relay.serving.spilling import spilling
 from relay.serving.staged_route import route_of
 from relay.spill.spills import Spills
 
@@ -73,8 +73,10 @@ def compare(old: Config, new: Config) -> Change:
 
 
 def held(name: str, route: Route) -> set[tuple[str, str]]:
-    """The ends of a route that two cannot hold at once."""
-    found = set()
+    """The ends of a route that two cannot hold at once; the many sessions of a duplex route have none."""
+    found: set[tuple[str, str]] = set()
+    if route.duplex:
+        return found
     ends = [(sink, sink.placeholders, sink.append) for _place, sink in route.sinks()]
     for end, placeholders, append in [*ends, (route.source, frozenset(), True)]:
         address = end.address
@@ -139,23 +141,23 @@ class Fleet:
     def __iter__(self) -> Iterator[RunningRoute]:
         return iter([*self.at_work.values(), *self.leaving])
 
-    def open(self, found: Found, interrupted: Callable[[], bool]) -> bool:
+    def open(
+        self, found: Found, interrupted: Callable[[], bool], bound: Callable[[], None] = lambda: None
+    ) -> bool:
         """Before the engines run: opens every route. False when one cannot be opened, which is logged, or when
         `interrupted` says so between two; what was opened is ended then. `found`: what the listeners' names mean.
+
+        `bound` is called when all listeners are bound and before anything else is opened.
         """
-        reason = ""
-        for name, route in self.config.routes.items():
-            if interrupted():
-                reason = "relay was told to end"
-                break
-            running = self.at_work[name] = self._make(name, route)
+        reason = self._each(interrupted, lambda running: running.bind(found), making=True)
+        if not reason:
             try:
-                running.open(found, wait=True)
+                bound()
             except RelayError as error:
-                log.error("%s: %s", name, error, extra={"event": "error", "route": name})
-                reason = "another route could not be opened"
+                log.error("%s", error, extra={"event": "error"})
+                reason = "relay could not give up rights"
                 self.refusal = error
-                break
+        reason = reason or self._each(interrupted, lambda running: running.stand())
         if reason or interrupted():
             for running in self:
                 running.abort(reason or "relay was told to end")
@@ -170,6 +172,23 @@ class Fleet:
         for running in self:
             running.begin()
         return True
+
+    def _each(
+        self, interrupted: Callable[[], bool], opens: Callable[[RunningRoute], None], *, making: bool = False
+    ) -> str:
+        """Opens one half of every route; why it went no further, or nothing."""
+        for name, route in self.config.routes.items():
+            if interrupted():
+                return "relay was told to end"
+            if making:
+                self.at_work[name] = self._make(name, route)
+            try:
+                opens(self.at_work[name])
+            except RelayError as error:
+                log.error("%s: %s", name, error, extra={"event": "error", "route": name})
+                self.refusal = error
+                return "another route could not be opened"
+        return ""
 
     def _make(self, name: str, route: Route) -> RunningRoute:
         return route_of(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from relay.config.models import Route
-from relay.endpoints.options import OnSlow
-from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine
+from relay.serving.spilling import spilling
 from relay.spill.sink import Resumed
 from relay.spill.spills import Spills
-from relay.stages.base import StageSettings
-from relay.stages.stage import Branch, Turn
+from relay.stages.stage import Turn
 from relay.ways import Ways
 
 ids = itertools.count(1)  # of streams and sessions, for as long as this process lives
@@ -67,23 +65,3 @@ class Resumption:
         """Ends them now; what is left stays in the logs."""
         for resumed in self._resumed:
             resumed.stop(reason)
-
-
-def spilling(
-    route: Route,
-) -> Iterator[tuple[str, SinkSettings, OnSlow, tuple[StageSettings, ...]]]:
-    """Every sink of the route that reads through a log, with its policy and the stages behind the log."""
-
-    def walk(stages: tuple[StageSettings, ...]) -> Iterator[Branch]:
-        for settings in stages:
-            branch = settings.make().branch
-            if branch is not None:
-                yield branch
-                if branch.on_slow.policy != "spill":
-                    yield from walk(branch.stages)
-
-    for branch in walk(route.stages + route.replies):
-        if branch.on_slow.policy == "spill":
-            yield str(branch.to.address), branch.to, branch.on_slow, branch.stages
-    if route.sink.slow.policy == "spill":
-        yield str(route.sink.address), route.sink, route.sink.slow, ()

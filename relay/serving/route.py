@@ -74,7 +74,7 @@ class RunningRoute:
         self._lines = lines
         self.name = name
         self.route = route
-        self.stages: Stages = route.stages  # as they were changed since, see changes.py
+        self.stages: Stages = route.stages + route.replies  # as they were changed since, see changes.py
         self.home = home
         self.records: list[SessionRecord] = []
         self.finite = once or route.source.verb == "read"
@@ -123,13 +123,21 @@ class RunningRoute:
 
         `found` is what the listeners' names mean, `take` may have sockets for them. Raises SourceError; see `bound`.
         """
+        self.bind(found, take)
+        self.stand()
+        if not wait:
+            self.begin()
+
+    def bind(self, found: Found | None = None, take: Take = nobody) -> None:
+        """The first half of `open`: every listener."""
         self.reception.open(found or {}, take)
+
+    def stand(self) -> None:
+        """The second half: what outlives a stream."""
         self._resumption.begin(standing=self._persistent)
         if self._persistent:
             self._standing = self._pipeline(self.home)
             self._standing.open(self._broadcasts)
-        if not wait:
-            self.begin()
 
     def begin(self) -> None:
         """Streams come in from now on. Once."""
@@ -363,8 +371,9 @@ class RunningRoute:
 
     @property
     def in_use(self) -> bool:
-        """Whether anything is under way or anybody watches."""
-        watched = any(group.members for pipeline in self._pipelines for group in pipeline.subscribers)
+        """Whether anything is under way or anybody watches who has not ended its own stream."""
+        groups = [group for pipeline in self._pipelines for group in pipeline.subscribers]
+        watched = any(not member.sink.c.peer_ended for group in groups for member in group.members.values())
         return self.under_way or watched
 
     def drain(self) -> None:

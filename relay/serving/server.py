@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from relay.config.models import Config
+from relay.confinement.confinement import Confinement
 from relay.engine import Engine
 from relay.errors import ConfigError, ConfigErrors, EndpointError, RelayError
 from relay.journal import logs
@@ -82,10 +83,12 @@ class Server:
         on_progress: Callable[[list[RunningRoute]], None] | None = None,
         interval: float = 0.2,
         vigil: Vigil | None = None,
+        confinement: Confinement | None = None,
     ) -> None:
         self._config = config
         self._once = once
         self._vigil = vigil or Vigil()
+        self._confinement = confinement or Confinement(config)
         self._on_record = self._vigil.watched(on_record)
         self._on_ready = on_ready
         self._again = again
@@ -112,7 +115,9 @@ class Server:
         self._fleet = Fleet(self._config, engines, self._done, self._on_record, once=self._once)
         try:
             found = self._look_up()
-            if found is None or not self._fleet.open(found, lambda: bool(self._interrupted)):
+            if found is None or not self._fleet.open(
+                found, lambda: bool(self._interrupted), self._confinement.close
+            ):
                 return self._not_opened()
             if self._signals and not self._once:  # the process is this server's
                 _keep_small()
@@ -197,6 +202,10 @@ class Server:
         fleet = getattr(self, "_fleet", None)
         return list(fleet) if fleet is not None else []
 
+    def at_work(self, running: RunningRoute) -> bool:
+        """Whether it is the present route of its name, and none that is leaving. From any thread."""
+        return self._fleet.at_work.get(running.name) is running
+
     @property
     def config(self) -> Config:
         """The present one. From any thread."""
@@ -252,6 +261,7 @@ class Server:
             self._fleet.abort(f"a second {name}")
             return
         self.signalled = int(signal.Signals[name])
+        self._interrupted = self._interrupted or name
         log.info("draining: %s, %g s at most", why or name, self._config.drain, extra={"event": "drain"})
         self._vigil.notifier.stopping(f"draining: {why or name}", self._config.drain)
         self._deadline = time.monotonic() + self._config.drain
@@ -298,6 +308,14 @@ class Server:
         except (ConfigError, ConfigErrors) as error:
             self._fleet.reopen(tuple(self._fleet.at_work))
             self._refuse(error.errors if isinstance(error, ConfigErrors) else [error])
+            return
+        refused = [
+            f"{loaded.where(place)}: {said}"
+            for place, said in self._confinement.refusals(loaded.config, self._config)
+        ]
+        if refused:
+            self._fleet.reopen(tuple(self._fleet.at_work))
+            self._refuse(refused)
             return
         self._names.look_up(self._fleet.fresh_routes(loaded.config), partial(self._exchange, loaded))
         waiting = self._names.waiting

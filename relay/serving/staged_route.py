@@ -7,25 +7,36 @@ from typing import Any
 
 from relay.duplex.staged import StagedSessions
 from relay.engine import Engine
+from relay.serving.changes import Stages, pairs
 from relay.serving.duplex_route import DuplexRoute
-from relay.serving.names import Found
-from relay.serving.reception import Take, nobody
 from relay.serving.route import RunningRoute
 
 
 class StagedRoute(DuplexRoute):
     """A route that moves bytes both ways through stages. A session counts until its mirrors are done, too."""
 
-    def open(self, found: Found | None = None, take: Take = nobody, *, wait: bool = False) -> None:
-        """As a duplex route; what an earlier run left in logs of mirrors goes on first."""
-        self.reception.open(found or {}, take)
+    def stand(self) -> None:
+        """What an earlier run left in logs of mirrors goes on first."""
         self._resumption.begin(standing=False)
-        if not wait:
-            self.begin()
 
     def _sessions_on(self, engine: Engine) -> StagedSessions:
         spill = partial(self._spills.sink, self._ways)
-        return StagedSessions(engine, *self._sessions_of(engine), spill=spill)
+        made = StagedSessions(engine, *self._sessions_of(engine), spill=spill)
+        made.change(*self._both(), ())
+        return made
+
+    def _both(self) -> tuple[Stages, Stages]:
+        """The stages of both ways, as they are now."""
+        there = len(self.route.stages)
+        return self.stages[:there], self.stages[there:]
+
+    def change(self, stages: Stages) -> None:
+        """Some of its stages have other settings from now on, those of the way back behind the others."""
+        differ = tuple(pairs(self.stages, stages))
+        super().change(stages)
+        for engine, sessions in self._sessions.items():
+            if isinstance(sessions, StagedSessions):
+                engine.post(partial(sessions.change, *self._both(), differ))
 
     @property
     def under_way(self) -> bool:

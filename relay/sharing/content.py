@@ -82,6 +82,26 @@ class Content:
         return numpy.frombuffer(memory, self.dtype).reshape(self.shape)
 
 
+class Described:
+    """What has a `content`."""
+
+    __slots__ = ()
+    content: Content
+
+    @property
+    def dtype(self) -> str:
+        """The dtype as NumPy spells it, `|u1` for plain bytes."""
+        return self.content.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sides of the array, C-ordered."""
+        return self.content.shape
+
+    def __repr__(self) -> str:
+        return f"<relay.{type(self).__name__} {self.dtype} {self.shape}>"
+
+
 @lru_cache(64)
 def itemsize(dtype: str) -> int:
     """Bytes of one element; ShareError for a dtype that cannot be shared."""

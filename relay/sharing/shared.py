@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from relay.errors import KernelError, ShareError
 from relay.kernel import memfd
 from relay.sharing import wire
-from relay.sharing.content import Content, content_of, describe
+from relay.sharing.content import Content, Described, content_of, describe
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MAX_BYTES: Final = 1 << 30  # what a receiver takes unless told otherwise
 
 
-class Shared(mmap.mmap):
+class Shared(Described, mmap.mmap):
     """Final bytes in pages that other processes share: made by `share`, or by `Shared.receive`.
 
     It is a read-only buffer of bytes (`memoryview(shared)`, `bytes(shared)`, `shared[10:20]`, `len(shared)`);
@@ -61,19 +61,6 @@ class Shared(mmap.mmap):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def __repr__(self) -> str:
-        return f"<relay.Shared {self.dtype} {self.shape}>"
-
-    @property
-    def dtype(self) -> str:
-        """The dtype as NumPy spells it, `|u1` for plain bytes."""
-        return self.content.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The sides of the array, C-ordered."""
-        return self.content.shape
 
     def array(self) -> Any:
         """A read-only NumPy array over the shared pages, without a copy. Needs NumPy; memoryview does not."""
@@ -172,6 +159,7 @@ class Draft:
             os.ftruncate(self._fd, self.content.size)
             self._map = mmap.mmap(-1, self.content.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memfd.place(self._map, self._fd, writable=True)
+            memfd.advise(self._map)
         except BaseException:
             os.close(self._fd)
             raise

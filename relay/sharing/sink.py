@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from relay.errors import RelayBug, ShareError
+from relay.kernel import memfd
 from relay.kernel.arena import in_use, whole_pages
 from relay.sharing import wire
 from relay.sharing.content import Content, content_of, describe
@@ -138,8 +139,7 @@ class ShareSink:
         content, flat = describe(block)
         number = self._free_slot(content.size, timeout)
         if flat:
-            with memoryview(self._slots().maps[number]) as whole:
-                whole[: len(flat)] = flat
+            memfd.copy(self._slots().maps[number], flat)
         self._hand_over(number, content)
 
     def fill(self, size: int, read: Callable[[memoryview], int], *, timeout: float | None = None) -> int:

@@ -17,9 +17,6 @@ from relay.sharing import wire
 
 PAGE: Final = mmap.PAGESIZE
 
-# MADV_POPULATE_READ and _WRITE enter the pages of a mapping at once, so that the first blocks are not slower
-_POPULATE_READ, _POPULATE_WRITE = 22, 23
-
 
 def _mapped(fd: int, number: int, size: int, *, writable: bool) -> mmap.mmap:
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
@@ -31,7 +28,9 @@ def _mapped(fd: int, number: int, size: int, *, writable: bool) -> mmap.mmap:
         ) from error
     memfd.place(slot, fd, number * size, writable=writable)
     with contextlib.suppress(OSError):  # before Linux 5.14 every page is entered when it is first looked at
-        slot.madvise(_POPULATE_WRITE if writable else _POPULATE_READ)
+        slot.madvise(
+            memfd.POPULATE_WRITE if writable else memfd.POPULATE_READ
+        )  # the first blocks are not slower
     return slot
 
 

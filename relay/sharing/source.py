@@ -16,12 +16,12 @@ from relay.errors import ShareError
 from relay.kernel import memfd
 from relay.kernel.arena import in_use
 from relay.sharing import wire
-from relay.sharing.content import Content
+from relay.sharing.content import Content, Described
 from relay.sharing.shared import MAX_BYTES, Shared
 from relay.sharing.slots import received
 
 
-class Block:
+class Block(Described):
     """One block, in the sender's memory until it is given back: `release`, or the end of a `with` block.
 
     Most are in a slot that the sender writes again. `final` is there for one that came in memory of its own, which
@@ -59,19 +59,6 @@ class Block:
 
     def __len__(self) -> int:
         return self.content.size
-
-    def __repr__(self) -> str:
-        return f"<relay.Block {self.dtype} {self.shape}>"
-
-    @property
-    def dtype(self) -> str:
-        """The dtype as NumPy spells it, `|u1` for plain bytes."""
-        return self.content.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The sides of the array, C-ordered."""
-        return self.content.shape
 
     @property
     def final(self) -> Shared | None:

@@ -80,6 +80,7 @@ class Delivery:
         self._torn = False
         self._stopped = False
         self.method = "sendfile"
+        self.path = ""  # where what it delivered can be found, if that is a file
         self.reconnects = 0
         self.twice = 0  # bytes that were sent again after a connection broke
         self._connects: tuple[float, ...] = ()
@@ -202,6 +203,7 @@ class Delivery:
         self._connects = (*self._connects, *sink.connects)[:CONNECTS]
         assert self._source is not None
         self.method = record.crossing(sink)[0]
+        self.path = sink.path
         if not self._in_vain_since or sink.bytes > sink.lost:
             self._in_vain_since = self.engine.now
         reached = self._source.began_at + sink.bytes

@@ -104,6 +104,11 @@ class SpillSink(Sink):
         return self.delivery.method
 
     @property
+    def result_path(self) -> str:
+        """Where a file behind the log can be found."""
+        return self.delivery.path
+
+    @property
     def backlog(self) -> int:
         """Bytes that wait in the log or on their way into it, those of an earlier run included."""
         return max(0, self._begin + int(self.c.moved) - self.delivery.position - self._gone)
