@@ -64,7 +64,6 @@ class Told(threading.Thread):
         """To the end of the log."""
         rest = b""
         while piece := os.read(self._fd, 1 << 18):
-            self.tail = (getattr(self, "tail", b"") + piece)[-1500:]
             *lines, rest = (rest + piece).split(b"\n")
             for line in lines:
                 self.sessions += self.MARK in line
