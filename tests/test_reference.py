@@ -163,6 +163,20 @@ def test_a_documents_configurations_are_ones_that_relay_takes(document: Path) ->
         assert len(wrong) < len(ways), "\n".join(wrong)
 
 
+def exit_codes(document: Path) -> list[str]:
+    """The codes in the table under "Exit codes"."""
+    table = document.read_text().partition("## Exit codes\n")[2].partition("\n## ")[0]
+    return [code for row in re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE) for code in row.split(", ")]
+
+
+def test_the_exit_codes_are_those_of_the_command_line() -> None:
+    """README and Operating relay list the same exit codes, and every one that the console entry gives."""
+    listed = exit_codes(ROOT / "README.md")
+    assert listed == exit_codes(ROOT / "docs" / "operations.md")
+    given = re.findall(r"sys\.exit\((\d+)\)", (ROOT / "relay" / "cli" / "__init__.py").read_text())
+    assert {"0", "2", "3"} <= set(given) <= set(listed)
+
+
 @pytest.mark.parametrize(
     "code", ["ECONNREFUSED", "ETIMEDOUT", "EHOSTUNREACH", "ENETUNREACH", "ECONNRESET", "EPIPE"]
 )
@@ -193,4 +207,5 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         assert "<table>" in text or "<pre" in text, page
     assert "&lt;!-- " not in (tmp_path / "site" / "tutorial" / "index.html").read_text()
     home = (tmp_path / "site" / "index.html").read_text()
+    assert "<code>README.md</code>" in home  # a link that leads out of docs/
     assert not re.findall(r'(?:src|href)="https?://(?!squidfunk)[^"]*\.(?:js|css|woff2?)"', home)
