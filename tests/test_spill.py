@@ -492,8 +492,8 @@ def test_a_buffer_is_backlog_beside_the_pipe() -> None:
     data = payload(13, 56 * MIB)
     with Receiver(buffer=64 << 10) as receiver:
         slow = {"policy": "block", "buffer": "8MiB"}
+        receiver.up()
         with Relay(tee(receiver, slow, "null:")) as relay, connected(relay.bound[-1]) as source:
-            receiver.up()
             receiver.accept()
             sender = sending(source, data)
             held = [0]
@@ -515,8 +515,8 @@ def test_a_pause_that_fits_the_buffer_drops_nothing() -> None:
     data = payload(14, 10 * MIB)
     with Receiver(buffer=64 << 10) as receiver:
         slow = {"policy": "drop", "buffer": "16MiB", "after": "10ms"}
+        receiver.up()
         with Relay(tee(receiver, slow, "null:")) as relay, connected(relay.bound[-1]) as source:
-            receiver.up()
             receiver.accept()
             send_all(source, data)
             source.shutdown(socket.SHUT_WR)
@@ -529,15 +529,24 @@ def test_a_full_buffer_drops_whole_pieces() -> None:
     """Once the buffer is full for too long, gaps are aligned and counted; the others get everything."""
     data = payload(15, 32 * MIB)
     with Receiver(buffer=64 << 10) as receiver, tcp_listener() as (listener, address):
-        slow = {"policy": "drop", "buffer": "2MiB", "after": "20ms", "align": 1316}
+        slow = {"policy": "drop", "buffer": "2MiB", "after": "500ms", "align": 1316}
         with Relay(tee(receiver, slow, address)) as relay:
             receiver.up()
             with connected(relay.bound[-1]) as source, accept(listener) as other:
-                sender = sending(source, data)
-                assert_same(receive_all(other), data)
-                got = receiver.rest()
+                receiver.accept()
+                taken: list[bytes] = []
+                taker = threading.Thread(target=lambda: taken.append(receiver.rest()))
+                feeder = threading.Thread(target=send_all, args=(source, data[: 24 * MIB]))
+                feeder.start()
+                begun = receive_exactly(other, 24 * MIB)  # far more than the branch can hold: it drops
+                feeder.join()
+                taker.start()  # before the end of the stream: from there on it must not stall for `after`
+                sender = sending(source, data[24 * MIB :])
+                assert_same(begun + receive_all(other), data)
                 sender.join()
+                taker.join()
                 record = branch_record(relay)
+    (got,) = taken
     left_out = gaps(got, data)
     assert left_out
     assert all(start % 1316 == 0 and (end % 1316 == 0 or end == len(data)) for start, end in left_out)
@@ -565,8 +574,8 @@ def test_a_break_behind_a_buffer_fails_as_without_one() -> None:
     """With a pipeline a connection, a block sink that breaks fails the stream: the source is reset."""
     with Receiver(buffer=64 << 10) as receiver:
         slow = {"policy": "block", "buffer": "8MiB"}
+        receiver.up()
         with Relay(tee(receiver, slow, "null:")) as relay, connected(relay.bound[-1]) as source:
-            receiver.up()
             receiver.accept()
             send_all(source, payload(17, 2 * MIB))
             eventually(receiver.waiting, "some came")
