@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import select
 import shutil
@@ -333,11 +334,19 @@ def _pipe(capacity: int) -> tuple[int, int]:
     return read_end, write_end
 
 
+# below the ports that the kernel gives to others by chance, and not those of another process beside this one
+_PORTS = itertools.cycle(range(30_000 + os.getpid() % 43 * 64, 30_064 + os.getpid() % 43 * 64))
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 that was free a moment ago: peers do not tell which one they got for port 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    for port in itertools.islice(_PORTS, 64):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+    raise BenchmarkError("no port is free")
 
 
 def _file_digest(path: Path) -> str:

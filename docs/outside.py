@@ -26,6 +26,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return link[0]
         if base:
             return f"[{text}]({base}/blob/HEAD/{path}{anchor or ''})"
-        return text if path in text else f"{text} (`{path}`)"
+        return f"`{path}`" if text.strip("`/") in path else f"{text} (`{path}`)"
 
     return LINK.sub(outside, markdown)

@@ -86,7 +86,7 @@ class Crowd:
         self._places: list[tuple[str, int]] = []
         self._accepting: dict[int, int] = {}
         self._served: list[dict[int, socket.socket]] = []
-        self._of: dict[int, tuple[socket.socket, int]] = {}
+        self._of: dict[int, tuple[socket.socket, int, bytearray]] = {}
         self._clients: dict[int, list[object]] = {}  # socket, bytes to come, bytes to send, end when whole
         self._order: list[int] = []
         for number in range(servers):
@@ -144,21 +144,28 @@ class Crowd:
         with contextlib.suppress(BlockingIOError):
             while True:
                 sock, _ = listener.accept()
-                sock.settimeout(5.0)
+                sock.setblocking(False)
                 self._served[number][sock.fileno()] = sock
-                self._of[sock.fileno()] = (sock, number)
+                self._of[sock.fileno()] = (sock, number, bytearray())
                 self._poll.register(sock, select.EPOLLIN)
 
     def _serve(self, fd: int) -> None:
-        sock, number = self._of[fd]
+        """It takes more when what it says back is under way."""
+        sock, number, back = self._of[fd]
         try:
-            piece = sock.recv(1 << 16)
-            if piece:
-                sock.sendall(piece)
-                return
-        except OSError:
+            if not back:
+                piece = sock.recv(1 << 16)
+                back += piece
+                if not piece:
+                    self._part(fd, sock, number)
+                    return
+            del back[: sock.send(back)]
+        except BlockingIOError:
             pass
-        self._part(fd, sock, number)
+        except OSError:
+            self._part(fd, sock, number)
+            return
+        self._poll.modify(fd, select.EPOLLOUT if back else select.EPOLLIN)
 
     # -- clients
 
@@ -243,11 +250,6 @@ class Crowd:
                 self._client(fd, mask)
         return len(events)
 
-    def settle(self) -> None:
-        """Until nothing has happened for a while."""
-        while self.turn(0.3):
-            pass
-
     def churn(self, to: tuple[str, int], at_once: int, total: int, flap: int = 0) -> None:
         """`total` more clients come, `at_once` at most are there; as fast as they are answered. Every `flap` of them
         another server is killed, and the one killed before is back."""
@@ -292,10 +294,9 @@ def crowd(seed: int = 5) -> Iterator[Crowd]:
         made.close()
 
 
-def until(crowd: Crowd, pid: int, descriptors: int, patience: float = 60.0) -> Footprint:
-    """The servers serve on until the process has no more descriptors than so many; its footprint then."""
+def until(crowd: Crowd, told: Told, patience: float = 60.0) -> None:
+    """The servers serve on until relay has told of every client that ever came."""
     end = time.monotonic() + patience
-    while (now := Footprint.of(pid)).descriptors > descriptors:
-        assert time.monotonic() < end, f"{now} is more than {descriptors} descriptors after {patience} s"
+    while told.sessions < crowd.came:
+        assert time.monotonic() < end, f"{told.sessions} sessions of {crowd.came} are over after {patience} s"
         crowd.turn(0.05)
-    return now

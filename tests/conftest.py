@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import faults
@@ -15,6 +16,12 @@ FIRST = (  # the files that take longest: begun last, one worker would end long 
     "test_container.py",
     "test_packaging.py",
 )
+
+
+def pytest_configure() -> None:
+    """A shell starts what is to run in its background with SIGINT ignored, and every program would inherit that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

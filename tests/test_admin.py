@@ -54,7 +54,7 @@ def http_port(served: Process) -> int:
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Process]:
     """A relay with an inbox and both admin listeners, ready."""
-    with serving(ADMIN + "drain: 5s\n" + INBOX, tmp_path) as process:
+    with serving(ADMIN + "drain: 50s\n" + INBOX, tmp_path) as process:
         process.said("ready")
         yield process
 
@@ -131,7 +131,7 @@ def test_readiness_ends_where_the_drain_begins(served: Process, tmp_path: Path) 
         sock.sendall(b"under way")
         eventually(lambda: figure(figures(tmp_path / SOCKET), "relay_route_streams") == 1, "it has come")
         done = run_relay("drain", "--admin", SOCKET, cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (0, b"draining, 5 s at most\n")
+        assert (done.returncode, done.stdout) == (0, b"draining, 50 s at most\n")
         assert asked(tmp_path / SOCKET, "/readyz") == (503, "draining\n")
         assert asked(tmp_path / SOCKET, "/livez") == (200, "alive\n")
         assert run_relay("health", "--ready", "--admin", SOCKET, cwd=tmp_path).returncode == 1

@@ -22,6 +22,7 @@ from peers import PATIENCE, accept, assert_same, payload, program, receive_all, 
 from relays import ROOT, Process, environment, relay, run_relay
 
 from relay.config.data import from_data
+from relay.confinement.account import Account
 from relay.confinement.wants import wants
 from relay.errors import ConfigErrors
 from relay.kernel import confine as kernel
@@ -280,6 +281,21 @@ def test_root_becomes_another_user_once_it_has_bound(home: Path) -> None:
 
 
 @needs_root
+def test_the_admin_socket_is_the_users(home: Path) -> None:
+    """Whom relay has become may ask it and tell it, and nobody else but root."""
+    (home / "run").mkdir()
+    text = config(
+        home, f"{{user: {NOBODY}, files: false}}", more=f'admin: {{socket: "unix://{home}/run/admin"}}\n'
+    )
+    with probed(text, home) as process:
+        process.said("ready")
+        there = (home / "run" / "admin").stat()
+        assert (there.st_uid, there.st_mode & 0o777) == (NOBODY, 0o600)
+        done = run_relay("health", "--admin", f"unix://{home}/run/admin", cwd=home)
+        assert done.returncode == 0, done.stderr
+
+
+@needs_root
 def test_the_command_line_names_the_user(home: Path) -> None:
     """--user is confine.user, and stays it over a reload."""
     text = f'routes: {{r: {{source: "tcp://127.0.0.1:0", sink: {{file: "{home}/out/got-{{id}}.bin"}}}}}}\n'
@@ -436,6 +452,18 @@ def test_root_does_not_do_what_anybody_wrote(tmp_path: Path) -> None:
         assert b"anybody may write it, and relay is root; chmod o-w" in done.stderr
     path.chmod(0o644)
     assert run_relay("check", path, cwd=tmp_path).returncode == 0
+
+
+def test_a_python_that_the_user_cannot_read_is_told(tmp_path: Path) -> None:
+    """What is imported after the change of user has to be readable to that user, all the way down."""
+    account = Account("somebody", 54321, 54321, (54321,))
+    assert account.reaches("/usr/lib")
+    place = tmp_path / "closed" / "lib"
+    place.mkdir(parents=True)
+    (tmp_path / "closed").chmod(0o700)
+    assert not account.reaches(str(place))
+    owner = Account("owner", os.getuid(), os.getgid(), (os.getgid(),))
+    assert owner.reaches(str(place))
 
 
 def test_a_group_needs_its_user() -> None:

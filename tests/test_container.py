@@ -110,7 +110,7 @@ routes:
         "serve", "/etc/relay/relay.yaml", options=[*HARDENED, config(tmp_path, text), "--pids-limit=100"]
     ) as box:
         box.said("ready")
-        box.said("confined: no new privileges, files beneath")
+        box.said("confined: no new privileges")
         assert box.healthy()
         with box.connect(9000) as source:
             send_all(source, data)

@@ -56,6 +56,14 @@ def test_readme_has_the_blocks_that_ci_runs() -> None:
         assert lines[at + 3] == "```"
 
 
+def test_the_tutorial_installs_relay_as_readme_does() -> None:
+    """What the tutorial has people install is the beginning of README's first command, which .ci/run runs."""
+    readme = (ROOT / "README.md").read_text().splitlines()
+    command = readme[readme.index("<!-- install -->") + 2].removesuffix(" && relay serve")
+    assert "pip install ." in command
+    assert f"```sh\n{command}\n```" in (ROOT / "docs" / "tutorial.md").read_text()
+
+
 # -- what runs them
 
 SAMPLE = """\

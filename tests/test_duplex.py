@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from stories import MIXES, RESETS, SHAPES, STORIES, Ends, client_ends_first, cli
 
 from relay.endpoints import tcp
 from relay.endpoints.pacing import paced
+from relay.kernel.exchange import PIPES
 
 EXAMPLES = int(os.environ.get("RELAY_EXAMPLES", "12"))
 
@@ -490,3 +492,30 @@ def test_a_record_as_json_is_the_same_either_way(tmp_path: Path) -> None:
             story(client, server)
             record = duplex.record()
             assert json.loads(f"{{{record.as_json()}}}") == record.as_dict()
+
+
+def test_a_pipe_outlives_the_session_that_held_bytes_in_it(tmp_path: Path) -> None:
+    """Session after session is reset with its pipe full: the pipe is empty and free again, and bulk is spliced on."""
+    data = payload(23, 4 << 20)
+
+    def over(count: int) -> bool:
+        return len(duplex.records) >= count
+
+    with listener("tcp", tmp_path, "sink") as (listening, address):
+        with Duplex({"listen": "tcp://127.0.0.1:0"}, {"connect": address}, method="zero-copy") as duplex:
+            for number in range(1, PIPES + 3):
+                with connected(duplex.address) as client, accept(listening):
+                    client.settimeout(0.1)
+                    with pytest.raises(TimeoutError):  # nobody reads: everything on the way fills up
+                        client.sendall(bytes(64 << 20))
+                    reset(client)
+                eventually(partial(over, number), "the session is over")
+            made = duplex.free()[2]
+            assert made > 0
+            with connected(duplex.address) as client, accept(listening) as server:
+                sender = in_background(client.sendall, data)
+                assert_same(receive_exactly(server, len(data)), data)
+                sender.join(PATIENCE)
+            eventually(partial(over, PIPES + 3), "the last session is over")
+            assert duplex.records[-1].method == "splice"
+            assert duplex.free()[2] == made

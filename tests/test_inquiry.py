@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from admins import figure, figures
 from peers import PATIENCE, eventually, payload, tcp_listener
+from relays import serving
 
 from relay.admin import desk as desk_of
 from relay.admin import inquiry
@@ -21,7 +26,7 @@ from relay.admin.inquiry import Round
 from relay.admin.ledger import REASONS, Histogram, Ledger, reason_class
 from relay.admin.metrics import Figures
 from relay.admin.rates import Rates
-from relay.admin.status import RouteStatus, Status
+from relay.admin.status import RouteStatus, SinkStatus, Status
 from relay.admin.streams import known_sinks
 from relay.config.data import from_data
 from relay.engine import Engine
@@ -215,6 +220,59 @@ def test_duplex_sessions_are_summed_up(serve: Make) -> None:
                 sock.close()
         eventually(lambda: sum(route().sessions.values()) == 50, "all are over")
         assert (route().bytes, route().bytes_back, route().streams) == (total, 2 * total, 0)
+
+
+def test_refusals_count_on_through_a_reload(tmp_path: Path) -> None:
+    """A route that is exchanged has refused what it has refused: the figure goes on."""
+    config = (
+        "admin: {socket: 'unix://admin.sock'}\ndrain: 0s\nroutes:\n"
+        "  r: {source: {listen: 'tcp://127.0.0.1:0', limits: {deny: ['127.0.0.1']}}, sink: 'null:'}\n"
+    )
+
+    def refused() -> float:
+        return figure(figures(tmp_path / "admin.sock"), "relay_route_refused_connections_total")
+
+    def come(port: int) -> None:
+        with (
+            contextlib.suppress(ConnectionError),
+            socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock,
+        ):
+            sock.recv(1)
+
+    with serving(config, tmp_path) as process:
+        process.said("ready")
+        port = process.port()
+        for _ in range(3):
+            come(port)
+        eventually(lambda: refused() == 3, "three are counted")
+        process.config.write_text(config.replace("sink: 'null:'", "sink: 'null:', method: copy"))
+        process.signal(signal.SIGHUP)
+        process.said("reloaded: changed r")
+        come(port)
+        eventually(lambda: refused() == 4, "the fourth is counted beside them")
+
+
+def test_what_subscribers_got_counts_on(serve: Make) -> None:
+    """The bytes of all subscribers are summed, of those who left too."""
+    asked = serve({"b": {"source": "tcp://127.0.0.1:0", "sink": {"listen": "tcp://127.0.0.1:0"}}})
+    into, out = (int(where.rpartition(":")[2]) for where in reversed(asked.server.routes[0].bound))
+
+    def sink() -> SinkStatus:
+        return asked.desk._inquiry.look().routes[0].sinks[0]
+
+    with socket.create_connection(("127.0.0.1", into), timeout=PATIENCE) as source:
+        for number in range(1, 4):
+            with socket.create_connection(("127.0.0.1", out), timeout=PATIENCE) as reader:
+                eventually(lambda: sink().subscribers == 1, "it has joined")
+                source.sendall(b"x" * 1000)
+                assert len(reader.recv(1000, socket.MSG_WAITALL)) == 1000
+                reader.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )  # it leaves by a reset
+                eventually(lambda: sink().given == 1000 * number, "it is counted")  # noqa: B023 - asked at once
+            eventually(lambda: sink().subscribers == 0, "it has left")
+            assert sink().given == 1000 * number
+    assert sink().bytes == 3000
 
 
 def test_a_stream_is_not_held_up_by_scrapes(serve: Make) -> None:

@@ -392,11 +392,13 @@ def many() -> Iterator[int]:
 
 
 @pytest.mark.timeout(180 if FULL else 60)
-def test_churn_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["auto", "copy"])
+def test_churn_leaves_nothing_behind(tmp_path: Path, method: str) -> None:
     """Connections that come, send, stall and go in every way for a while: descriptors, pipes and RSS are as before."""
     seconds, generator = (60.0 if FULL else 3.0), random.Random(3)
     config = (
-        'routes: {r: {source: {listen: "tcp://127.0.0.1:0", limits: {connections: 40, idle: 200ms}},'
+        f'routes: {{r: {{method: {method}, source: {{listen: "tcp://127.0.0.1:0",'
+        " limits: {connections: 40, idle: 200ms}},"
         ' stages: [{tee: {to: {file: "x-{id}"}}}], sink: "null:"}}'
     )
     with serving(config, tmp_path) as served:

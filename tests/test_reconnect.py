@@ -31,7 +31,7 @@ from peers import (
     unix_listener,
     wait_for,
 )
-from relays import Process, serving
+from relays import Process, serving, working_threads
 
 from relay.backoff import Backoff
 from relay.config.data import from_data
@@ -378,6 +378,8 @@ def at_work(route: dict[str, Any], records: list[SessionRecord]) -> Iterator[Run
     finally:
         engine.post(lambda: running.abort("the test is over"))
         assert over.wait(PATIENCE)
+        # a log's thread may still be at work; what it leaves is closed on the engine
+        eventually(lambda: not working_threads("-ferry"), "the ferries' threads end")
         running.close()
         engine.stop()
 

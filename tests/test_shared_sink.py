@@ -259,7 +259,7 @@ def test_a_consumer_that_comes_back_goes_on(tmp_path: Path, caplog: pytest.LogCa
     assert record.bytes == len(stream)
 
 
-def test_what_was_not_given_back_is_lost(tmp_path: Path) -> None:
+def test_what_was_not_given_back_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Blocks that a consumer took along are counted as lost, and the sink has failed in the record."""
     path = tmp_path / "app"
     listener = socket.socket(socket.AF_UNIX)
@@ -285,6 +285,7 @@ def test_what_was_not_given_back_is_lost(tmp_path: Path) -> None:
         path.unlink()
         connection.shutdown(socket.SHUT_RDWR)
         blocks.clear()
+    eventually(lambda: "is away" in caplog.text, "it is noticed that the consumer left")
     second = Consumer(str(path))
     standing.feed.sendall(b"last")
     eventually(lambda: second.got == b"last", "the second consumer has the rest")

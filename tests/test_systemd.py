@@ -52,6 +52,15 @@ def ask(port: int, data: bytes = b"question") -> socket.socket:
     return sock
 
 
+def stopped(pid: int) -> bool:
+    """Whether no thread of it runs any more."""
+    states = [
+        (task / "stat").read_text().rpartition(")")[2].split()[0]
+        for task in Path(f"/proc/{pid}/task").iterdir()
+    ]
+    return set(states) == {"T"}
+
+
 def test_a_one_way_route_takes_the_socket_of_a_name(tmp_path: Path) -> None:
     """Who connected before relay was started is served, out of the backlog of the socket that was passed."""
     data = payload(1, 300_007)
@@ -119,12 +128,6 @@ routes:
             assert sock.fileno() >= 0
 
 
-def stopped(pid: int) -> bool:
-    """Whether no thread of the process runs: SIGSTOP is sent, not done, when kill() returns."""
-    stats = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
-
-
 def test_who_waits_at_a_passed_socket_is_the_next_relays(tmp_path: Path) -> None:
     """relay ends at once while somebody waits in the backlog: that peer is not reset, and the next relay serves it."""
     with listener() as web, socket.create_connection(("127.0.0.1", port_of(web))) as first:
@@ -133,7 +136,7 @@ def test_who_waits_at_a_passed_socket_is_the_next_relays(tmp_path: Path) -> None
         with activated(limited, tmp_path, [("web", web)]) as served:
             served.said("ready")
             os.kill(served.pid, signal.SIGSTOP)
-            eventually(lambda: stopped(served.pid), "every thread of it has stopped")
+            eventually(lambda: stopped(served.pid), "every thread has stopped")
             with ask(port_of(web), b"later") as second:
                 os.kill(served.pid, signal.SIGKILL)
                 served.wait()
@@ -285,6 +288,20 @@ def test_an_idle_relay_ends_and_one_in_use_does_not(tmp_path: Path) -> None:
             ended = time.monotonic()
             assert "nobody has needed relay" in told.hear("STOPPING")["STATUS"]
             assert time.monotonic() - ended > 0.25
+            assert served.wait() == 0
+
+
+def test_whoever_watches_a_broadcast_keeps_relay_up(tmp_path: Path) -> None:
+    """A viewer that waits for a stream is somebody who needs relay; when it leaves relay is idle."""
+    with manager(tmp_path) as told, listener() as out:
+        text = 'routes: {r: {source: "tcp://127.0.0.1:0", sink: {listen: "systemd://out"}}}\n'
+        with activated(text, tmp_path, [("out", out)], told, ["--exit-idle", "300ms"]) as served:
+            with socket.create_connection(("127.0.0.1", port_of(out))):
+                told.hear("READY")
+                until = time.monotonic() + 0.9
+                eventually(lambda: time.monotonic() > until, "three times the idle time has passed")
+                assert served.process.poll() is None
+            assert "nobody has needed relay" in told.hear("STOPPING")["STATUS"]
             assert served.wait() == 0
 
 

@@ -31,16 +31,19 @@ MODE = 0o600  # of the unix socket: whoever may connect may tell the relay to en
 
 
 @contextlib.contextmanager
-def opened(server: Server, ledger: Ledger, config: str) -> Iterator[None]:
+def opened(server: Server, ledger: Ledger, config: str, owner: tuple[int, int] = (-1, -1)) -> Iterator[None]:
     """A desk of `server` at the sockets that its configuration names, or at the default one, until the end.
 
-    Raises SourceError when a socket that is named cannot be had; the default one is done without then.
+    A unix socket is given to `owner`, a user and a group by number, whom relay will be. Raises SourceError when a
+    socket that is named cannot be had; the default one is done without then.
     """
     admin = server.config.admin
-    bounds = _by_default() if admin is None else _named(admin)
+    bounds = _by_default(owner) if admin is None else _named(admin, owner)
     if not bounds:
         yield
         return
+    if owner != (-1, -1):  # whom relay will be may not be able to read it any more
+        from relay.admin import conversation, desk  # noqa: F401 - so that a client's thread has them
     desks = _Desks(server, ledger, config, remote=admin is not None and admin.remote)
     listeners = Listeners(bounds, desks.talk)
     listeners.start()
@@ -72,11 +75,11 @@ class _Desks:
         conversation.Conversation(client, self._desk)
 
 
-def _named(admin: Admin) -> list[Bound]:
+def _named(admin: Admin, owner: tuple[int, int]) -> list[Bound]:
     bounds: list[Bound] = []
     try:
         if admin.socket is not None:
-            bounds += unix.bind(admin.socket, mode=MODE)
+            bounds += unix.bind(admin.socket, mode=MODE, owner=owner[0], group=owner[1])
         if admin.http is not None:
             bounds += tcp.bind(admin.http, tcp.places(admin.http))
     except EndpointError:
@@ -86,14 +89,14 @@ def _named(admin: Admin) -> list[Bound]:
     return bounds
 
 
-def _by_default() -> list[Bound]:
+def _by_default(owner: tuple[int, int]) -> list[Bound]:
     try:
         place: Address | None = default_place()
         if place is None:
             return []
         if place.scheme == "tcp":
-            return _named(Admin(http=place))
-        return unix.bind(place, mode=MODE)
+            return _named(Admin(http=place), owner)
+        return unix.bind(place, mode=MODE, owner=owner[0], group=owner[1])
     except (EndpointError, UsageError, ValueError) as error:
         log.warning(
             "there is no admin socket, relay goes on without: %s; give this one its own with 'admin: {socket: ...}'",

@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -47,6 +47,7 @@ PATIENCE = 1.0  # seconds for all engines to answer
 SLICE = 0.0005  # seconds that an engine looks at a time
 DETAILS = 8  # streams of a route that are told one by one
 
+REFUSED = "\0refused"  # beside the names of sinks
 RESULTS = ("delivered", "partial", "failed")
 
 
@@ -126,6 +127,9 @@ class Inquiry:
         self._config = config
         self._began = began
         self._before: dict[RunningRoute, RouteStatus] = {}
+        # what routes count themselves, as it was when last looked at; and that of those that are gone, by name
+        self._counts: dict[RunningRoute, Counter[str]] = {}
+        self._earlier: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def look(self, patience: float = PATIENCE) -> Status:
         """How it stands now, without rates."""
@@ -148,6 +152,8 @@ class Inquiry:
                 status = replace(self._before.get(route, status), unanswered=True)
             routes.append(status)
         self._before = dict(zip(running, routes, strict=True))
+        self._count(running, routes)
+        routes = [self._counted(route, status) for route, status in self._before.items()]
         return Status(
             version=__version__,
             pid=os.getpid(),
@@ -160,6 +166,25 @@ class Inquiry:
             resources=resources(),
             recent=self._ledger.recent(),
         )
+
+    def _count(self, running: list[RunningRoute], routes: list[RouteStatus]) -> None:
+        """A route that a reload exchanged begins to count anew, its figures do not."""
+        for gone in [route for route in self._counts if route not in running]:
+            self._earlier[gone.name] += self._counts.pop(gone)
+        for route, status in zip(running, routes, strict=True):
+            given = {sink.sink: sink.given for sink in status.sinks if sink.given}
+            self._counts[route] = Counter({REFUSED: status.refused, **given})
+
+    def _counted(self, running: RunningRoute, status: RouteStatus) -> RouteStatus:
+        """With what those counted whose place it took."""
+        earlier = self._earlier.get(running.name)
+        if not earlier or not self._server.at_work(running):
+            return status
+        sinks = tuple(
+            sink if sink.given is None else replace(sink, given=sink.given + earlier[sink.sink])
+            for sink in status.sinks
+        )
+        return replace(status, refused=status.refused + earlier[REFUSED], sinks=sinks)
 
     def _first_round(self, looks: Iterable[Look], until: float) -> Round:
         asking = Round()

@@ -99,6 +99,12 @@ FIGURES = (
         "relay_sink_state", "gauge", "1 for the worst state the sink is in, 0 for the others", (*S, "state")
     ),
     Figure("relay_sink_subscribers", "gauge", "Who reads the broadcast now", S),
+    Figure(
+        "relay_sink_subscriber_sent_bytes",
+        "counter",
+        "Bytes that all subscribers of the broadcast got together",
+        S,
+    ),
     Figure("relay_sink_spill_bytes", "gauge", "Bytes in the sink's log", (*S, "place")),
     Figure(
         "relay_sink_spill_age_seconds",
@@ -282,6 +288,7 @@ def _of_sink(own: tuple[str, str], sink: SinkStatus, *, leaves: bool) -> Rows:
         yield from _of_state("relay_sink_state", own, sink.state, STATES)
     if sink.subscribers is not None:
         yield "relay_sink_subscribers", own, sink.subscribers
+        yield "relay_sink_subscriber_sent_bytes", own, sink.given or 0
     if sink.spill is not None:
         place = "disk" if sink.spill.directory else "memory"
         yield "relay_sink_spill_bytes", (*own, place), sink.spill.bytes

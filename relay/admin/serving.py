@@ -60,7 +60,7 @@ def serve(
         vigil=Vigil(notifier, exit_idle),
         confinement=confinement,
     )
-    with opened(server, ledger, path or "default.yaml"):
+    with opened(server, ledger, path or "default.yaml", confinement.owner):
         return server.run()
 
 

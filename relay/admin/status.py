@@ -28,7 +28,7 @@ class SinkStatus:
 
     `state` is opening, open, slow, away, finishing, failed, finished or none; `method` is how bytes leave to it.
     `bytes` it has, `backlog` wait for it, `dropped` it did not get by policy, `lost` broke with a connection.
-    `subscribers`: how many read it now; None for a sink that is no broadcast.
+    `subscribers`: how many read it now, and `given` what all of them ever got; None for a sink that is no broadcast.
     """
 
     sink: str
@@ -47,6 +47,7 @@ class SinkStatus:
     reconnects: int = 0
     spill: Spill | None = None
     subscribers: int | None = None
+    given: int | None = None
     reason: str = ""
 
     @property

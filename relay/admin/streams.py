@@ -98,6 +98,7 @@ def _sink(outlet: Outlet, group: Subscribers | None, *, ring: bool, sendfile: bo
         reconnects=record.reconnects,
         spill=_spill(sink) if isinstance(sink, SpillSink) else None,
         subscribers=len(group.members) if group is not None else None,
+        given=group.given if group is not None else None,
         reason=record.reason,
     )
 
@@ -148,5 +149,6 @@ def combined(name: str, address: str, policy: str, parts: Sequence[SinkStatus]) 
         reconnects=sum(part.reconnects for part in parts),
         spill=spill,
         subscribers=sum(readers) if readers else None,
+        given=sum(part.given or 0 for part in parts) if readers else None,
         reason=next((part.reason for part in parts if part.reason), ""),
     )

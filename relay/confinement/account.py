@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pwd
 from dataclasses import dataclass
+from pathlib import Path
 
 from relay.endpoints.unix import group_id
 from relay.errors import KernelError, SourceError
@@ -52,6 +53,19 @@ class Account:
     def ours(self) -> bool:
         """Whether this process is that user already, and could not be another."""
         return os.getresuid() == (self.user,) * 3 and os.getresgid() == (self.group,) * 3
+
+    def reaches(self, directory: str) -> bool:
+        """Whether that user could list it, as far as its mode and those of the directories above tell."""
+        for number, path in enumerate([Path(directory), *Path(directory).parents]):
+            try:
+                status = path.stat()
+            except OSError:
+                return False
+            need = 0o5 if number == 0 else 0o1
+            shift = 6 if status.st_uid == self.user else 3 if status.st_gid in self.groups else 0
+            if self.user and status.st_mode >> shift & need != need:
+                return False
+        return True
 
     def become(self) -> None:
         """Every thread is that user from now on, and cannot go back. Raises KernelError."""

@@ -27,6 +27,7 @@ from relay.settings import Place
 log = logging.getLogger("relay.serve")
 
 PORTS = 4  # the version of Landlock that knows ports
+ELSEWHERE = "install relay where everybody may read it"
 RESTART = "restart relay for it"
 OWN_DIRECTORY = "use a directory that is there and relay's own, or name one above it in confine.write"
 
@@ -72,6 +73,8 @@ def lacks(config: Config) -> Iterator[tuple[str, str]]:
         else:
             if os.geteuid() != 0 and not account.ours:
                 yield f"becoming {account.name} takes root", "start relay as root, or as that user"
+            for path in _unreadable(account):
+                yield f"{account.name} cannot read {path}, where Python looks for modules", ELSEWHERE
         for name, route in config.routes.items():
             if route.sink.transparent:
                 yield (
@@ -88,6 +91,14 @@ def lacks(config: Config) -> Iterator[tuple[str, str]]:
     if confine.files is not False and version:
         for path in _unallowable(list(wants(config)), confine):
             yield f"{path} is not there, so nothing can be allowed there", OWN_DIRECTORY
+
+
+def _unreadable(account: Account) -> Iterator[str]:
+    """The first place of Python's modules that the user could not read from; what is imported late would fail."""
+    for path in python_reads():
+        if Path(path).is_dir() and not account.reaches(path):
+            yield path
+            return
 
 
 def _unallowable(wanted: list[Want], confine: Confine) -> Iterator[str]:
@@ -121,6 +132,13 @@ class Confinement:
         self._ports: set[tuple[int, int]] | None = None
         self._scoped = 0
         self._lacks: list[str] = []
+
+    @property
+    def owner(self) -> tuple[int, int]:
+        """The user and the group that relay will be, by number; -1 for as it is."""
+        if self._account is None or self._account.ours:
+            return (-1, -1)
+        return (self._account.user, self._account.group)
 
     def begin(self) -> None:
         """Before any thread is started: no new privileges, and Landlock. Raises KernelError."""
@@ -192,6 +210,13 @@ class Confinement:
         if confine is None:
             return
         if self._account is not None and not self._account.ours:
+            for path in _unreadable(self._account):
+                log.warning(
+                    "%s cannot read %s, where Python looks for modules: what is needed later fails; %s",
+                    self._account.name,
+                    path,
+                    ELSEWHERE,
+                )
             self._account.become()
             self._became = True
         calls = False

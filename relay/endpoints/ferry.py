@@ -158,7 +158,7 @@ class Ferry:
             self.c.method = core.COPY
         while True:
             if self.c.method == core.COPY and self._buffer is None:
-                self._buffer = core.buffer(BUFFER)
+                self._buffer = core.room(BUFFER)
                 self.c.buffer, self.c.buffer_size = self._buffer, BUFFER
             answer = int(core.lib.relay_ferry_run(self.c))
             if answer in (0, -errno.EINTR):
@@ -197,6 +197,8 @@ class Ferry:
         self._afterwards.clear()
         for pipe in self.pipes:
             pipe.close()
+        self.c.buffer, self.c.buffer_size = core.ffi.NULL, 0
+        self._buffer = None  # at once: the collector may come late
         if self._memory is not None:
             self.c.memory = core.ffi.NULL
             core.ffi.release(self._pointer)

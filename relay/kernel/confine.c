@@ -48,7 +48,10 @@ static const struct relay_call allowed[] = {
     CALL(statfs), CALL(getdents64), CALL(readlinkat), CALL(faccessat), CALL(faccessat2), CALL(getcwd), CALL(umask),
     CALL(fchmod), CALL(fchmodat), CALL(fchown), CALL(fchownat), CALL(utimensat), CALL(mkdirat), CALL(mknodat),
     CALL(unlinkat), CALL(renameat2), CALL(linkat), CALL(symlinkat), CALL(pipe2), CALL(memfd_create), CALL(eventfd2),
-    CALL(openat2), CALL(renameat),
+    CALL(openat2),
+#ifdef __NR_renameat
+    CALL(renameat),
+#endif
     /* waiting, time */
     CALL(epoll_create1), CALL(epoll_ctl), CALL(epoll_pwait), CALL(ppoll), CALL(pselect6), CALL(clock_gettime),
     CALL(clock_getres), CALL(clock_nanosleep), CALL(nanosleep), CALL(gettimeofday), CALL(restart_syscall),

@@ -269,15 +269,27 @@ void side_lose(struct relay_exchange *x, struct relay_side *from)
         give_back(x, from);
 }
 
-void side_release(struct relay_exchange *x, struct relay_side *side)
+/* Bytes that nobody is to have any more leave the pipe. Whether it is empty. */
+static int emptied(struct relay_engine *e, struct relay_side *s)
 {
+    while (s->held > 0) {
+        int64_t n = call_splice(s->pipe_r, NULL, e->null_fd, s->held, 0);
+        e->calls++;
+        if (not_this_way(n))
+            n = call_read(s->pipe_r, 0, e->scratch, e->scratch_size);
+        if (n <= 0)
+            return 0;
+        s->held -= (int32_t)n;
+    }
+    return 1;
+}
+
+void side_release(struct relay_engine *e, struct relay_side *side)
+{
+    struct relay_exchange *x = e->exchange;
     if (side->buffer)
         give_back(x, side);
-    if (side->pipe_r >= 0 && side->held) {
-        close(side->pipe_r);
-        close(side->pipe_w);
-        side->pipe_r = side->pipe_w = -1;
-    } else if (side->pipe_r >= 0) {
+    if (side->pipe_r >= 0 && emptied(e, side))
         give_pipe_back(x, side);
-    }
+    side->pipe_r = side->pipe_w = -1;
 }

@@ -22,8 +22,8 @@ void side_broke(struct relay_engine *e, struct relay_duplex *d, struct relay_sid
 int64_t side_outstanding(const struct relay_side *to);
 /* To a broken side nothing can be given: what comes for it is not even read, what waits is gone. */
 void side_lose(struct relay_exchange *x, struct relay_side *from);
-/* What it borrowed is given back; a pipe that still holds bytes is closed. */
-void side_release(struct relay_exchange *x, struct relay_side *side);
+/* What it borrowed is given back; a pipe that still holds bytes is emptied. */
+void side_release(struct relay_engine *e, struct relay_side *side);
 
 /* duplex.c: one side broke; the other one gets what is there, then a reset. */
 void duplex_cut(struct relay_engine *e, struct relay_duplex *d);

@@ -409,6 +409,6 @@ void relay_duplex_close(struct relay_engine *e, struct relay_duplex *d, int rese
         side->fd = -1;
         if (x->gauge.side == side)
             x->gauge.side = NULL;
-        side_release(x, side);
+        side_release(e, side);
     }
 }

@@ -96,10 +96,8 @@ class Exchange:
 
     def close(self) -> None:
         """Closes the pipes and gives the memory back."""
-        kept = {self._pipes_r[i] for i in range(self.c.pipe_count)}
         for pipe in self._pipes:
-            if pipe.read_fd in kept:  # another was closed with the session that held it
-                pipe.close()
+            pipe.close()
         self._pipes.clear()
         self.c.pipe_count = 0
         core.ffi.release(self._view)

@@ -11,10 +11,17 @@
 #include <time.h>
 #include <sys/vfs.h>
 
-/* A folio of the page cache is at most as large as the write that makes it. Large ones mostly come from memory
- * that was whole blocks of 2 MiB before, which a virtual machine may have given back to its host (free page
- * reporting): first touching those again costs ten times the copy. */
+/* A folio of the page cache is at most as large as the write that makes it. Up to 32 KiB the kernel has them at hand
+ * (PAGE_ALLOC_COSTLY_ORDER); larger ones are cut out of blocks of 2 MiB, which a virtual machine may have given back to
+ * its host (free page reporting), and then the first touch costs ten times the copy. Which it is changes from second to
+ * second with what else the machine frees. So both are measured, as the thread's CPU time of a load, and looked at
+ * again every now and then. */
 #define RELAY_PUT (128 << 10)
+#define RELAY_SMALL_PUT (32 << 10)
+#define LOOKS 2             /* loads by each size, to compare them */
+#define SOONEST 48          /* loads until that is done again, twice as many each time that nothing has changed, */
+#define LATEST 384          /* up to so many */
+#define TELLS (256 << 10)   /* bytes of a load that tells anything */
 #define EXT4_MAGIC 0xEF53
 
 static int64_t take_knock(struct relay_ferry *f)
@@ -90,11 +97,11 @@ static void wait_for_room(struct relay_ferry *f)
 
 static void counted(struct relay_ferry *f) { __atomic_fetch_add(&f->calls, 1, __ATOMIC_RELAXED); }
 
-static int64_t write_whole(struct relay_ferry *f, const char *from, int64_t size)
+static int64_t write_by(struct relay_ferry *f, const char *from, int64_t size, int64_t most)
 {
     int64_t done = 0;
     while (done < size) {
-        int64_t n = call_write(f->fd, 0, from + done, size - done < RELAY_PUT ? size - done : RELAY_PUT);
+        int64_t n = call_write(f->fd, 0, from + done, size - done < most ? size - done : most);
         counted(f);
         if (n == -EAGAIN) {
             wait_for_room(f);
@@ -106,6 +113,33 @@ static int64_t write_whole(struct relay_ferry *f, const char *from, int64_t size
         __atomic_fetch_add(&f->moved, n, __ATOMIC_RELAXED);
     }
     return done;
+}
+
+/* Both sizes were looked at. */
+static void choose(struct relay_ferry *f)
+{
+    double large = (double)f->costs[0] / (double)f->sizes[0], little = (double)f->costs[1] / (double)f->sizes[1];
+    int small = little < large * 0.9;
+    f->again = small != f->small || !f->again ? SOONEST : 2 * f->again < LATEST ? 2 * f->again : LATEST;
+    f->small = small;
+}
+
+static int64_t write_whole(struct relay_ferry *f, const char *from, int64_t size)
+{
+    int look = size >= TELLS && f->seen < 2 * LOOKS, small = look && f->seen >= LOOKS ? !f->small : f->small;
+    int64_t began = look ? cpu_ns() : 0, n;
+    if (look && !f->seen)
+        f->costs[0] = f->costs[1] = f->sizes[0] = f->sizes[1] = 0;
+    n = write_by(f, from, size, small ? RELAY_SMALL_PUT : RELAY_PUT);
+    if (look) {
+        f->costs[small] += cpu_ns() - began;
+        f->sizes[small] += size;
+    }
+    if (size >= TELLS && ++f->seen == 2 * LOOKS)
+        choose(f);
+    if (f->seen >= f->again + 2 * LOOKS)
+        f->seen = 0;
+    return n;
 }
 
 int relay_reserving_pays(int fd)

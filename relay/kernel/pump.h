@@ -102,6 +102,10 @@ struct relay_ferry {
     int64_t ahead;           /* blocks are reserved so many bytes ahead of what is written; 0: they are not */
     int64_t reserved;        /* thread: the offset in the file up to which they are */
     int64_t calls;           /* thread: system calls that relay_ferry_run made for payload */
+    int64_t costs[2];        /* thread: CPU time of large writes and of small ones, as far as they were looked at now, */
+    int64_t sizes[2];        /* and of how many bytes */
+    int small;               /* thread: small ones are cheaper */
+    int seen, again;         /* thread: loads since it began to look, and after how many it begins anew */
 };
 
 /* One descriptor at the edge of a pipeline: where bytes enter or leave. */

@@ -66,6 +66,7 @@ class Subscribers:
         self.outlet = outlet
         self._node = outlet.node.c
         self.members: dict[int, Member] = {}
+        self._given = 0  # bytes that those got who have left
         self._looker: Timer | None = None
         burst = self._settings.burst
         self.ring = Ring(backlog(outlet.slow, burst), burst, outlet.slow.align, RESERVE)
@@ -147,6 +148,11 @@ class Subscribers:
             log.warning("%s: subscriber %s is slow: it holds the source", route, peer)
         self._engine.ready(self._pipeline.c)
 
+    @property
+    def given(self) -> int:
+        """Bytes that all got together, those who have left too."""
+        return self._given + sum(member.sink.moved for member in self.members.values())
+
     def behind(self, member: Member) -> int:
         """Bytes of the ring that it has not been sent; none while it is in a gap."""
         return 0 if member.reader.c.dropping else int(self.ring.c.position) - int(member.reader.c.at)
@@ -186,7 +192,8 @@ class Subscribers:
         self._engine.forget_token(sink.c.token)
         sink.unwire()
         self.ring.leave(member.reader)
-        self.members.pop(id(member), None)
+        if self.members.pop(id(member), None) is not None:
+            self._given += sink.moved
         log.info(
             "%s: subscriber %s left after %s%s",
             self._pipeline.route,

@@ -371,8 +371,9 @@ class RunningRoute:
 
     @property
     def in_use(self) -> bool:
-        """Whether anything is under way or anybody watches."""
-        watched = any(group.members for pipeline in self._pipelines for group in pipeline.subscribers)
+        """Whether anything is under way or anybody watches who has not ended its own stream."""
+        groups = [group for pipeline in self._pipelines for group in pipeline.subscribers]
+        watched = any(not member.sink.c.peer_ended for group in groups for member in group.members.values())
         return self.under_way or watched
 
     def drain(self) -> None:

@@ -202,6 +202,10 @@ class Server:
         fleet = getattr(self, "_fleet", None)
         return list(fleet) if fleet is not None else []
 
+    def at_work(self, running: RunningRoute) -> bool:
+        """Whether it is the present route of its name, and none that is leaving. From any thread."""
+        return self._fleet.at_work.get(running.name) is running
+
     @property
     def config(self) -> Config:
         """The present one. From any thread."""

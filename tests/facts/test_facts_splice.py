@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from descriptors import Descriptors
 from forked import forked
-from peers import payload, receive_exactly, wait_for
-from syscalls import MORE, NONBLOCK, readable, unsent
+from peers import eventually, payload, receive_exactly, wait_for
+from syscalls import MORE, NONBLOCK, readable, unacknowledged, unsent
 
 
 def test_a_count_of_zero_looks_like_the_end(fds: Descriptors) -> None:
@@ -110,12 +110,15 @@ def test_nonblock_covers_the_pipe_only_writing(fds: Descriptors) -> None:
 
 
 def fill_socket(sock: socket.socket) -> int:
-    """Sends zeros until the kernel takes not one byte more; returns how many."""
-    sent = 0
-    for step in (1 << 20, 4096, 1):
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                sent += sock.send(bytes(step), socket.MSG_DONTWAIT)
+    """Sends zeros until the kernel takes not one byte more, nothing being on its way that would make room."""
+    sent, before = 0, -1
+    while sent != before:
+        before = sent
+        for step in (1 << 20, 4096, 1):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sent += sock.send(bytes(step), socket.MSG_DONTWAIT)
+        eventually(lambda: unacknowledged(sock) == unsent(sock), "all that was sent has its answer")
     return sent
 
 
