@@ -133,7 +133,7 @@ def test_elsewhere_there_are_plain_lines(data: Path) -> None:
     ended = peers.run([*RELAY, data, "--to", "null:", "--rate", "1MB/s"])
     assert ended.returncode == 0
     line = ended.stderr.decode().splitlines()[0]
-    assert re.fullmatch(r".*data\.bin -> null:: \S+ MiB of 2\.9 MiB \(\d+%\), \S+ MiB/s, \d s left", line)
+    assert re.fullmatch(r".*data\.bin -> null:: \S+ MiB of 2\.9 MiB \(\d+%\), \S+ [KM]iB/s, \d s left", line)
     assert "\x1b" not in ended.stderr.decode() + ended.stdout.decode()
 
 
