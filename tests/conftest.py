@@ -14,7 +14,10 @@ from descriptors import Descriptors
 FIRST = (  # the files that take longest: begun last, one worker would end long after the others
     "test_sanitized.py",
     "test_container.py",
+    "test_docs.py",
+    "test_send.py",
     "test_packaging.py",
+    "test_proxy_protocol.py",
 )
 
 
