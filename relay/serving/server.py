@@ -124,8 +124,8 @@ class Server:
             for engine in engines:
                 engine.start()
             self._vigil.begin(engines)
-            self._say_ready()
             self._ready = True
+            self._say_ready()
             self._on_ready(list(self._fleet))
             if self._reload_asked:  # it came before there was anything to exchange
                 self._news.tell(self._reload)
@@ -273,10 +273,9 @@ class Server:
         self._askers.append(tell)
         if self._ended or self.signalled:
             self._settled(ENDING_OUTCOME)
-        elif self._ready:
-            self._reload()
         else:
             self._reload_asked = True
+            self._reload()
 
     def _settled(self, outcome: Outcome) -> None:
         """Whoever asked for a reload learns what it came to."""
@@ -285,7 +284,7 @@ class Server:
             tell(outcome)
 
     def _reload(self) -> None:
-        if not self._ready:
+        if not self._ready or not self._reload_asked:  # done when it is, or done already
             return
         self._vigil.notifier.reloading()
         self._reload_asked = False  # before the file is read: a signal from here on asks again
