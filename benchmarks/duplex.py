@@ -161,7 +161,7 @@ JOBS = (
         Job(
             f"ping-{count}-{size}", f"Ping-pong of {size} B over {count} connections", "pingpong", count, size
         )
-        for count in (100, 1000)
+        for count in (1, 10, 100, 1000)
         for size in (64, 4096)
     ),
     Job("connects", "New connections, one question of 64 B each", "connects", 50, 64),
