@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -218,7 +219,13 @@ def relay(*arguments: str | Path, cwd: Path, prefix: Sequence[str] = (), **popen
             yield Process(process)
         finally:
             if process.poll() is None:
+                for child in _children(process.pid) if prefix else ():
+                    os.kill(child, signal.SIGKILL)  # whoever traces it would leave it running
                 process.kill()
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @contextlib.contextmanager
