@@ -6,6 +6,7 @@ RELAY_CHURN=1 runs the churn for a minute and with 5,000 idle connections instea
 from __future__ import annotations
 
 import contextlib
+import encodings.idna  # noqa: F401 - getaddrinfo wants it; a child of another user may not be able to read it
 import itertools
 import os
 import random
