@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -117,21 +117,31 @@ class Progress:
         """After the last result. Safe to call again."""
 
 
-class Lines(Progress):
-    """A line a second for each address that is not done."""
+class Reported(Progress):
+    """A report now and then of each address that is not done."""
 
-    interval = 1.0
+    interval: float
 
     def __init__(self, results: IO[str]) -> None:
         super().__init__(results)
         self._rates = Rates()
 
-    def show(self, standings: Sequence[Standing], *, last: bool = False) -> None:
-        """`big.iso -> tcp://...: 120.0 MiB of 1.0 GiB (12%), 60.0 MiB/s, 15 s left`."""
+    def _moving(self, standings: Sequence[Standing], *, last: bool) -> Iterator[tuple[Standing, float]]:
+        """Those worth a report, each with its rate in bytes a second; every rate is looked at all the same."""
         for key, standing in enumerate(standings):
             rate = self._rates.of(key, standing.sent)
-            if last or not standing.stream or standing.seconds < self.interval:
-                continue
+            if not last and standing.stream and standing.seconds >= self.interval:
+                yield standing, rate
+
+
+class Lines(Reported):
+    """A line a second for each address that is not done."""
+
+    interval = 1.0
+
+    def show(self, standings: Sequence[Standing], *, last: bool = False) -> None:
+        """`big.iso -> tcp://...: 120.0 MiB of 1.0 GiB (12%), 60.0 MiB/s, 15 s left`."""
+        for standing, rate in self._moving(standings, last=last):
             text = f"{standing.stream} -> {standing.address}: {show_size(standing.bytes)}"
             if standing.total:
                 text += f" of {show_size(standing.total)} ({100 * standing.bytes // standing.total}%)"
@@ -144,21 +154,14 @@ class Lines(Progress):
             say(text)
 
 
-class JsonLines(Progress):
+class JsonLines(Reported):
     """JSON lines on stderr: `progress` for each address every half second, `result` for each stream's end."""
 
     interval = 0.5
 
-    def __init__(self, results: IO[str]) -> None:
-        super().__init__(results)
-        self._rates = Rates()
-
     def show(self, standings: Sequence[Standing], *, last: bool = False) -> None:
         """Sizes in bytes, times in seconds; what is not known is null."""
-        for key, standing in enumerate(standings):
-            rate = self._rates.of(key, standing.sent)
-            if last or not standing.stream or standing.seconds < self.interval:
-                continue
+        for standing, rate in self._moving(standings, last=last):
             left = seconds_left(standing, rate)
             self._say(
                 {
