@@ -11,10 +11,10 @@ import time
 from typing import Any
 
 import pytest
+from doctored import A_USER, DOCUMENTED, expected, needs, results, states
 from forked import become, forked, needs_root
 from jsonschema import Draft202012Validator
 from seccomp import KNOWN, denying
-from test_doctor import A_USER, DOCUMENTED, expected, needs, results, states
 
 from relay.doctor import ends
 from relay.doctor.examine import doctor
