@@ -13,7 +13,6 @@ import socket
 import tempfile
 from pathlib import Path
 
-from conformance import connected
 from flapping import BUFFER, Side, assert_counted_gaps, assert_resumed
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -24,7 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from peers import assert_same, eventually, payload
+from peers import assert_same, connected, eventually, payload
 from relays import Relay
 
 SCHEDULES = int(os.environ.get("RELAY_PROMISES", "12"))
