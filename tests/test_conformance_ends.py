@@ -45,7 +45,7 @@ def test_a_clogged_sink_holds_the_source_and_loses_nothing(tmp_path: Path, sink:
 )
 def test_a_lossy_policy_frees_the_sibling(tmp_path: Path, sink: str, policy: str) -> None:
     """Under drop and disconnect a sink that reads nothing costs its sibling nothing but a moment."""
-    data = payload(12, 64 << 20 if policy == "drop" else 16 << 20)  # more than pipes hold in large fragments
+    data = payload(12, 64 << 20)  # more than pipes hold in large fragments
     beside = tmp_path / "beside"
     beside.mkdir()
     with (
