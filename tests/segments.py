@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from relay.log import Log
+from relay.log.log import Log
 
 SEGMENT = 4096
 

@@ -16,7 +16,8 @@ from peers import eventually, payload
 from segments import SEGMENT, closed_at_the_end, fill, read, segments
 
 from relay.errors import KernelError
-from relay.log import RESERVE, Cursor, Log, segment_size
+from relay.log.log import RESERVE, Cursor, Log
+from relay.log.segment import segment_size
 
 
 @pytest.fixture(params=["memory", "disk"])

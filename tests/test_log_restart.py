@@ -12,7 +12,7 @@ from peers import payload, program
 from segments import SEGMENT, closed_at_the_end, fill, read, segments
 
 from relay.errors import SinkError
-from relay.log import Log
+from relay.log.log import Log
 from relay.spill.directory import SpillDirectory
 
 # --- what an earlier run left -----------------------------------------------------------------------------
@@ -156,7 +156,10 @@ def test_a_closed_log_is_gone_unless_kept(tmp_path: Path) -> None:
 
 def test_starting_opens_no_more_for_a_large_log(tmp_path: Path) -> None:
     """A log of 2 GiB is opened with the calls of one of 2 KiB: nothing of it is read, and one file is opened."""
-    code = "import sys; from pathlib import Path; from relay.log import Log; Log(Path(sys.argv[1])).close(keep=True)"
+    code = (
+        "import sys; from pathlib import Path; from relay.log.log import Log; "
+        "Log(Path(sys.argv[1])).close(keep=True)"
+    )
     counts = []
     for size in (2 << 10, 2 << 30):
         path = tmp_path / str(size)

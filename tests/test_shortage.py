@@ -35,7 +35,8 @@ from peers import assert_same, connected, eventually, payload
 from relays import Relay
 
 import relay.kernel.pipe
-import relay.log
+import relay.log.log
+import relay.log.segment
 from relay.journal.record import SinkRecord
 from relay.kernel.pipe import F_GETPIPE_SZ, F_SETPIPE_SZ
 
@@ -75,8 +76,8 @@ class Shortage(RuleBasedStateMachine):
         enter = self.stack.enter_context
         place = Path(enter(tempfile.TemporaryDirectory()))
         self.disks = {name: enter(small_disk(place / name, DISK)) for name in ("files", "logs")}
-        enter(mock.patch.object(relay.log, "RESERVE", reserve))
-        enter(mock.patch.object(relay.log, "SEGMENT", 256 << 10))
+        enter(mock.patch.object(relay.log.log, "RESERVE", reserve))
+        enter(mock.patch.object(relay.log.segment, "SEGMENT", 256 << 10))
         if tiny:
             enter(mock.patch.object(relay.kernel.pipe, "enlarge", smallest))
         self.data = payload(seed, PLENTY)

@@ -29,7 +29,7 @@ from peers import (
 from relays import Relay, serving
 from spills import MIB, branch_record, sending, tee
 
-import relay.log
+import relay.log.log
 import relay.spill.directory
 
 # --- disks that are full, or fail -------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("reserve", [1 << 20, -(64 << 20)], ids=["checked first", "ENOSPC"])
 def test_a_full_disk_is_a_full_log(small_disk: Path, monkeypatch: pytest.MonkeyPatch, reserve: int) -> None:
     """Whether the check found it or the write did: `then` decides, what was written stays, nothing is lost."""
-    monkeypatch.setattr(relay.log, "RESERVE", reserve)
+    monkeypatch.setattr(relay.log.log, "RESERVE", reserve)
     data = payload(8, 16 * MIB)
     slow = {"policy": "spill", "directory": str(small_disk / "spill"), "then": "block", "after": "50ms"}
     with Receiver() as receiver:
@@ -190,7 +190,7 @@ def test_a_full_disk_empties_when_its_sink_has_had_all(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk smaller than a segment is full again and again: what the sink has had makes room, and nobody hangs."""
-    monkeypatch.setattr(relay.log, "RESERVE", 1 << 20)
+    monkeypatch.setattr(relay.log.log, "RESERVE", 1 << 20)
     data = payload(13, 16 * MIB)
     slow = {"policy": "spill", "directory": str(small_disk / "spill"), "then": "block", "after": "50ms"}
     with Receiver() as receiver:

@@ -15,7 +15,7 @@ from peers import assert_same, connected, eventually, payload, program, receive_
 from relays import Relay, serving
 from spills import MIB, branch_record
 
-import relay.log
+import relay.log.log
 import relay.spill.directory
 from relay.spill.directory import SpillDirectory
 
@@ -158,7 +158,7 @@ def test_a_directory_in_use_stops_the_start(tmp_path: Path) -> None:
 def test_a_log_that_goes_while_logs_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is delivered between the listing and the look into it is none any more; the others are found."""
     for name in ("goes", "stays"):
-        kept = relay.log.Log(tmp_path / name)
+        kept = relay.log.log.Log(tmp_path / name)
         kept.close(keep=True)
     directory = SpillDirectory(str(tmp_path))
     look = relay.spill.directory.is_log
@@ -175,7 +175,7 @@ def test_a_log_that_goes_while_logs_are_looked_for(tmp_path: Path, monkeypatch: 
 
 def test_a_log_that_no_route_claims_is_kept_and_named(tmp_path: Path) -> None:
     """A log of a route that is not there any more is left as it is, and said at the start."""
-    kept = relay.log.Log(tmp_path / "left")
+    kept = relay.log.log.Log(tmp_path / "left")
     os.write(kept.tail(), b"abc")
     kept.appended(3)
     kept.close(keep=True)

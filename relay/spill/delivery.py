@@ -14,7 +14,7 @@ from relay.endpoints.settings import REACHED_AGAIN, SinkSettings
 from relay.engine import Engine, Timer
 from relay.errors import EndpointError, RelayError, SinkError
 from relay.journal.record import SessionRecord
-from relay.log import Cursor, Log
+from relay.log.log import Cursor, Log
 from relay.pipeline.outlet import CONNECTS
 from relay.pipeline.pipeline import Pipeline
 from relay.spill.source import TORN, LogSource
