@@ -16,9 +16,12 @@ FIRST = (  # the files that take longest: begun last, one worker would end long 
     "test_sanitized.py",
     "test_container.py",
     "test_docs.py",
-    "test_send.py",
     "test_packaging.py",
-    "test_proxy_protocol.py",
+    "test_files.py",
+    "test_crossing.py",
+    "test_conformance_ends.py",
+    "test_attack_receivers.py",
+    "test_doctor_sandbox.py",
 )
 
 
