@@ -82,7 +82,7 @@ class Relay:
 
     def moved(self) -> int:
         """Bytes that have come out of the source so far; 0 before it has a pipeline."""
-        sources = [pipeline.source for pipeline in self.route._pipelines]
+        sources = [pipeline.source for pipeline in self.route.pipelines]
         return sum(source.moved for source in sources if source is not None)
 
     def post(self, action: Any) -> None:
