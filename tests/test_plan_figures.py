@@ -30,6 +30,7 @@ from relay.journal.record import SessionRecord
 from relay.kernel.pipe import F_GETPIPE_SZ
 from relay.kernel.probe import machine
 from relay.pipeline.pipeline import Pipeline
+from relay.pipeline.sinks import Making
 from relay.planning.hops import hops
 from relay.planning.plan import make_plan
 from relay.spill.spills import Spills
@@ -74,7 +75,7 @@ class Bench:
         self.pipeline = Pipeline(
             self.engine, "r", route.stages, route.sink, ways,
             persistent=route.turns() == "one" and route.source.verb == "listen",
-            on_over=self.records.append, spill=partial(self.spills.sink, ways),
+            on_over=self.records.append, making=Making(spill=partial(self.spills.sink, ways)),
         )  # fmt: skip
         self.pipeline.open(self.broadcasts)
         if client is not None:

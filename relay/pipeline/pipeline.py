@@ -23,7 +23,6 @@ from relay.endpoints.base import Sink, Source
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.digest import sidecar_line
 from relay.endpoints.file import FileSink
-from relay.endpoints.line import Lines
 from relay.endpoints.options import Limits
 from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine
@@ -38,7 +37,7 @@ from relay.pipeline.intake import Intake
 from relay.pipeline.node import Node
 from relay.pipeline.outlet import Outlet, judge
 from relay.pipeline.sink_wait import SinkWait
-from relay.pipeline.sinks import SinkMaker, Spilling
+from relay.pipeline.sinks import Making, SinkMaker
 from relay.pipeline.stragglers import Stragglers
 from relay.pipeline.subscribers import Subscribers
 from relay.stages.base import StageSettings
@@ -52,7 +51,7 @@ class Pipeline:
     """Owns the chain, its sinks and, during a turn, the source. Lives on one engine, on whose thread all runs.
 
     `on_over(record)` is called at the end of each turn; with `persistent=False` there is one turn, after which
-    everything is closed; `on_closed` is called once, last of all. `spill` makes the sinks that read through a log.
+    everything is closed; `on_closed` is called once, last of all. `making` says how its sinks are made.
     `quiet` leaves the warnings about sinks to the caller. `wait` is for how many seconds a stream is not read while a
     sink is not open yet. Raises KernelError when no descriptor is left for the pipes.
     """
@@ -67,14 +66,11 @@ class Pipeline:
         *,
         persistent: bool,
         on_over: Callable[[SessionRecord], None],
+        making: Making,
         on_closed: Callable[[], None] = lambda: None,
-        patience: float = 0.0,
-        spill: Spilling | None = None,
         quiet: bool = False,
         wait: float = 0.0,
         limits: Limits | None = None,
-        in_place: bool = False,
-        lines: Lines | None = None,
     ) -> None:
         self.engine = engine
         self.route = route
@@ -85,7 +81,7 @@ class Pipeline:
         self._on_over = on_over
         self._on_closed = on_closed
         self.c = core.new("pipeline", keep=int(persistent))
-        self._makes = SinkMaker(engine, route, ways, patience, spill, persistent, in_place, lines)
+        self._makes = SinkMaker(engine, route, ways, persistent, making)
         self.chain = Chain(engine, stages, sink, ways, persistent=persistent)
         self._absences = Absences(engine, route, self._stand_again, self._given_up, self._wake)
         self._stragglers = Stragglers(engine, route, self._wake)

@@ -29,6 +29,7 @@ from relay.journal import logs
 from relay.journal.record import SessionRecord
 from relay.kernel.probe import machine
 from relay.pipeline.pipeline import Pipeline
+from relay.pipeline.sinks import Making
 from relay.serving.admission import Admission
 from relay.serving.changes import Stages
 from relay.serving.facts import Facts
@@ -176,12 +177,14 @@ class RunningRoute:
             self._ways,
             persistent=self._persistent,
             on_over=over,
-            spill=partial(self._spills.sink, self._ways),
-            wait=waits,
-            patience=0.0 if self._persistent else waits,  # standing sinks are tried again in any case
-            limits=self.route.source.limits,
             on_closed=closed,
-            lines=self._lines,
+            making=Making(
+                patience=0.0 if self._persistent else waits,  # standing sinks are tried again in any case
+                spill=partial(self._spills.sink, self._ways),
+                lines=self._lines,
+            ),
+            wait=waits,
+            limits=self.route.source.limits,
         )
         self.home.post(lambda: self._made(pipeline, stages))
         return pipeline
