@@ -134,8 +134,7 @@ class Shortage(RuleBasedStateMachine):
     @rule(name=st.sampled_from(["block", "spill", "drop"]), size=sizes)
     def read(self, name: str, size: int) -> None:
         """A receiver takes what is there; all others stall meanwhile."""
-        while size > 0 and (count := self.sides[name].read(size)):
-            size -= count
+        self.sides[name].take(size)
 
     @rule(name=flapping)
     def reset(self, name: str) -> None:
@@ -145,18 +144,12 @@ class Shortage(RuleBasedStateMachine):
     @rule(name=flapping)
     def go(self, name: str) -> None:
         """A receiver goes: its connection is reset and new ones are refused."""
-        side = self.sides[name]
-        side.reset()
-        side.receiver.down()
-        side.listens = False
+        self.sides[name].go()
 
     @rule(name=flapping)
     def come(self, name: str) -> None:
         """It is back."""
-        side = self.sides[name]
-        if not side.listens:
-            side.receiver.up()
-            side.listens = True
+        self.sides[name].come()
 
     @rule(name=places, leave=st.sampled_from([0, 4096, 200_000]))
     def fill(self, name: str, leave: int) -> None:
