@@ -315,12 +315,8 @@ class Pipeline:
     def _sink_event(self, outlet: Outlet, sink: Sink, what: int, error: int) -> None:
         if what == core.SINK_DRAINED:
             self._end_sink(outlet, sink)
-        elif what == core.SINK_FAILED:
-            sink.broke(error)
-        elif what == core.PEER_ENDED:
-            sink.peer_ended()
-        elif what == core.SINK_BUSY:
-            sink.busy()
+        else:
+            sink.hear(what, error)
 
     def _end_sink(self, outlet: Outlet, sink: Sink) -> None:
         """All this sink will get was handed to it: it is finished, after its checksum if it wants one."""
