@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -30,6 +31,15 @@ def send(served: Process, *pieces: bytes) -> None:
         assert receive_all(sock) == b""
 
 
+def offer(served: Process, data: bytes) -> None:
+    """One stream; returns when relay has closed it, also by a reset because one of its sinks does not have it."""
+    with socket.create_connection(("127.0.0.1", served.port())) as sock:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            receive_all(sock)
+
+
 def put(file: WrittenFile, data: bytes) -> None:
     """Gives a file `data` through a pipe."""
     with Pipe() as pipe:
@@ -53,13 +63,7 @@ def traced(tmp_path: Path, sink: str, data: bytes, *inject: str, more: str = "")
     config = tmp_path / "relay.yaml"
     config.write_text(route(sink, more))
     with relay("serve", "--log-format", "json", config, cwd=tmp_path, prefix=prefix) as served:
-        with socket.create_connection(("127.0.0.1", served.port())) as sock:
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
-            try:
-                receive_all(sock)
-            except ConnectionResetError:
-                pass
+        offer(served, data)
         served.sessions(1)
         (child,) = Path(f"/proc/{served.pid}/task/{served.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGTERM)

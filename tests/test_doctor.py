@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doctored import A_USER, DOCUMENTED, expected, needs, results, states
+from doctored import DOCUMENTED, expected, needs, results, spent_budget, states
 from faults import strace_inject
-from forked import become, forked, needs_root
+from forked import forked, needs_root
 from jsonschema import Draft202012Validator
 from peers import run
 
@@ -21,7 +21,6 @@ from relay.doctor.ability import Ability, abilities
 from relay.doctor.ends import Pages
 from relay.doctor.path import cells
 from relay.errors import KernelError
-from relay.kernel.pipe import Pipe
 
 FILLED_BY_FILES = ("pipe", "unix", "tcp")
 
@@ -160,18 +159,12 @@ def test_an_unprivileged_user_with_the_budget_used_up() -> None:
     """With no pipe pages left for the user, size and budget are less, and every path is still found out."""
 
     def as_user() -> Any:
-        become(A_USER)
-        held = []
-        while not held or held[-1].capacity > 2 * 4096:
-            held.append(Pipe())
-        ends.piece.cache_clear()
-        done = {one.name: one.state for one in abilities()}
-        found = []
-        for cell in cells():
-            if cell[0] in ("memory", "pipe") and cell[1] in ("pipe", "unix", "process"):
-                found.append((*cell, path.examine(*cell, Path("/tmp"), 0.0).result))
-        for pipe in held:
-            pipe.close()
+        with spent_budget():
+            done = {one.name: one.state for one in abilities()}
+            found = []
+            for cell in cells():
+                if cell[0] in ("memory", "pipe") and cell[1] in ("pipe", "unix", "process"):
+                    found.append((*cell, path.examine(*cell, Path("/tmp"), 0.0).result))
         return done, ends.piece(), found
 
     with forked(as_user) as child:

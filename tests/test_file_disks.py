@@ -15,7 +15,7 @@ from pathlib import Path
 
 import disks
 import pytest
-from file_routes import route, send, traced
+from file_routes import offer, route, send, traced
 from peers import assert_same, eventually, payload, receive_all, run
 from relays import end, serving
 
@@ -54,13 +54,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path, mounted: object, how
     data = payload(3, 4 << 20)
     config = route("file: whole", f', stages: [{{tee: {{to: {{file: "{place}/small"{how}}}}}}}]')
     with serving(config, tmp_path) as served:
-        with socket.create_connection(("127.0.0.1", served.port())) as sock:
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
-            try:
-                receive_all(sock)
-            except ConnectionResetError:
-                pass  # one of its sinks does not have it
+        offer(served, data)
         (record,) = served.sessions(1)
         end(served)
     small = record["sinks"][0]
@@ -83,13 +77,7 @@ def test_a_size_limit_is_exact(tmp_path: Path) -> None:
             "file: whole", "file: /dev/null"
         )
         with serving(config, folder, **limit) as served:
-            with socket.create_connection(("127.0.0.1", served.port())) as sock:
-                sock.sendall(b"x" * 300_000)
-                sock.shutdown(socket.SHUT_WR)
-                try:
-                    receive_all(sock)
-                except ConnectionResetError:
-                    pass
+            offer(served, b"x" * 300_000)
             (record,) = served.sessions(1)
             end(served)
         assert "EFBIG" in record["sinks"][0]["reason"]
@@ -100,13 +88,7 @@ def test_a_disk_that_is_read_only(tmp_path: Path, mounted: object) -> None:
     """EROFS is the sink's failure when its file is opened; the other sink gets all."""
     place = mounted("tmpfs", "-o", "ro")  # type: ignore[operator] # the fixture is a function
     with serving(route("file: whole", f', stages: [{{tee: {{to: "{place}/x"}}}}]'), tmp_path) as served:
-        with socket.create_connection(("127.0.0.1", served.port())) as sock:
-            sock.sendall(b"content")
-            sock.shutdown(socket.SHUT_WR)
-            try:
-                receive_all(sock)
-            except ConnectionResetError:
-                pass
+        offer(served, b"content")
         (record,) = served.sessions(1)
         end(served)
     assert "EROFS" in record["sinks"][0]["reason"]
