@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from duplexes import Duplex, connected, in_background, outcome, turned_away
+from duplexes import BOTH, Duplex, connected, in_background, outcome, turned_away
 from peers import (
     PATIENCE,
     accept,
@@ -35,7 +35,6 @@ RECORDED = {
     "stages": [{"tee": {"to": {"file": "{id}.to"}}}],
     "replies": [{"tee": {"to": {"file": "{id}.back"}, "on_slow": "spill"}}],
 }
-BOTH = {"stages": [{"tee": {"to": "null:"}}], "replies": [{"tee": {"to": "null:"}}]}
 
 
 def config(source: str, sink: Any, stages: dict[str, Any], engines: int = 2) -> str:
