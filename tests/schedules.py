@@ -249,3 +249,14 @@ def drawn(chance: random.Random) -> Spec:
         tee_copies=chance.random() < 0.2,
         out_copies=chance.random() < 0.2,
     )
+
+
+def play(rig: Rig, steps: list[tuple[tuple[str, Any, int], bool]]) -> None:
+    """Does the steps, lets all flow out, and looks at what each receiver got."""
+    for (name, first, second), then_sweep in steps:
+        act(rig, name, first, second)
+        if then_sweep:
+            rig.sweep()
+    finish(rig)
+    for outlet in rig.outlets:
+        check(rig, outlet)

@@ -25,6 +25,7 @@ from schedules import (
     check,
     drawn,
     finish,
+    play,
     readable_spec,
     sane,
 )
@@ -64,13 +65,7 @@ def test_every_schedule_ends_as_the_model_says(
             budget=budget,
             scatter=scatter,
         )
-        for (name, first, second), then_sweep in steps:
-            act(rig, name, first, second)
-            if then_sweep:
-                rig.sweep()
-        finish(rig)
-        for outlet in rig.outlets:
-            check(rig, outlet)
+        play(rig, steps)
 
 
 @SEEDED
@@ -98,13 +93,7 @@ def test_every_schedule_ends_as_the_model_says_through_a_ring(
             rig.change()
             rig.sweep()
             assert rig.changes == 1
-        for (name, first, second), then_sweep in steps:
-            act(rig, name, first, second)
-            if then_sweep:
-                rig.sweep()
-        finish(rig)
-        for outlet in rig.outlets:
-            check(rig, outlet)
+        play(rig, steps)
 
 
 @pytest.mark.parametrize("seed", range(max(10, EXAMPLES // 2)))
