@@ -16,7 +16,7 @@ from relay.endpoints.settings import SinkSettings
 from relay.kernel.exchange import PIPES
 from relay.kernel.pipe import DEFAULT_CAPACITY, LARGEST_CAPACITY
 from relay.kernel.probe import Machine
-from relay.log import segment_size
+from relay.log.segment import segment_size
 
 PAGE = 4096
 FRESH = 64 * 1024  # bytes of a pipe nobody enlarged

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from peers import PATIENCE
+from relays import Process
 
 Figures = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+SOCKET = "admin.sock"
 
 
 class OverUnix(http.client.HTTPConnection):
@@ -72,3 +75,21 @@ def figure(found: Figures, name: str, **labels: str) -> float:
     ]
     assert matching, f"there is no {name} with {labels}"
     return sum(matching)
+
+
+def send(port: int, data: bytes) -> None:
+    """One stream, to its end."""
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(1) == b""
+
+
+def http_port(served: Process) -> int:
+    """The port of its admin listener."""
+    line = served.until(
+        lambda: next(
+            (one for one in served.lines if one.get("event") == "admin" and "tcp://" in one["address"]), None
+        )
+    )
+    return int(line["address"].rpartition(":")[2])

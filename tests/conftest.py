@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import faults
 import leaks
@@ -15,9 +16,12 @@ FIRST = (  # the files that take longest: begun last, one worker would end long 
     "test_sanitized.py",
     "test_container.py",
     "test_docs.py",
-    "test_send.py",
     "test_packaging.py",
-    "test_proxy_protocol.py",
+    "test_files.py",
+    "test_crossing.py",
+    "test_conformance_ends.py",
+    "test_attack_receivers.py",
+    "test_doctor_sandbox.py",
 )
 
 
@@ -54,6 +58,20 @@ def fds() -> Iterator[Descriptors]:
     """Makes pipes, sockets, files and epolls that are closed when the test ends, however it ends."""
     with Descriptors() as owner:
         yield owner
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A file of 3 MiB and a bit, which no pipe holds."""
+    path = tmp_path / "data.bin"
+    path.write_bytes(peers.payload(7, (3 << 20) + 4567))
+    return path
+
+
+@pytest.fixture(params=["auto", "copy"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The routes of a test go down a chain, and once more by copying, where they can through a ring."""
+    monkeypatch.setattr("conformance.METHOD", request.param)
 
 
 @pytest.fixture(scope="session")

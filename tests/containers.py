@@ -8,7 +8,6 @@ Debian packages of PROGRAMS.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import functools
 import itertools
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from netns import inside
 from peers import PATIENCE, program
 from relays import ROOT
 
@@ -35,11 +35,9 @@ HARDENED = (
     "--security-opt=no-new-privileges",
     "--tmpfs=/sockets",
 )
-CLONE_NEWNET = 0x40000000
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 _numbers = itertools.count(1)
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def home() -> Path:
@@ -197,15 +195,8 @@ class Container:
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
         """Sockets that this thread makes in the block are in its network."""
-        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        there = os.open(f"/proc/{self.inspect('{{.State.Pid}}')}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            assert _libc.setns(there, CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+        with inside(f"/proc/{self.inspect('{{.State.Pid}}')}/ns/net"):
             yield
-        finally:
-            assert _libc.setns(own, CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-            os.close(there)
-            os.close(own)
 
     def stop(self) -> int:
         """docker stop: the exit status."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from peers import PATIENCE, accept, eventually, tcp_listener, unix_listener
 
 from relay.config.data import from_data
@@ -21,6 +22,9 @@ from relay.journal.record import SessionRecord
 from relay.kernel.exchange import Exchange
 from relay.serving.staged_route import route_of
 from relay.spill.spills import Spills
+
+BOTH: dict[str, Any] = {"stages": [{"tee": {"to": "null:"}}], "replies": [{"tee": {"to": "null:"}}]}
+EITHER = pytest.mark.parametrize("stages", [{}, BOTH], ids=["plain", "staged"])
 
 
 class Duplex:

@@ -145,6 +145,23 @@ class Side:
             self.unread.append(len(self.pieces[-1]) + self.receiver.waiting())
             self.receiver.reset()
 
+    def go(self) -> None:
+        """Its connection is reset, and new ones are refused."""
+        self.reset()
+        self.receiver.down()
+        self.listens = False
+
+    def come(self) -> None:
+        """It is back, if it was away."""
+        if not self.listens:
+            self.receiver.up()
+            self.listens = True
+
+    def take(self, size: int) -> None:
+        """Reads what is there, up to so many bytes."""
+        while size > 0 and (count := self.read(size)):
+            size -= count
+
 
 def common(one: bytes, other: bytes) -> int:
     """How many bytes both begin with."""

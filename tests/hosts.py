@@ -9,7 +9,6 @@ As netns.py, nothing of the machine's own network is touched. `ip netns exec` gi
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import json
 import os
@@ -22,12 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from netns import CLONE_NEWNET, ip
+from netns import inside, ip
 from peers import program
 
 DNS = "10.78.0.1"
 _numbers = itertools.count(1)
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Hosts:
@@ -85,15 +83,8 @@ class Hosts:
     @contextlib.contextmanager
     def on(self, name: str) -> Iterator[None]:
         """Sockets that this thread makes in the block belong to that host."""
-        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        there = os.open(f"/run/netns/{self._stem}-{name}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            assert _libc.setns(there, CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+        with inside(f"/run/netns/{self._stem}-{name}"):
             yield
-        finally:
-            assert _libc.setns(own, CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-            os.close(there)
-            os.close(own)
 
     def connect(self, name: str, address: str, port: int) -> socket.socket:
         """A socket of that host, connected."""

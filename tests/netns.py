@@ -64,15 +64,8 @@ class Network:
     @contextlib.contextmanager
     def on(self, host: str) -> Iterator[None]:
         """Sockets that this thread makes in the block belong to that host."""
-        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        there = os.open(f"/run/netns/{host}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _enter(there)
+        with inside(f"/run/netns/{host}"):
             yield
-        finally:
-            _enter(own)
-            os.close(there)
-            os.close(own)
 
     def listener(self, receive_buffer: int = 0) -> socket.socket:
         """A listening socket on the peer's host, at a port of the kernel's choice."""
@@ -90,6 +83,20 @@ class Network:
             sock = socket.socket()
         sock.connect((RELAY, port))
         return sock
+
+
+@contextlib.contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """Sockets that this thread makes in the block belong to the network namespace at that path."""
+    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    there = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _enter(there)
+        yield
+    finally:
+        _enter(own)
+        os.close(there)
+        os.close(own)
 
 
 def _enter(namespace: int) -> None:

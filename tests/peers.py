@@ -12,6 +12,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+
+from relay.endpoints.address import Address
 
 PATIENCE = 20.0  # seconds after which a wait is a failure; nothing here takes a tenth of it
 
@@ -215,6 +218,43 @@ def accept(listener: socket.socket, patience: float = PATIENCE) -> socket.socket
     return listener.accept()[0]
 
 
+@contextlib.contextmanager
+def hanging() -> Iterator[str]:
+    """The address of a tcp listener whose backlog is full: connects to it hang."""
+    with tcp_listener(backlog=0) as (listener, address), contextlib.ExitStack() as stack:
+        for _ in range(20):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+            if not select.select([], [sock], [], 0.1)[1]:
+                break
+        else:
+            pytest.fail("the backlog is never full")
+        yield address
+
+
+def connected(address: str, receive_buffer: int = 0) -> socket.socket:
+    """A blocking socket connected to an address as relay writes it."""
+    where = Address.parse(address)
+    if where.scheme == "unix":
+        sock = socket.socket(socket.AF_UNIX)
+        path = where.path
+        sock.connect("\0" + path[1:] if path.startswith("@") else path)
+        return sock
+    family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
+    sock = socket.socket(family)
+    if receive_buffer:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.connect((where.host, where.port))
+    return sock
+
+
+def reset(sock: socket.socket) -> None:
+    """Closes a socket so that its peer sees a reset: an RST on tcp, unread bytes thrown away on unix."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
 _refusing: list[socket.socket] = []
 
 
@@ -228,6 +268,12 @@ def refused_address() -> str:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", 0))
     return f"tcp://127.0.0.1:{sock.getsockname()[1]}"
+
+
+def refused(port: int) -> bool:
+    """Whether nobody listens there."""
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) != 0
 
 
 def give_ports_back() -> None:

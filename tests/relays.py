@@ -82,7 +82,7 @@ class Relay:
 
     def moved(self) -> int:
         """Bytes that have come out of the source so far; 0 before it has a pipeline."""
-        sources = [pipeline.source for pipeline in self.route._pipelines]
+        sources = [pipeline.source for pipeline in self.route.pipelines]
         return sum(source.moved for source in sources if source is not None)
 
     def post(self, action: Any) -> None:
@@ -238,6 +238,12 @@ def serving(config: str, cwd: Path, **popen: Any) -> Iterator[Process]:
         yield process
 
 
+def end(served: Process, code: int = 0) -> None:
+    """SIGTERM, and the exit code that is expected."""
+    served.signal(signal.SIGTERM)
+    assert served.wait() == code, served.text
+
+
 def run_relay(
     *arguments: str | Path, cwd: Path, patience: float = PATIENCE, **options: Any
 ) -> subprocess.CompletedProcess[bytes]:
@@ -250,4 +256,25 @@ def run_relay(
     return subprocess.run([*RELAY, *map(str, arguments)], cwd=cwd, timeout=patience, **options)
 
 
-__all__ = ["RELAY", "ROOT", "Process", "Relay", "environment", "read_until", "relay", "run_relay", "serving"]
+def listening_on(process: Process) -> int:
+    """The port that `relay run` says it listens on."""
+
+    def said() -> str | None:
+        return next((line for line in process.other if line.startswith("listening on")), None)
+
+    return int(process.until(said).rpartition(":")[2])
+
+
+__all__ = [
+    "RELAY",
+    "ROOT",
+    "Process",
+    "Relay",
+    "end",
+    "environment",
+    "listening_on",
+    "read_until",
+    "relay",
+    "run_relay",
+    "serving",
+]

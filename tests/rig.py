@@ -7,19 +7,19 @@ sweep, so the schedule alone decides what happens; the time is the C core's own,
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 import select
 from mmap import PAGESIZE
-from typing import Any
 
-from descriptors import Descriptors, PipeEnds
+from comparison import compare
+from descriptors import Descriptors
 from model import Event, Model, Node, Sink, Source
 from model import Reader as ModelReader
 from model import Ring as ModelRing
 from slots import Pipe
-from syscalls import Memory, readable
+from syscalls import Memory
+from twins import Outlet, Scatter, Spec, Step
 
 from relay.kernel import core
 from relay.kernel.ring import Reader, Ring
@@ -33,74 +33,6 @@ NAMES = {
     )
 }
 EVENTS = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """One step. `kind`: "plain" moves on, "tee" has a sink of its own, "gate" a branch of one node."""
-
-    kind: str = "tee"
-    slots: int = 16
-    leaf_slots: int = 16
-    sink_slots: int = 16
-    tee_copies: bool = False
-    out_copies: bool = False
-    stash: int = 8192
-    rate: int = 0
-    skip: int = 0
-    left: int = -1
-    prefix: int = 0  # bytes
-    after: int = 0  # nanoseconds; 0: never dropping
-    align: int = 1
-    null: bool = False  # its sink is /dev/null
-    hold: bool = False  # a sink that fails is replaced
-    past: bool = False  # a gate's branch is but its sink's backlog, passed by while it is empty
-    apart: int = 0  # nanoseconds for which its sink, taking nothing, holds a turn's end
-    ring: int = 0  # of the tail: a broadcast whose readers are full when they are so many bytes behind
-    reserve: int = 0  # its memory beyond that
-    keep: int = 0  # bytes that whoever joins it is given of what passed
-
-
-@dataclasses.dataclass(frozen=True)
-class Scatter:
-    """The ring through which a pipeline of tees and gates may cross: fields as in struct relay_ring."""
-
-    full: int = 20000
-    reserve: int = 4096
-    batch: int = 0
-    hold: int = 1_000_000
-    quick: int = 1
-    least: int = 1
-
-
-@dataclasses.dataclass(eq=False)
-class Step:
-    """One node, twice: its struct with its pipe, and its model."""
-
-    c: Any
-    ends: PipeEnds
-    model: Node
-    spec: Spec
-    prefix: bytes = b""
-    memory: Memory | None = None
-    stash: Any = None
-
-
-@dataclasses.dataclass(eq=False)
-class Outlet:
-    """One sink, twice: its struct with the pipe it writes to, and its model; `got` is what was read."""
-
-    c: Any
-    ends: PipeEnds | None
-    model: Sink
-    step: Step
-    gate: Step
-    got: bytearray = dataclasses.field(default_factory=bytearray)
-    second: bool = False  # it stands where another failed
-    reader: tuple[Reader, ModelReader] | None = None  # it is a subscriber of the tail's broadcast
-    began: int = 0  # position of a subscriber's first byte
-    alive: bool = True
-    place: tuple[Place, ModelReader] | None = None  # while the pipeline's bytes come out of a ring
 
 
 class Rig:
@@ -401,25 +333,8 @@ class Rig:
 
     def later(self, nanoseconds: int) -> None:
         """Time passes: all that anybody remembers is that much longer ago."""
-        for step in self.steps:
-            c, model = step.c, step.model
-            if c.stamp_ns:
-                c.stamp_ns -= nanoseconds
-                model.stamp -= nanoseconds
-            if c.since_ns:
-                c.since_ns -= nanoseconds
-                model.since -= nanoseconds
-            if c.stuck_ns:
-                c.stuck_ns -= nanoseconds
-                model.stuck -= nanoseconds
-        for outlet in self.outlets:
-            if outlet.c.last_ns:
-                outlet.c.last_ns -= nanoseconds
-                outlet.model.last -= nanoseconds
-            for reader in (outlet.reader, outlet.place):
-                if reader and reader[1].since:
-                    reader[0].c.since_ns -= nanoseconds
-                    reader[1].since -= nanoseconds
+        for twin in (*self.steps, *self.outlets):
+            twin.later(nanoseconds)
         if self.model.ring and self.ring:
             self.ring[0].c.window_ns -= nanoseconds
             self.model.ring.window_at -= nanoseconds
@@ -460,7 +375,7 @@ class Rig:
         assert got == events
         assert self.engine.calls - calls == self.model.calls - asked, "system calls"
         assert (more, wake) == (expected_more, self.model.wake)
-        self.compare()
+        compare(self)
         self.events += events
         for what, name, _ in events:
             if what == "SLOW":
@@ -486,58 +401,3 @@ class Rig:
     def _start_gap(step: Step) -> None:
         step.model.start_gap()
         step.c.rest_have, step.c.rest_need, step.c.dropping = 0, step.model.rest_need, 1
-
-    def compare(self) -> None:
-        """Everything the C core knows is what the model has, and what the kernel says."""
-        assert self.source.moved == self.pipeline.fed
-        assert self.model.source
-        assert self.source.moved == self.model.source.moved
-        chain = []
-        at = self.pipeline.head
-        while at:
-            chain.append(at)
-            at = at.after
-        assert [self.names[c.token] for c in chain] == [model.name for model in self.model.nodes]
-        assert self.pipeline.nodes == len(chain)
-        for step in self.steps:
-            c, model, name = step.c, step.model, step.model.name
-            in_pipe = readable(step.ends.r)
-            assert in_pipe == model.pipe.held, f"{name}: bytes in the pipe"
-            assert c.held == in_pipe + c.stash_len - c.stash_out, f"{name}: held is not what is there"
-            assert c.stash_len - c.stash_out == len(model.stash), f"{name}: stash"
-            for field in ("owed", "passed", "dropped", "skip", "left", "tokens", "rest_need"):
-                assert getattr(c, field) == getattr(model, field), f"{name}: {field}"
-            for field in ("full", "ended", "done", "slow", "dropping"):
-                assert bool(getattr(c, field)) == getattr(model, field), f"{name}: {field}"
-            assert (c.since_ns, c.blocked_ns) == (model.since, model.blocked), f"{name}: blocked"
-            assert c.stuck_ns == model.stuck, f"{name}: stuck"
-            assert c.rest_have == len(model.rest), f"{name}: rest"
-            assert c.prefix_left == len(model.prefix), f"{name}: prefix"
-            if c.next:
-                assert c.stash_len - c.stash_next == len(model.untold), f"{name}: untold"
-        for outlet in self.outlets:
-            assert outlet.c.moved == outlet.model.moved, f"{outlet.model.name}: moved"
-            assert outlet.c.last_ns == outlet.model.last, f"{outlet.model.name}: last"
-            for reader in (outlet.reader, outlet.place):
-                if reader:
-                    self._compare_reader(reader[0].c, reader[1])
-        if self.model.ring and self.ring:
-            c, ring = self.ring[0].c, self.model.ring
-            assert (c.offered, c.base, c.rush, c.need) == (ring.offered, ring.base, ring.rush, ring.need)
-            assert (c.held_ns, c.window_ns, c.window) == (ring.held, ring.window_at, ring.window)
-        assert self.pipeline.still == self.model.still
-        assert (self.pipeline.idle_ns, bool(self.pipeline.tell_idle)) == (
-            self.model.idle,
-            self.model.tell_idle,
-        )
-
-    def _compare_reader(self, c: Any, model: ModelReader) -> None:
-        assert self.ring
-        assert self.ring[0].c.position == self.ring[1].position
-        assert bool(c.sink) == bool(model.sink), f"{model.name}: sink"
-        for field in ("at", "dropped"):
-            assert getattr(c, field) == getattr(model, field), f"{model.name}: {field}"
-        for field in ("slow", "dropping", "done"):
-            assert bool(getattr(c, field)) == getattr(model, field), f"{model.name}: {field}"
-        assert (c.since_ns, c.blocked_ns) == (model.since, model.blocked), f"{model.name}: blocked"
-        assert c.rest_left == len(model.rest), f"{model.name}: rest"

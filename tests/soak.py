@@ -18,10 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conformance import connected, reset
 from flapping import Receiver
 from numbered import stream
-from peers import program
+from peers import connected, program, reset
 
 SILENCE = 30.0  # seconds after which somebody gives up
 

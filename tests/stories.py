@@ -8,7 +8,7 @@ import socket
 import time
 from typing import Any
 
-from duplexes import in_background, outcome, reset
+from duplexes import BOTH, in_background, outcome, reset
 from peers import PATIENCE, assert_same, eventually, payload, receive_exactly
 
 Ends = tuple[bytes, str]
@@ -16,7 +16,7 @@ Ends = tuple[bytes, str]
 # routes that are to look alike to both parties
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "mirrored": {"stages": [{"tee": {"to": "null:"}}], "replies": [{"tee": {"to": "null:"}}]},
+    "mirrored": BOTH,
     "staged": {"stages": ["meter", {"checksum": "xxh3"}], "replies": [{"limit": {"skip": 0}}]},
 }
 MIXES = [("tcp", "tcp"), ("unix", "unix"), ("tcp", "unix"), ("unix", "tcp")]

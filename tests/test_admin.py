@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from admins import asked, figure, figures
+from admins import SOCKET, asked, figure, figures, http_port, send
 from peers import PATIENCE, eventually, payload, program, tcp_listener
 from relays import Process, environment, run_relay, serving
 
@@ -24,31 +24,12 @@ from relay.endpoints.address import Address
 from relay.endpoints.listening import Bound
 from relay.errors import SourceError
 
-SOCKET = "admin.sock"
 ADMIN = f"admin: {{socket: 'unix://{SOCKET}', http: 'tcp://127.0.0.1:0'}}\n"
 INBOX = """routes:
   inbox:
     source: {listen: 'tcp://127.0.0.1:0'}
     sink: {file: 'inbox/{id}.bin'}
 """
-
-
-def send(port: int, data: bytes) -> None:
-    """One stream, to its end."""
-    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as sock:
-        sock.sendall(data)
-        sock.shutdown(socket.SHUT_WR)
-        assert sock.recv(1) == b""
-
-
-def http_port(served: Process) -> int:
-    """The port of its admin listener."""
-    line = served.until(
-        lambda: next(
-            (one for one in served.lines if one.get("event") == "admin" and "tcp://" in one["address"]), None
-        )
-    )
-    return int(line["address"].rpartition(":")[2])
 
 
 @pytest.fixture

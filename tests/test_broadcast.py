@@ -1,14 +1,10 @@
-"""Broadcasts over real connections: who joins when gets what, and what slow ones cost the others.
-
-RELAY_SUBSCRIBERS sets how many there are in the test of a crowd (default 200); with 1000 it takes some seconds.
-"""
+"""Broadcasts over real connections: who joins when gets what, and what slow ones cost the others."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import random
-import resource
 import select
 import signal
 import socket
@@ -20,131 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conformance import connected
-from peers import PATIENCE, assert_same, eventually, payload, receive_all, receive_exactly, running
-from relays import Process, Relay, serving
+from peers import PATIENCE, connected, eventually, payload, receive_all, receive_exactly, running
+from relays import Relay, serving
+from viewers import MIB, Stage, Viewer, live, stalled_viewer
 
 from relay.endpoints.broadcast import Broadcast
-
-CROWD = int(os.environ.get("RELAY_SUBSCRIBERS", "200"))
-MIB = 1 << 20
-
-
-def live(options: str = "") -> str:
-    """A route from a listening source to a broadcast."""
-    return (
-        'routes: {r: {source: {listen: "tcp://127.0.0.1:0"}, '
-        f'sink: {{listen: "tcp://127.0.0.1:0"{options}}}}}}}'
-    )
-
-
-class Viewer:
-    """A subscriber that compares what it gets with the stream as it comes; `start` is where its run begins."""
-
-    def __init__(self, sock: socket.socket, data: bytes, start: int | None = None) -> None:
-        self.sock = sock
-        self.data = data
-        self.start = start
-        self.head = b""
-        self.at = start or 0
-        self.ended = False
-        sock.setblocking(False)
-
-    def read(self, most: int = MIB) -> int:
-        """Reads once; fails at the first byte that does not continue its run. Bytes read."""
-        try:
-            piece = self.sock.recv(most)
-        except BlockingIOError:
-            return 0
-        if not piece:
-            self.ended = True
-            return 0
-        if self.start is None:
-            self.head += piece
-            if len(self.head) < 64:
-                return len(piece)
-            self.start = self.at = self.data.find(self.head)
-            assert self.start >= 0, "the beginning is no run of the stream"
-            self.at += len(self.head)
-            return len(piece)
-        if piece != self.data[self.at : self.at + len(piece)]:
-            assert_same(piece, self.data[self.at : self.at + len(piece)])
-        self.at += len(piece)
-        return len(piece)
-
-
-class Stage:
-    """relay with a source connected to it, the stream as far as it was sent, and the viewers that there are."""
-
-    def __init__(self, served: Process, data: bytes) -> None:
-        self.served = served
-        self.data = data
-        self.live, source = served.addresses(2)
-        self.sock = socket.create_connection(("127.0.0.1", int(source.rpartition(":")[2])))
-        self.sock.setblocking(False)
-        self.sent = 0
-        self.viewers: list[Viewer] = []
-        self.joined = 0
-
-    def join(self, *, known: bool = False, wait: bool = True) -> Viewer:
-        """A viewer that relay has taken on; `known`: before the stream began."""
-        self.viewers.append(Viewer(connected(self.live), self.data, 0 if known else None))
-        self.joined += 1
-        if wait:
-            self.wait_joined()
-        return self.viewers[-1]
-
-    def wait_joined(self) -> None:
-        """Until relay has taken everybody on."""
-        self.served.until(
-            lambda: sum("joined" in line["message"] for line in self.served.lines) >= self.joined
-        )
-
-    def leave(self, viewer: Viewer, *, reset: bool) -> None:
-        """It closes, or breaks the connection off."""
-        self.viewers.remove(viewer)
-        if reset:
-            viewer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        viewer.sock.close()
-
-    def send(self, upto: int, *, wait: bool = True) -> None:
-        """Sends the stream up to there while everybody reads; with `wait` until everybody has it."""
-        upto = min(upto, len(self.data))
-
-        def all_there() -> bool:
-            return all(v.at == upto for v in self.viewers if v.start is not None) and all(
-                v.start is not None for v in self.viewers
-            )
-
-        self.work(lambda: self.sent == upto and (not wait or all_there()), upto)
-
-    def work(self, done: Callable[[], bool], upto: int) -> None:
-        """Sends and reads until `done`."""
-        poll = select.epoll()
-        by_fd = {viewer.sock.fileno(): viewer for viewer in self.viewers}
-        for fd in by_fd:
-            poll.register(fd, select.EPOLLIN)
-        if self.sent < upto:
-            poll.register(self.sock.fileno(), select.EPOLLOUT)
-        deadline = time.monotonic() + 3 * PATIENCE
-        while not done():
-            assert time.monotonic() < deadline, f"stuck: {self.sent} sent, {[v.at for v in self.viewers][:9]}"
-            for fd, _ in poll.poll(0.05):
-                if fd in by_fd:
-                    by_fd[fd].read()
-                elif self.sent < upto:
-                    piece = self.data[self.sent : min(upto, self.sent + MIB)]
-                    self.sent += self.sock.send(piece)
-                    if self.sent == upto:
-                        poll.unregister(self.sock.fileno())
-        poll.close()
-
-    def close(self) -> None:
-        """Everybody goes, the source too."""
-        for viewer in self.viewers:
-            viewer.sock.close()
-        self.viewers.clear()
-        self.sock.close()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -200,14 +76,6 @@ def test_the_burst_is_kept_while_nobody_reads(tmp_path: Path) -> None:
         stage.work(lambda: late.start is not None and late.at == len(data), len(data))
         assert late.start == len(data) - 65536
         stage.close()
-
-
-def stalled_viewer(stage: Stage) -> socket.socket:
-    """A viewer that relay has taken on and that reads nothing."""
-    sock = connected(stage.live, 4096)
-    stage.joined += 1
-    stage.wait_joined()
-    return sock
 
 
 def test_a_stalled_viewer_is_cut_off_and_the_others_lose_nothing(tmp_path: Path) -> None:
@@ -369,89 +237,6 @@ def test_who_is_accepted_together_with_the_end_gets_the_end() -> None:
             go_on.set()
             assert receive_all(subscriber) == b""
         assert relay.wait() is not None
-
-
-def opened(pid: int) -> dict[str, int]:
-    """How many descriptors of each kind a process has open."""
-    kinds: dict[str, int] = {}
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed while it was counted
-            kind = str(entry.readlink()).split(":")[0]
-            kinds[kind] = kinds.get(kind, 0) + 1
-    return kinds
-
-
-def resident(pid: int) -> int:
-    """Bytes in memory."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def room_for(count: int) -> None:
-    """Skips where a process may not have so many descriptors."""
-    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if allowed < count + 100:
-        pytest.skip(f"{count} connections need more open files than the {allowed} allowed: ulimit -n")
-
-
-def test_crowds_that_come_and_go_leave_nothing_behind(tmp_path: Path) -> None:
-    """After each crowd relay has the descriptors it had before, no pipe more ever, and no more memory in the end."""
-    room_for(150)
-    data = payload(9, 60 * MIB)
-    with serving(live(), tmp_path) as served:
-        stage = Stage(served, data)
-        stage.join(known=True)
-        stage.send(1000)
-        before = opened(served.pid)
-        sizes = []
-        for _ in range(6):
-            for _ in range(150):
-                stage.join(wait=False)
-            stage.wait_joined()
-            assert opened(served.pid)["pipe"] == before["pipe"]
-            assert opened(served.pid)["socket"] == before["socket"] + 150
-            stage.send(stage.sent + 100_000)
-            for number, viewer in enumerate(stage.viewers[1:]):
-                stage.leave(viewer, reset=number % 2 == 0)
-            stage.send(stage.sent + 1000)  # what is closed is found out by sending to it
-            gone = stage.joined - 1
-
-            def all_left(count: int = gone) -> bool:
-                return sum("left after" in line["message"] for line in served.lines) >= count
-
-            while not all_left():
-                stage.send(stage.sent + 1000)
-                served._read(PATIENCE)
-            assert opened(served.pid) == before
-            sizes.append(resident(served.pid))
-        assert sizes[-1] - sizes[1] < 2 * MIB, sizes
-        stage.close()
-
-
-def test_a_crowd_with_one_who_stalls(tmp_path: Path) -> None:
-    """Everybody of a crowd gets every byte although one of them reads nothing, and memory stays that of one ring."""
-    room_for(CROWD)
-    data = payload(10, 4 * MIB)
-    with serving(live(), tmp_path) as served:
-        stage = Stage(served, data)
-        begun = time.monotonic()
-        for _ in range(CROWD):
-            stage.join(known=True, wait=False)
-        stage.wait_joined()
-        joined = time.monotonic() - begun
-        empty = resident(served.pid)
-        with stalled_viewer(stage):
-            begun = time.monotonic()
-            stage.send(len(data))
-            took = time.monotonic() - begun
-        kinds, grown = opened(served.pid), resident(served.pid) - empty
-        print(
-            f"\n{CROWD} subscribers joined in {joined:.2f} s, {len(data) / took / 1e6:.1f} MB/s each, "
-            f"{CROWD * len(data) / took / 1e6:.0f} MB/s in all; {sum(kinds.values())} descriptors, "
-            f"{kinds.get('pipe', 0)} of them pipes; {empty / MIB:.0f} MiB before, {grown / MIB:.0f} MiB more after"
-        )
-        assert not any("slow" in line["message"] for line in served.lines)
-        assert grown < 24 * MIB
-        stage.close()
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance import connected
 from descriptors import Descriptors
 from peers import (
     accept,
     assert_same,
+    connected,
     payload,
     receive_all,
     receive_exactly,
@@ -27,7 +27,8 @@ from peers import (
     unix_listener,
 )
 from relays import Relay, serving
-from rig import Rig, Scatter, Spec
+from rig import Rig
+from twins import Scatter, Spec
 
 from relay.journal.record import SessionRecord
 from relay.kernel import ring

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doctored import DOCUMENTED, expected, needs, results, spent_budget, states
 from faults import strace_inject
-from forked import become, forked, needs_root
+from forked import forked, needs_root
 from jsonschema import Draft202012Validator
 from peers import run
 
@@ -20,42 +21,8 @@ from relay.doctor.ability import Ability, abilities
 from relay.doctor.ends import Pages
 from relay.doctor.path import cells
 from relay.errors import KernelError
-from relay.kernel.pipe import Pipe
 
-A_USER = 61_235  # nobody else's, so that its budget of pipe pages is all ours
 FILLED_BY_FILES = ("pipe", "unix", "tcp")
-SOMETHING = {"type": ["number", "null"]}
-DOCUMENTED = {
-    "type": "object",
-    "required": ["machine", "abilities", "matrix", "failures"],
-    "properties": {
-        "machine": {"type": "object", "required": ["kernel", "relay", "sandbox"]},
-        "abilities": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["name", "state", "said", "needed"],
-                "properties": {"state": {"enum": ["yes", "less", "no"]}, "needed": {"type": "boolean"}},
-            },
-        },
-        "matrix": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["from", "to", "way", "result", "gb_s", "cpu_s_per_gb", "references"],
-                "properties": {
-                    "from": {"enum": ["memory", "file", "memfd", "pipe", "unix", "tcp", "process"]},
-                    "to": {"enum": ["pipe", "unix", "tcp", "file", "memfd", "process"]},
-                    "result": {"enum": ["shared", "copied", "denied"]},
-                    "gb_s": SOMETHING,
-                    "cpu_s_per_gb": SOMETHING,
-                    "references": {"enum": ["held", "none", None]},
-                },
-            },
-        },
-        "failures": {"type": "array", "maxItems": 0},
-    },
-}
 
 
 def doctor(*rules: str) -> tuple[int, dict[str, Any]]:
@@ -63,22 +30,6 @@ def doctor(*rules: str) -> tuple[int, dict[str, Any]]:
     argv: list[str | Path] = [sys.executable, "-m", "relay", "doctor", "--json"]
     done = run(strace_inject(argv, *rules) if rules else argv, patience=50)
     return done.returncode, json.loads(done.stdout)
-
-
-def states(document: dict[str, Any]) -> dict[str, str]:
-    """The state of each ability."""
-    return {one["name"]: one["state"] for one in document["abilities"]}
-
-
-def results(document: dict[str, Any]) -> dict[tuple[str, str, str], str]:
-    """What was found on each row of the matrix."""
-    return {(row["from"], row["to"], row["way"]): row["result"] for row in document["matrix"]}
-
-
-def expected(_source: str, to: str, way: str) -> str:
-    """What this kernel does: references go into pipes and sockets, and a memfd's map to another process."""
-    by_reference = way in ("vmsplice", "splice", "sendfile", "tee") and to in ("pipe", "unix", "tcp")
-    return "shared" if by_reference or way == "passed" else "copied"
 
 
 def test_every_row_is_found_out() -> None:
@@ -121,16 +72,6 @@ def test_a_call_that_a_sandbox_denies(call: str) -> None:
     }
     assert document["failures"] == []
     assert code == 0
-
-
-def needs(call: str, source: str, to: str, way: str) -> bool:
-    """Whether a row cannot be without that call."""
-    if call == "splice":  # lent memory goes on to anything but a pipe by splice
-        lent_on = way == "vmsplice" and to not in ("pipe", "process")
-        return way in ("splice", "vmsplice+splice") or lent_on
-    if call == "vmsplice":
-        return "vmsplice" in way
-    return way == call
 
 
 def test_shared_is_only_said_where_a_change_shows(tmp_path: Path) -> None:
@@ -218,18 +159,12 @@ def test_an_unprivileged_user_with_the_budget_used_up() -> None:
     """With no pipe pages left for the user, size and budget are less, and every path is still found out."""
 
     def as_user() -> Any:
-        become(A_USER)
-        held = []
-        while not held or held[-1].capacity > 2 * 4096:
-            held.append(Pipe())
-        ends.piece.cache_clear()
-        done = {one.name: one.state for one in abilities()}
-        found = []
-        for cell in cells():
-            if cell[0] in ("memory", "pipe") and cell[1] in ("pipe", "unix", "process"):
-                found.append((*cell, path.examine(*cell, Path("/tmp"), 0.0).result))
-        for pipe in held:
-            pipe.close()
+        with spent_budget():
+            done = {one.name: one.state for one in abilities()}
+            found = []
+            for cell in cells():
+                if cell[0] in ("memory", "pipe") and cell[1] in ("pipe", "unix", "process"):
+                    found.append((*cell, path.examine(*cell, Path("/tmp"), 0.0).result))
         return done, ends.piece(), found
 
     with forked(as_user) as child:

@@ -11,15 +11,13 @@ import time
 from typing import Any
 
 import pytest
-from forked import become, forked, needs_root
+from doctored import DOCUMENTED, expected, needs, results, spent_budget, states
+from forked import forked, needs_root
 from jsonschema import Draft202012Validator
 from seccomp import KNOWN, denying
-from test_doctor import A_USER, DOCUMENTED, expected, needs, results, states
 
-from relay.doctor import ends
 from relay.doctor.examine import doctor
 from relay.doctor.path import cells
-from relay.kernel.pipe import Pipe
 
 filtered = pytest.mark.skipif(not KNOWN, reason="the filter has the call numbers of x86_64 only")
 
@@ -121,17 +119,11 @@ def test_the_whole_of_it_without_budget_and_privileges() -> None:
     """An ordinary user whose pipe budget is used up gets every row, and the two lines that say less."""
 
     def as_user() -> Any:
-        become(A_USER)
-        held = []
-        while not held or held[-1].capacity > 2 * 4096:
-            held.append(Pipe())
-        ends.piece.cache_clear()
         told = io.StringIO()
-        begun = time.monotonic()
-        code = doctor(as_json=True, out=told)
-        took = time.monotonic() - begun
-        for pipe in held:
-            pipe.close()
+        with spent_budget():
+            begun = time.monotonic()
+            code = doctor(as_json=True, out=told)
+            took = time.monotonic() - begun
         return code, told.getvalue(), took
 
     doctor(as_json=True, seconds=0.0, out=io.StringIO())  # what it loads is loaded: the user may not read it

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from duplexes import Duplex, connected, in_background, outcome, turned_away
+from duplexes import BOTH, Duplex, connected, in_background, outcome, turned_away
 from peers import (
     PATIENCE,
     accept,
@@ -35,7 +35,6 @@ RECORDED = {
     "stages": [{"tee": {"to": {"file": "{id}.to"}}}],
     "replies": [{"tee": {"to": {"file": "{id}.back"}, "on_slow": "spill"}}],
 }
-BOTH = {"stages": [{"tee": {"to": "null:"}}], "replies": [{"tee": {"to": "null:"}}]}
 
 
 def config(source: str, sink: Any, stages: dict[str, Any], engines: int = 2) -> str:
@@ -192,49 +191,6 @@ def test_a_half_closed_session_is_ended() -> None:
 
 
 # -- signals
-
-
-def test_term_lets_sessions_end_and_exits_with_0(tmp_path: Path) -> None:
-    """SIGTERM: nobody new comes in, the session under way goes on to its end in both directions, the exit code is 0."""
-    with (
-        tcp_listener() as (listening, address),
-        serving(config("tcp://127.0.0.1:0", address, RECORDED), tmp_path) as relay,
-    ):
-        with connected(f"tcp://127.0.0.1:{relay.port()}") as client, accept(listening) as server:
-            server.settimeout(PATIENCE)
-            client.sendall(b"x")
-            receive_exactly(server, 1)
-            relay.signal(signal.SIGTERM)
-            relay.said("draining")
-            data = payload(3, 1_000_000)
-            sender = in_background(lambda: (client.sendall(data), client.shutdown(socket.SHUT_WR)))
-            assert_same(outcome(server)[0], data)
-            sender.join(PATIENCE)
-            server.sendall(b"done")
-            server.close()
-            assert outcome(client) == (b"done", "end")
-        assert relay.wait() == 0
-        (session,) = relay.sessions(1)
-        assert_same((tmp_path / f"{session['id']}.to").read_bytes(), b"x" + data)
-        assert (tmp_path / f"{session['id']}.back").read_bytes() == b"done"
-
-
-def test_a_drain_that_is_cut_short_resets_and_exits_with_1(tmp_path: Path) -> None:
-    """A second SIGTERM resets what is under way, on every engine; the exit code is 1."""
-    with (
-        tcp_listener() as (listening, address),
-        serving(config("tcp://127.0.0.1:0", address, RECORDED), tmp_path) as relay,
-    ):
-        clients = [connected(f"tcp://127.0.0.1:{relay.port()}") for _ in range(4)]
-        servers = [accept(listening) for _ in clients]
-        relay.signal(signal.SIGTERM)
-        relay.said("draining")
-        relay.signal(signal.SIGTERM)
-        assert [outcome(sock)[1] for sock in clients] == ["ConnectionResetError"] * 4
-        assert relay.wait() == 1
-        assert len([line for line in relay.lines if line.get("event") == "session"]) == 4
-        for sock in [*clients, *servers]:
-            sock.close()
 
 
 def test_a_reload_changes_stages_for_new_sessions(tmp_path: Path) -> None:

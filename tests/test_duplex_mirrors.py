@@ -15,14 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from duplexes import (
-    Duplex,
-    connected,
-    in_background,
-    outcome,
-    relayed,
-    reset,
-)
+from duplexes import Duplex, connected, in_background, outcome, relayed, reset
 from mirrors import Mirror, reading
 from peers import (
     PATIENCE,

@@ -37,6 +37,12 @@ def config(source: str, sink: str, more: str = "", engines: int = 2) -> str:
     return f"engines: {engines}\ndrain: 5s\nroutes:\n  r: {route}\n"
 
 
+RECORDED = (
+    ', stages: [{tee: {to: {file: "{id}.to"}}}], replies: [{tee: {to: {file: "{id}.back"}, on_slow: spill}}]'
+)
+EITHER = pytest.mark.parametrize("stages", ["", RECORDED], ids=["plain", "staged"])
+
+
 @pytest.fixture
 def website(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """Python's own HTTP server over a directory: its address, and the directory."""
@@ -112,11 +118,12 @@ def test_socat_over_a_unix_socket(tmp_path: Path, engines: int) -> None:
             assert session["bytes"] == len(data)
 
 
-def test_term_lets_sessions_end_and_exits_with_0(tmp_path: Path) -> None:
-    """SIGTERM: nobody new comes in, the session under way goes on to its end, the exit code is 0."""
+@EITHER
+def test_term_lets_sessions_end_and_exits_with_0(tmp_path: Path, stages: str) -> None:
+    """SIGTERM: nobody new comes in, the session under way goes on to its end both ways, the exit code is 0."""
     with (
         tcp_listener() as (listening, address),
-        serving(config("tcp://127.0.0.1:0", address), tmp_path) as relay,
+        serving(config("tcp://127.0.0.1:0", address, stages), tmp_path) as relay,
     ):
         where = f"tcp://127.0.0.1:{relay.port()}"
         with connected(where) as client, accept(listening) as server:
@@ -135,6 +142,10 @@ def test_term_lets_sessions_end_and_exits_with_0(tmp_path: Path) -> None:
             server.close()
             assert outcome(client) == (b"done", "end")
         assert relay.wait() == 0
+    if stages:
+        (session,) = relay.sessions(1)
+        assert_same((tmp_path / f"{session['id']}.to").read_bytes(), b"x" + data)
+        assert (tmp_path / f"{session['id']}.back").read_bytes() == b"done"
 
 
 def refuses(address: str) -> bool:
@@ -146,11 +157,12 @@ def refuses(address: str) -> bool:
     return False
 
 
-def test_a_drain_that_is_cut_short_resets_and_exits_with_1(tmp_path: Path) -> None:
+@EITHER
+def test_a_drain_that_is_cut_short_resets_and_exits_with_1(tmp_path: Path, stages: str) -> None:
     """A second SIGTERM resets what is under way, on every engine; the exit code is 1."""
     with (
         tcp_listener() as (listening, address),
-        serving(config("tcp://127.0.0.1:0", address), tmp_path) as relay,
+        serving(config("tcp://127.0.0.1:0", address, stages), tmp_path) as relay,
     ):
         where = f"tcp://127.0.0.1:{relay.port()}"
         clients = [connected(where) for _ in range(4)]

@@ -11,13 +11,12 @@ import os
 import random
 import select
 import socket
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from duplexes import (
+    BOTH,
     Duplex,
     connected,
     descriptors,
@@ -37,18 +36,15 @@ from peers import (
     payload,
     receive_all,
     receive_exactly,
-    refused_address,
     tcp_listener,
 )
 from stories import MIXES, play
 
 from relay.config.data import from_data
-from relay.endpoints import tcp
 from relay.kernel.probe import machine
 from relay.planning.plan import make_plan
 
 EXAMPLES = int(os.environ.get("RELAY_EXAMPLES", "12"))
-BOTH = {"stages": [{"tee": {"to": "null:"}}], "replies": [{"tee": {"to": "null:"}}]}
 
 
 # -- what stages do
@@ -155,140 +151,6 @@ def test_random_schedules(tmp_path: Path, source: str, sink: str, method: str) -
             eventually(lambda want=seed: len(there.got) == len(back.got) == want + 1, "the mirrors have it")
             assert_same(there.got[seed], streams[0])
             assert_same(back.got[seed], streams[1])
-
-
-@pytest.mark.parametrize("method", ["copy", "zero-copy"])
-def test_segments_of_one_byte(tmp_path: Path, method: str) -> None:
-    """Thousands of one-byte segments that wait for a reader, more than any pipe has slots, all arrive."""
-    data = payload(31, 3000)
-    with Mirror(tmp_path) as mirror:
-        stages = [{"tee": {"to": mirror.address}}]
-        with relayed("tcp", "tcp", tmp_path, method=method, stages=stages) as (client, server, _duplex):
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for i in range(len(data)):
-                client.send(data[i : i + 1])
-            assert_same(receive_exactly(server, len(data)), data)
-            bulk = payload(32, 3_000_000)  # and after them bulk, still in order
-            sender = in_background(client.sendall, bulk)
-            assert_same(receive_exactly(server, len(bulk)), bulk)
-            sender.join(PATIENCE)
-            client.close()
-            server.close()
-            eventually(lambda: mirror.got, "the mirror has it")
-        assert_same(mirror.got[0], data + bulk)
-
-
-@pytest.mark.parametrize("method", ["copy", "zero-copy"])
-def test_urgent_data_does_no_harm(tmp_path: Path, method: str) -> None:
-    """Urgent bytes are left out, as by a reader who does not ask for them; what is around them arrives, both ways."""
-    with relayed("tcp", "tcp", tmp_path, method=method, **BOTH) as (client, server, _duplex):
-        for round_ in range(50):
-            for from_, to in ((client, server), (server, client)):
-                from_.sendall(b"before")
-                from_.send(b"!", socket.MSG_OOB)
-                from_.sendall(b"after")
-                assert receive_exactly(to, 11) == b"beforeafter", round_
-
-
-def test_descriptors_sent_along_do_no_harm(tmp_path: Path) -> None:
-    """A unix peer that sends descriptors with its bytes: the bytes arrive, all of them."""
-    with relayed("unix", "unix", tmp_path, **BOTH) as (client, server, _duplex):
-        with Path(os.devnull).open() as null:
-            for _ in range(20):
-                socket.send_fds(client, [b"with"], [null.fileno()])
-                client.sendall(b"out")
-            assert receive_exactly(server, 140) == b"without" * 20
-
-
-@pytest.mark.parametrize("method", ["auto", "zero-copy"])
-@pytest.mark.parametrize("size", [1, 64, 4096, 16385, 100_000])
-def test_ping_pong_never_waits_for_a_timer(tmp_path: Path, size: int, method: str) -> None:
-    """Of many round trips of any size hardly one takes long: no 40 ms of delayed acknowledgements, no 200 ms."""
-    times = []
-    with relayed("tcp", "tcp", tmp_path, method=method, **BOTH) as (client, server, _duplex):
-        for sock in (client, server):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        message = payload(51, size)
-        for _ in range(150):
-            began = time.perf_counter()
-            client.sendall(message)
-            server.sendall(receive_exactly(server, size))
-            assert receive_exactly(client, size) == message
-            times.append(time.perf_counter() - began)
-    times.sort()
-    assert times[len(times) // 2] < 0.02, times[-10:]
-    assert sum(one > 0.035 for one in times) < 15, times[-20:]
-
-
-@pytest.mark.parametrize("method", ["copy", "zero-copy"])
-def test_a_clogged_side_does_not_spin(tmp_path: Path, method: str) -> None:
-    """While the server takes nothing and the client's bytes wait, the loop sleeps."""
-    with relayed("tcp", "tcp", tmp_path, method=method, **BOTH) as (client, server, duplex):
-        client.settimeout(0.3)
-        with pytest.raises(TimeoutError):
-            client.sendall(bytes(64 << 20))
-        c = duplex.engines[0].c
-        woken = c.wakeups
-        select.select([], [], [], 0.5)
-        assert c.wakeups - woken < 10
-        assert len(server.recv(1000)) > 0
-
-
-# -- connecting
-
-
-def test_bytes_that_come_before_the_sink_is_connected_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A client that speaks, ends and even closes while the upstream's name is looked up loses nothing."""
-    answer = threading.Event()
-    known = tcp.lookup
-    with tcp_listener() as (listening, _address), Mirror(tmp_path) as mirror:
-        place = (socket.AF_INET, listening.getsockname())
-
-        def slow(host: str, port: int, **more: Any) -> list[tuple[int, Any]]:
-            if host != "slow.test":
-                return known(host, port, **more)
-            assert answer.wait(PATIENCE)
-            return [place]
-
-        monkeypatch.setattr(tcp, "lookup", slow)
-        stages = [{"tee": {"to": mirror.address}}]
-        to = {"connect": "tcp://slow.test:1"}
-        with Duplex({"listen": "tcp://127.0.0.1:0"}, to, stages=stages) as duplex:
-            clients = [connected(duplex.address) for _ in range(3)]
-            for number, client in enumerate(clients):
-                client.sendall(payload(41 + number, 100_000))
-                client.close()
-            eventually(lambda: duplex.route.under_way, "the clients are there")
-            answer.set()
-            got = set()
-            for _ in clients:
-                with accept(listening) as server:
-                    got.add(receive_all(server))
-            assert got == {payload(41 + number, 100_000) for number in range(3)}
-            eventually(lambda: len(duplex.records) == 3, "all are over")
-            assert {record.result for record in duplex.records} == {"delivered"}
-        assert set(mirror.got) == got
-
-
-def test_a_refused_upstream_resets_the_client() -> None:
-    """Nobody listens upstream: the client is reset, a record says why, and the next one is served all the same."""
-    with Duplex({"listen": "tcp://127.0.0.1:0"}, {"connect": refused_address()}, **BOTH) as duplex:
-        for count in (1, 2):
-            assert turned_away(duplex.address)
-            eventually(lambda want=count: len(duplex.records) == want, "its record is there")
-        record = duplex.records[0]
-        assert (record.result, record.ended_by, record.failed_sinks) == ("failed", "sinks", 1)
-        assert "ECONNREFUSED" in record.reason
-
-
-def test_a_name_that_nobody_knows_resets_the_client() -> None:
-    """An upstream whose name cannot be looked up: the client is reset, a record says why."""
-    sink = {"connect": "tcp://nowhere.invalid:9"}
-    with Duplex({"listen": "tcp://127.0.0.1:0"}, sink, **BOTH) as duplex:
-        assert turned_away(duplex.address)
-        assert "nowhere.invalid" in duplex.record().reason
 
 
 # -- resets
@@ -403,19 +265,6 @@ def test_limits_of_time(limit: str) -> None:
             assert f"limits.{limit}" in record.reason
 
 
-def test_limits_of_connections_count_sessions() -> None:
-    """One more than limits.connections is reset at once; when one has left there is room again."""
-    with tcp_listener() as (listening, address):
-        source = {"listen": "tcp://127.0.0.1:0", "limits": {"per_peer": 1}}
-        with Duplex(source, {"connect": address}, **BOTH) as duplex:
-            with connected(duplex.address), accept(listening):
-                assert turned_away(duplex.address)
-            eventually(lambda: duplex.records, "the first has left")
-            with connected(duplex.address) as third, accept(listening) as server:
-                third.sendall(b"in")
-                assert receive_exactly(server, 2) == b"in"
-
-
 @pytest.mark.parametrize("engines", [1, 3])
 def test_200_sessions_leave_nothing(tmp_path: Path, engines: int) -> None:
     """Two hundred sessions, mirrored both ways, opened and closed: every descriptor comes back."""
@@ -471,33 +320,6 @@ def test_a_session_takes_the_descriptors_that_the_plan_says(tmp_path: Path) -> N
 
 
 # -- ending
-
-
-def test_drain_lets_sessions_go_on() -> None:
-    """A route that drains accepts nobody, and ends when the last session has."""
-    with tcp_listener() as (listening, address):
-        with Duplex({"listen": "tcp://127.0.0.1:0"}, {"connect": address}, **BOTH) as duplex:
-            with connected(duplex.address) as client, accept(listening) as server:
-                duplex.drain()
-                eventually(
-                    lambda: all(one.bound is None for one in duplex.route.reception), "it accepts nobody"
-                )
-                client.sendall(b"still")
-                assert receive_exactly(server, 5) == b"still"
-                assert duplex.route.under_way
-            duplex.over()
-            assert duplex.record().result == "delivered"
-
-
-def test_abort_resets_both_sides(tmp_path: Path) -> None:
-    """A route that is aborted resets every client and every server, and says who did."""
-    with relayed("tcp", "tcp", tmp_path, **BOTH) as (client, server, duplex):
-        client.sendall(b"x")
-        receive_exactly(server, 1)
-        duplex.engines[0].post(lambda: duplex.route.abort("no more"))
-        assert outcome(client)[1] == outcome(server)[1] == "ConnectionResetError"
-        record = duplex.record()
-        assert (record.ended_by, record.result, record.reason) == ("relay", "failed", "no more")
 
 
 def test_the_record_is_that_of_a_plain_session_and_more(tmp_path: Path) -> None:

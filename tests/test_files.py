@@ -1,89 +1,23 @@
-"""File sinks worth trusting: rotation, syncing, O_DIRECT, opening anew, and disks that are full, broken or stalled.
-
-RELAY_FREEZE=1 also freezes a loop-mounted ext4, which needs root and a loop device.
-"""
+"""File sinks worth trusting: rotation, syncing, O_DIRECT, and appending."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-import resource
 import shutil
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conformance import connected
-from peers import PATIENCE, assert_same, eventually, payload, receive_all, run
-from relays import Process, relay, serving
+from file_routes import put, route, send, traced
+from peers import PATIENCE, assert_same, connected, eventually, payload, receive_all
+from relays import end, relay, serving
 
 from relay.endpoints.line import Lines, Place
 from relay.endpoints.written import DIRECT_PIECE, Writing, WrittenFile
-from relay.kernel.pipe import Pipe
-
-
-def route(sink: str, more: str = "") -> str:
-    """One route into a file."""
-    return f'routes: {{r: {{source: {{listen: "tcp://127.0.0.1:0"}}, sink: {{{sink}}}{more}}}}}'
-
-
-def send(served: Process, *pieces: bytes) -> None:
-    """One stream, whole; returns when relay has closed it."""
-    with socket.create_connection(("127.0.0.1", served.port())) as sock:
-        for piece in pieces:
-            sock.sendall(piece)
-        sock.shutdown(socket.SHUT_WR)
-        assert receive_all(sock) == b""
-
-
-def end(served: Process, code: int = 0) -> None:
-    """SIGTERM, and the exit code that is expected."""
-    served.signal(signal.SIGTERM)
-    assert served.wait() == code, served.text
-
-
-def put(file: WrittenFile, data: bytes) -> None:
-    """Gives a file `data` through a pipe."""
-    with Pipe() as pipe:
-        view = memoryview(data)
-        while view:
-            count = os.write(pipe.write_fd, view[:65536])
-            view = view[count:]
-            while count:
-                before = file.written
-                file.take(pipe, count)
-                count -= file.written - before
-
-
-def length(path: Path) -> int:
-    """The size of a file, -1 while there is none."""
-    return path.stat().st_size if path.exists() else -1
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[object]:
-    """A function that mounts a filesystem on a new directory; needs root. All are unmounted at the end."""
-    places: list[Path] = []
-
-    def mount(kind: str, *options: str) -> Path:
-        if os.geteuid() != 0:
-            pytest.skip(f"root is missing: only root mounts {kind}")
-        place = tmp_path / f"{kind}{len(places)}"
-        place.mkdir()
-        made = run(["mount", "-t", kind, *options, place])
-        if made.returncode:
-            pytest.skip(f"mounting {kind} is refused here: {made.stderr.decode()}")
-        places.append(place)
-        return place
-
-    yield mount
-    for place in places:
-        run(["umount", place])
-
 
 # --- rotation ---------------------------------------------------------------------------------------------
 
@@ -138,33 +72,6 @@ def whole(folder: Path) -> list[bytes]:
     """The contents of the files that have their names, oldest first."""
     found = [path for path in folder.glob("f-*") if path.suffix != ".part"]
     return [path.read_bytes() for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
-
-
-# --- syncing ----------------------------------------------------------------------------------------------
-
-
-def traced(tmp_path: Path, sink: str, data: bytes, *inject: str, more: str = "") -> tuple[Process, str]:
-    """Serves one stream under strace; the process, ended, and the trace of what syncs and renames."""
-    if shutil.which("strace") is None:
-        pytest.skip("strace is missing")
-    trace = tmp_path / "trace"
-    calls = "trace=fsync,fdatasync,rename,link,linkat,pwrite64"
-    prefix = ["strace", "-f", "-qq", "-y", "-o", str(trace), "-e", calls, *inject]
-    config = tmp_path / "relay.yaml"
-    config.write_text(route(sink, more))
-    with relay("serve", "--log-format", "json", config, cwd=tmp_path, prefix=prefix) as served:
-        with socket.create_connection(("127.0.0.1", served.port())) as sock:
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
-            try:
-                receive_all(sock)
-            except ConnectionResetError:
-                pass
-        served.sessions(1)
-        (child,) = Path(f"/proc/{served.pid}/task/{served.pid}/children").read_text().split()
-        os.kill(int(child), signal.SIGTERM)
-        served.wait()
-        return served, trace.read_text()
 
 
 def test_fsync_never(tmp_path: Path) -> None:
@@ -270,17 +177,6 @@ def test_a_slow_stream_does_not_wait_for_a_full_block(tmp_path: Path) -> None:
     assert (tmp_path / "1").read_bytes() == b"few more"
 
 
-def test_where_direct_is_refused_it_says_why(tmp_path: Path, mounted: object) -> None:
-    """A filesystem without O_DIRECT is written through the page cache; a warning says so."""
-    place = mounted("ramfs", "none")  # type: ignore[operator] # the fixture is a function
-    with serving(route(f'file: "{place}/{{id}}", direct: true'), tmp_path) as served:
-        send(served, b"x" * 5000)
-        assert "O_DIRECT is refused" in served.said("page cache")["message"]
-        served.sessions(1)
-        end(served)
-    assert (place / "1").read_bytes() == b"x" * 5000
-
-
 # --- append, and what cannot be combined -------------------------------------------------------------------
 
 
@@ -349,143 +245,6 @@ def test_a_file_in_place_waits_for_its_other_writer(tmp_path: Path) -> None:
     put(second, b"2")
     second.close()
     assert (tmp_path / "f").read_bytes() == b"2"
-
-
-# --- full, broken and stalled disks -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "how", ["", ", direct: true", ", rotate: {size: 10MiB}", ", append: true", ", fsync: 1s"]
-)
-def test_a_full_disk_keeps_what_was_written(tmp_path: Path, mounted: object, how: str) -> None:
-    """ENOSPC fails that file alone; the record's bytes are the file's size, and it is named."""
-    place = mounted("tmpfs", "-o", "size=1m", "none")  # type: ignore[operator] # the fixture is a function
-    data = payload(3, 4 << 20)
-    config = route("file: whole", f', stages: [{{tee: {{to: {{file: "{place}/small"{how}}}}}}}]')
-    with serving(config, tmp_path) as served:
-        with socket.create_connection(("127.0.0.1", served.port())) as sock:
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
-            try:
-                receive_all(sock)
-            except ConnectionResetError:
-                pass  # one of its sinks does not have it
-        (record,) = served.sessions(1)
-        end(served)
-    small = record["sinks"][0]
-    assert small["result"] == "failed"
-    assert "ENOSPC" in small["reason"]
-    written = Path(small["path"]).read_bytes()
-    assert len(written) == small["bytes"]
-    assert 0 < len(written) <= 1 << 20
-    assert_same(written, data[: len(written)])
-    assert_same((tmp_path / "whole").read_bytes(), data)
-
-
-def test_a_size_limit_is_exact(tmp_path: Path) -> None:
-    """RLIMIT_FSIZE: the bytes of the record are the bytes of the file, also where they are copied."""
-    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_001, 100_001))}
-    for number, how in enumerate((", append: true", "")):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        config = route("file: whole", ", stages: [{tee: {to: {file: limited" + how + "}}}]").replace(
-            "file: whole", "file: /dev/null"
-        )
-        with serving(config, folder, **limit) as served:
-            with socket.create_connection(("127.0.0.1", served.port())) as sock:
-                sock.sendall(b"x" * 300_000)
-                sock.shutdown(socket.SHUT_WR)
-                try:
-                    receive_all(sock)
-                except ConnectionResetError:
-                    pass
-            (record,) = served.sessions(1)
-            end(served)
-        assert "EFBIG" in record["sinks"][0]["reason"]
-        assert record["sinks"][0]["bytes"] == (folder / "limited").stat().st_size == 100_001
-
-
-def test_a_disk_that_is_read_only(tmp_path: Path, mounted: object) -> None:
-    """EROFS is the sink's failure when its file is opened; the other sink gets all."""
-    place = mounted("tmpfs", "-o", "ro", "none")  # type: ignore[operator] # the fixture is a function
-    with serving(route("file: whole", f', stages: [{{tee: {{to: "{place}/x"}}}}]'), tmp_path) as served:
-        with socket.create_connection(("127.0.0.1", served.port())) as sock:
-            sock.sendall(b"content")
-            sock.shutdown(socket.SHUT_WR)
-            try:
-                receive_all(sock)
-            except ConnectionResetError:
-                pass
-        (record,) = served.sessions(1)
-        end(served)
-    assert "EROFS" in record["sinks"][0]["reason"]
-    assert (tmp_path / "whole").read_bytes() == b"content"
-
-
-def test_a_write_error_in_the_middle(tmp_path: Path) -> None:
-    """EIO of a write fails that file; what was written before stays, is named, and is what the record counts."""
-    data = payload(13, 3 * DIRECT_PIECE)
-    inject = ("-e", "inject=pwrite64:error=EIO:when=2+")
-    served, _trace = traced(tmp_path, 'file: "{id}", direct: true', data, *inject)
-    (record,) = served.sessions()
-    assert record["result"] == "failed"
-    assert "EIO" in record["sinks"][0]["reason"]
-    assert record["sinks"][0]["path"] == "1.part"
-    assert record["sinks"][0]["bytes"] == DIRECT_PIECE
-    assert_same((tmp_path / "1.part").read_bytes(), data[:DIRECT_PIECE])
-
-
-def test_a_stalled_file_stalls_nobody(tmp_path: Path) -> None:
-    """A file that is a pipe nobody reads, under drop: the other sink has every byte meanwhile, and relay ends."""
-    os.mkfifo(tmp_path / "stalled")
-    data = payload(11, 16 << 20)
-    more = ", stages: [{tee: {to: {file: stalled, on_slow: {policy: drop, after: 0s}}}}]"
-    with serving(route("file: whole", more), tmp_path) as served:
-        with socket.create_connection(("127.0.0.1", served.port())) as sock:
-            sock.sendall(data)
-            eventually(lambda: length(tmp_path / "whole") == len(data), "the other file has all")
-            served.signal(signal.SIGTERM)
-            served.said("draining")
-            served.signal(signal.SIGTERM)
-            with pytest.raises(ConnectionResetError):
-                receive_all(sock)
-        assert served.wait() == 1
-    assert_same((tmp_path / "whole").read_bytes(), data)
-
-
-def test_a_frozen_disk_stalls_nobody(tmp_path: Path) -> None:
-    """A filesystem that is frozen under a file: other routes and sinks go on, and it goes on when thawed."""
-    if os.environ.get("RELAY_FREEZE") != "1":
-        pytest.skip("RELAY_FREEZE=1 is missing: it mounts and freezes an ext4 on a loop device, as root")
-    image, place = tmp_path / "image", tmp_path / "ext4"
-    place.mkdir()
-    with image.open("wb") as file:
-        file.truncate(64 << 20)
-    assert run(["mkfs.ext4", "-q", image]).returncode == 0
-    assert run(["mount", "-o", "loop", image, place]).returncode == 0
-    data = payload(12, 24 << 20)
-    frozen = False
-    try:
-        more = f', stages: [{{tee: {{to: {{file: "{place}/f", on_slow: {{policy: spill, max: 64MiB}}}}}}}}]'
-        with serving(route("file: whole", more), tmp_path) as served:
-            with socket.create_connection(("127.0.0.1", served.port())) as sock:
-                sock.sendall(data[:1000])
-                eventually(lambda: any(place.glob("f*")), "the file begins")
-                frozen = run(["fsfreeze", "-f", place]).returncode == 0
-                assert frozen
-                sock.sendall(data[1000:])
-                eventually(lambda: length(tmp_path / "whole") == len(data), "the other file has all")
-                assert run(["fsfreeze", "-u", place]).returncode == 0
-                frozen = False
-                sock.shutdown(socket.SHUT_WR)
-                receive_all(sock)
-            served.sessions(1)
-            end(served)
-        assert_same((place / "f").read_bytes(), data)
-    finally:
-        if frozen:
-            run(["fsfreeze", "-u", place])
-        run(["umount", place])
 
 
 def test_nothing_of_this_is_left_open(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from peers import PATIENCE, eventually, receive_all, receive_exactly
-from relays import environment, serving
-from test_reload import KEPT, connect, each, end, finish, free_port, reload, reloads
+from relays import end, environment, serving
+from reloads import KEPT, connect, each, finish, free_port, reload, reloads
 
 from relay.config.data import from_data
 from relay.engine import Engine

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import signal
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +21,11 @@ from relay.admin import desk as desk_of
 from relay.admin import inquiry
 from relay.admin.desk import Desk
 from relay.admin.inquiry import Round
-from relay.admin.ledger import REASONS, Histogram, Ledger, reason_class
-from relay.admin.metrics import Figures
-from relay.admin.rates import Rates
+from relay.admin.ledger import Ledger
 from relay.admin.status import RouteStatus, SinkStatus, Status
-from relay.admin.streams import known_sinks
 from relay.config.data import from_data
 from relay.engine import Engine
-from relay.journal.record import SessionRecord, SinkRecord
-from relay.kernel.probe import machine
-from relay.pipeline.chain import Chain
 from relay.serving.server import Server
-from relay.spill.ages import Ages
-from relay.ways import Ways
 
 
 class Asked:
@@ -315,149 +305,6 @@ class Connections:
     def __exit__(self, *_error: object) -> None:
         for sock in self._socks:
             sock.close()
-
-
-SHAPES: list[dict[str, Any]] = [
-    {"sink": "null:"},
-    {"stages": [{"tee": {"to": "tcp://a:1"}}], "sink": "null:"},
-    {"stages": [{"tee": {"to": "tcp://a:1", "name": "x"}}], "sink": "tcp://a:1"},
-    {"stages": [{"tee": {"to": "tcp://a:1", "name": "x", "stages": ["meter"]}}], "sink": "null:"},
-    {
-        "stages": [{"tee": {"to": "tcp://a:1", "name": "x", "on_slow": "spill", "stages": ["meter"]}}],
-        "sink": "null:",
-    },
-    {
-        "stages": [{"tee": {"to": "f", "stages": [{"tee": {"to": "g", "name": "inner"}}]}}, "meter"],
-        "sink": "h",
-    },
-    {"stages": [{"tee": {"to": {"listen": "tcp://a:2"}, "name": "x"}}], "sink": "null:"},
-    {"stages": [{"tee": {"to": {"file": "f", "sidecar": "sha256"}, "name": "x"}}], "sink": "null:"},
-]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_figures_name_sinks_as_the_chain_does(shape: dict[str, Any]) -> None:
-    """The sinks that a route's settings are expected to have are those that its chain has."""
-    route = from_data({"routes": {"r": {"source": "tcp://:1", **shape}}}, "test").routes["r"]
-    engine = Engine("shapes")
-    chain = Chain(engine, route.stages, route.sink, Ways(machine(), "auto"), persistent=True)
-    try:
-        names = {outlet.name for outlet in chain.outlets if not outlet.hidden}
-        assert {name for name, _address, _policy in known_sinks(route)} == names
-    finally:
-        chain.close()
-        engine.close()
-
-
-# -- counting
-
-
-def record(**more: Any) -> SessionRecord:
-    """A session that went well, unless told otherwise."""
-    sinks = [SinkRecord("s", "tcp://a:1", 10, 0.5, "splice", "delivered")]
-    given = {
-        "route": "r", "id": "1", "source": "tcp://:1", "peer": "p", "bytes": 10, "seconds": 0.5, "method": "splice",
-        "ended_by": "source", "result": "delivered", "sinks": sinks,
-    }  # fmt: skip
-    return SessionRecord(**{**given, **more})  # type: ignore[arg-type] # the fields as above
-
-
-def test_counters_stay_where_they_were() -> None:
-    """A session that is in neither sum for a moment makes no counter fall, and is not counted twice after that."""
-    figures, ledger = Figures(), Ledger()
-    base = status_of(bytes=0)
-
-    def told(status: Status) -> float:
-        text = figures.text(status, ledger.totals(["r"]))[0].decode()
-        line = next(line for line in text.splitlines() if line.startswith("relay_route_received_bytes_total"))
-        return float(line.split()[-1])
-
-    assert told(status_of(bytes=10)) == 10  # under way
-    assert told(base) == 10  # over, its record on its way
-    assert told(status_of(bytes=10)) == 10  # in the ledger
-    assert told(status_of(bytes=25)) == 25
-
-
-def status_of(**route: Any) -> Status:
-    """A relay with one route."""
-    given = {
-        "name": "r", "state": "waiting", "duplex": False, "source": "", "listening": (), "connections": 0, "waiting": 0,
-        "refused": 0, "streams": 0, "bytes": 0, "sessions": {}, "sinks": (), "hops": (), "details": (),
-    }  # fmt: skip
-    from relay.admin.status import Resources
-
-    one = RouteStatus(**{**given, **route})
-    return Status("1", 1, "ready", 0.0, 0.0, "", (one,), (), Resources(0, 0, 0, 0, None, 0), ())
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("", "none"),
-        ("nothing moved for 60 s (limits.idle)", "idle"),
-        ("it lived for 1 s (limits.lifetime)", "lifetime"),
-        ("ending tcp://a:1: backlog of 1.0 MiB full for 2.0 s", "slow"),
-        ("the drain deadline passed", "drain"),
-        ("reading from tcp://a:1: Connection reset by peer (ECONNRESET)", "reset"),
-        ("connecting to tcp://a:1: Connection refused (ECONNREFUSED); is the receiver running", "refused"),
-        ("writing to x: No space left on device (ENOSPC)", "no_space"),
-        ("the configuration of its route changed", "reload"),
-        ("something nobody thought of", "other"),
-    ],
-)
-def test_reasons_are_put_into_few_classes(text: str, kind: str) -> None:
-    """What a record says becomes one of few words."""
-    assert reason_class(text) == kind
-    assert kind in REASONS
-
-
-def test_histograms_count_as_prometheus_does() -> None:
-    """A value that is a bound belongs to it; one beyond all bounds to the last."""
-    histogram = Histogram((1.0, 2.0))
-    for value in (0.5, 1.0, 1.5, 2.0, 3.0):
-        histogram.add(value)
-    assert (histogram.counts, histogram.sum) == ([2, 2, 1], 8.0)
-
-
-def test_the_ledger_remembers_the_last_sessions_only() -> None:
-    """However many there were; and a failed sink's reason stands for a session without one of its own."""
-    ledger = Ledger()
-    for number in range(250):
-        ledger.add(record(id=str(number)))
-    failed = SinkRecord(
-        "s", "tcp://a:1", 3, 0.1, "splice", "failed", reason="writing to tcp://a:1: x (EPIPE)"
-    )
-    ledger.add(record(id="250", result="failed", sinks=[failed]))
-    recent = ledger.recent()
-    assert len(recent) == 100
-    assert recent[0].reason == failed.reason
-    totals = ledger.totals(["r", "other"])
-    assert list(totals) == ["r"]
-    assert totals["r"].ends["failed", "source", "reset"] == 1
-    assert totals["r"].sinks["s"].bytes == 2503
-
-
-def test_rates_compare_looks_that_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rate is that of the time between two looks; without an earlier one there is none."""
-    clock = itertools.count(100.0, 1.0)
-    monkeypatch.setattr("relay.admin.rates.time.monotonic", lambda: next(clock))
-    rates = Rates()
-    assert rates.rated(status_of(bytes=0)).routes[0].rate is None
-    assert rates.rated(status_of(bytes=50)).routes[0].rate == 50.0
-    assert rates.rated(status_of(bytes=50)).routes[0].rate == 25.0
-    assert rates.rated(replace(status_of(bytes=10))).routes[0].rate == pytest.approx(10 / 3)
-
-
-def test_the_age_of_what_waits() -> None:
-    """The oldest byte that waits tells how far behind a log is, however long the log is."""
-    ages = Ages()
-    now = time.monotonic()
-    for number in range(2000):
-        ages.note(number * 100, now - 2000 + number)
-    assert ages.oldest(0) == pytest.approx(2000, abs=3)
-    assert ages.oldest(150_000) == pytest.approx(500, abs=8)
-    assert ages.oldest(199_900) == pytest.approx(1, abs=8)
-    assert Ages().oldest(0) == 0.0
 
 
 def test_a_log_that_is_behind_says_for_how_long(serve: Make, tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conformance import connected
 from duplexes import relayed
-from peers import eventually, payload, receive_exactly, send_all
+from peers import connected, eventually, payload, receive_exactly, send_all
 from relays import Relay
 
 MIB = 1 << 20

@@ -206,3 +206,14 @@ def test_a_broken_rule_is_found(tmp_path: Path, files: dict[str, str], fault: st
 def test_a_kept_rule_is_no_fault(tmp_path: Path, files: dict[str, str]) -> None:
     """Imports downward, sideways, inside a unit and for type checkers only are all allowed."""
     assert faults(write(tmp_path, files)) == []
+
+
+def test_no_test_file_imports_from_another() -> None:
+    """What several test files need is in a module beside them."""
+    found = [
+        f"{file.name}:{node.lineno}"
+        for file in sorted(Path(__file__).parent.rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(), str(file)))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("test_")
+    ]
+    assert found == []

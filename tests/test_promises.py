@@ -13,7 +13,6 @@ import socket
 import tempfile
 from pathlib import Path
 
-from conformance import connected
 from flapping import BUFFER, Side, assert_counted_gaps, assert_resumed
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -24,7 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from peers import assert_same, eventually, payload
+from peers import assert_same, connected, eventually, payload
 from relays import Relay
 
 SCHEDULES = int(os.environ.get("RELAY_PROMISES", "12"))
@@ -91,8 +90,7 @@ class Schedule(RuleBasedStateMachine):
     @rule(name=st.one_of(steady, flapping), size=sizes)
     def read(self, name: str, size: int) -> None:
         """A receiver takes what is there; all others stall meanwhile."""
-        while size > 0 and (count := self.sides[name].read(size)):
-            size -= count
+        self.sides[name].take(size)
 
     @rule(name=flapping)
     def reset(self, name: str) -> None:
@@ -102,18 +100,12 @@ class Schedule(RuleBasedStateMachine):
     @rule(name=flapping)
     def go(self, name: str) -> None:
         """A receiver goes: its connection is reset and new ones are refused."""
-        side = self.sides[name]
-        side.reset()
-        side.receiver.down()
-        side.listens = False
+        self.sides[name].go()
 
     @rule(name=flapping)
     def come(self, name: str) -> None:
         """It is back."""
-        side = self.sides[name]
-        if not side.listens:
-            side.receiver.up()
-            side.listens = True
+        self.sides[name].come()
 
     @precondition(lambda self: len(self.subscribers) < 3)
     @rule()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
-from test_config import CONTRACT
+from route_texts import CONTRACT
 
 from relay.config.schema import schema
 from relay.stages import catalogue

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from consumers import Consumer
 from peers import assert_same, eventually, payload, run
-from test_shared_sink import Consumer
 
 import relay
 from relay.config.load import loads

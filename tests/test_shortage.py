@@ -14,15 +14,13 @@ import fcntl
 import os
 import select
 import socket
-import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 from unittest import mock
 
 import pytest
-from conformance import connected
+from disks import small_disk
 from flapping import Side, assert_counted_gaps, assert_resumed
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -33,11 +31,12 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from peers import assert_same, eventually, payload, program
+from peers import assert_same, connected, eventually, payload
 from relays import Relay
 
 import relay.kernel.pipe
-import relay.log
+import relay.log.log
+import relay.log.segment
 from relay.journal.record import SinkRecord
 from relay.kernel.pipe import F_GETPIPE_SZ, F_SETPIPE_SZ
 
@@ -51,21 +50,6 @@ FILES = ("file", "rotated", "direct", "logged")
 flapping = st.sampled_from(["spill", "drop"])
 places = st.sampled_from(["files", "logs"])
 sizes = st.integers(1, 1 << 20)
-
-
-@contextlib.contextmanager
-def small_disk(place: Path) -> Iterator[Path]:
-    """A filesystem of DISK bytes at the new directory `place`."""
-    place.mkdir()
-    argv = [program("mount"), "-t", "tmpfs", "-o", f"size={DISK}", "none", str(place)]
-    made = subprocess.run(argv, capture_output=True, check=False)
-    if made.returncode:
-        pytest.skip(f"mounting a small filesystem is refused here: {made.stderr.decode().strip()}")
-    try:
-        yield place
-    finally:
-        # a thread of relay's that is just ending may still have a file open there
-        subprocess.run([program("umount"), "-l", str(place)], check=True)
 
 
 def smallest(fd: int, _wanted: int) -> int:
@@ -91,9 +75,9 @@ class Shortage(RuleBasedStateMachine):
         self.stack = contextlib.ExitStack()
         enter = self.stack.enter_context
         place = Path(enter(tempfile.TemporaryDirectory()))
-        self.disks = {name: enter(small_disk(place / name)) for name in ("files", "logs")}
-        enter(mock.patch.object(relay.log, "RESERVE", reserve))
-        enter(mock.patch.object(relay.log, "SEGMENT", 256 << 10))
+        self.disks = {name: enter(small_disk(place / name, DISK)) for name in ("files", "logs")}
+        enter(mock.patch.object(relay.log.log, "RESERVE", reserve))
+        enter(mock.patch.object(relay.log.segment, "SEGMENT", 256 << 10))
         if tiny:
             enter(mock.patch.object(relay.kernel.pipe, "enlarge", smallest))
         self.data = payload(seed, PLENTY)
@@ -150,8 +134,7 @@ class Shortage(RuleBasedStateMachine):
     @rule(name=st.sampled_from(["block", "spill", "drop"]), size=sizes)
     def read(self, name: str, size: int) -> None:
         """A receiver takes what is there; all others stall meanwhile."""
-        while size > 0 and (count := self.sides[name].read(size)):
-            size -= count
+        self.sides[name].take(size)
 
     @rule(name=flapping)
     def reset(self, name: str) -> None:
@@ -161,18 +144,12 @@ class Shortage(RuleBasedStateMachine):
     @rule(name=flapping)
     def go(self, name: str) -> None:
         """A receiver goes: its connection is reset and new ones are refused."""
-        side = self.sides[name]
-        side.reset()
-        side.receiver.down()
-        side.listens = False
+        self.sides[name].go()
 
     @rule(name=flapping)
     def come(self, name: str) -> None:
         """It is back."""
-        side = self.sides[name]
-        if not side.listens:
-            side.receiver.up()
-            side.listens = True
+        self.sides[name].come()
 
     @rule(name=places, leave=st.sampled_from([0, 4096, 200_000]))
     def fill(self, name: str, leave: int) -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance import connected
 from descriptors import Descriptors
-from peers import PATIENCE, assert_same, eventually, payload, read_all, send_all
+from peers import PATIENCE, assert_same, connected, eventually, payload, read_all, send_all
 from relays import Relay
 
 from relay.kernel import core

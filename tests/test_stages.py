@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance import SINKS, SOURCES
 from faults import strace_inject
+from givers import SOURCES
 from peers import assert_same, eventually, payload, run
 from relays import RELAY, ROOT, Relay, environment
+from takers import SINKS
 
 from relay.journal.record import SessionRecord
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from admins import asked
+from admins import SOCKET, asked, http_port, send
 from browser import browser
 from peers import PATIENCE, eventually, payload, tcp_listener
 from relays import ROOT, serving
-from test_admin import SOCKET, http_port, send
 
 from relay.admin.picture import picture
 from relay.admin.status import RouteStatus, SinkStatus

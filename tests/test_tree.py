@@ -81,7 +81,7 @@ class Tree:
         return sorted(found, key=lambda path: int(path.name.partition(".")[0]))
 
     def acknowledged(self, number: int) -> list[int]:
-        """What the logs of one in the middle have noted that their receivers have (relay/log.py)."""
+        """What the logs of one in the middle have noted that their receivers have (relay/log/log.py)."""
         cursors = (self._path / f"log-{number}").glob("*/cursor")
         return [struct.unpack_from("<Q", cursor.read_bytes(), 8)[0] for cursor in cursors]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from peers import accept, assert_same, payload, receive_all, receive_exactly, tcp_listener
 from relays import serving
-from test_reconnect import end, source_of, standing
-from test_spill import sending
+from spills import sending
+from standing import end, source_of, standing
 
 BRANCHES = {
     "a sink": "tee: {to: '%s', on_slow: %s}",

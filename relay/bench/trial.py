@@ -31,6 +31,7 @@ from relay.kernel.arena import Arena
 from relay.kernel.pipe import LARGEST_CAPACITY, enlarge
 from relay.kernel.probe import machine
 from relay.pipeline.pipeline import Pipeline
+from relay.pipeline.sinks import Making
 from relay.stages.stage import Turn
 from relay.stages.tee import Settings as TeeSettings
 from relay.ways import Ways
@@ -254,7 +255,7 @@ class _Cell:
         ways = Ways(machine(), self.method)
         self._pipeline = Pipeline(
             self._engine, "bench", stages, last, ways,
-            persistent=False, in_place=True, quiet=True, on_over=self.over.put,
+            persistent=False, making=Making(in_place=True), quiet=True, on_over=self.over.put,
         )  # fmt: skip
         source.open()
         if self._failed is not None:

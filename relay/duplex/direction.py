@@ -12,7 +12,7 @@ from relay.engine import Engine
 from relay.journal.record import SessionRecord
 from relay.pipeline.outlet import Outlet
 from relay.pipeline.pipeline import Pipeline
-from relay.pipeline.sinks import SinkMaker, Spilling
+from relay.pipeline.sinks import Making, SinkMaker, Spilling
 from relay.stages.base import StageSettings
 from relay.stages.stage import Turn
 from relay.ways import Ways
@@ -26,11 +26,11 @@ class _Given(SinkMaker):
         engine: Engine,
         route: str,
         ways: Ways,
-        spill: Spilling | None,
+        making: Making,
         settings: SinkSettings,
         sink: PartySink,
     ) -> None:
-        super().__init__(engine, route, ways, 0.0, spill, persistent=False)
+        super().__init__(engine, route, ways, persistent=False, how=making)
         self._settings = settings
         self._sink = sink
 
@@ -64,8 +64,11 @@ class Direction(Pipeline):
         self._header = 0  # bytes of a PROXY header, which are nobody's
         self._heard = heard
         self._told_over = on_over
-        super().__init__(engine, route, stages, sink, ways, persistent=False, on_over=self._recorded)
-        self._makes = _Given(engine, route, ways, spill, sink, taker.sink)
+        making = Making(spill=spill)
+        super().__init__(
+            engine, route, stages, sink, ways, persistent=False, on_over=self._recorded, making=making
+        )
+        self._makes = _Given(engine, route, ways, making, sink, taker.sink)
         (self.main,) = (outlet for outlet in self.chain.outlets if outlet.settings is sink)
 
     def start(self, turn: Turn) -> None:

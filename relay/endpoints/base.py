@@ -245,6 +245,15 @@ class Sink(End):
         self.close()
         self.on_finish(self)
 
+    def hear(self, what: int, error: int) -> None:
+        """What the pump reports of it, but for its end: that is its pipeline's to decide."""
+        if what == core.SINK_FAILED:
+            self.broke(error)
+        elif what == core.PEER_ENDED:
+            self.peer_ended()
+        elif what == core.SINK_BUSY:
+            self.busy()
+
     def broke(self, code: int, reason: str = "") -> None:
         """The pump met `code` while giving it bytes; `reason` says it better than the errno's own words."""
         self.fail(self.error("writing to", code, reason=reason))

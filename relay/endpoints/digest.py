@@ -10,11 +10,9 @@ import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from relay.endpoints.base import Sink
-from relay.endpoints.ferry import Ferry
+from relay.endpoints.ferried import FerriedSink
 from relay.endpoints.file import Identity, identity
 from relay.engine import Engine
-from relay.kernel import core
 
 PIECE = 256 * 1024
 
@@ -106,16 +104,14 @@ def digest_of_file(
         os.close(fd)
 
 
-class DigestSink(Sink):
-    """Owns a ferry; `hexdigest` is there once it has finished, empty before."""
+class DigestSink(FerriedSink):
+    """Hashes on a thread; `hexdigest` is there once it has finished, empty before."""
 
     def __init__(self, engine: Engine, algorithm: str) -> None:
         super().__init__(engine, algorithm)
         self.hexdigest = ""
         self._algorithm = algorithm
-        self._ferry: Ferry | None = None
         self._moved = 0
-        self.c.kind = core.FERRY
 
     @property
     def moved(self) -> int:
@@ -124,15 +120,8 @@ class DigestSink(Sink):
 
     def open(self) -> None:
         """Starts the thread."""
-        self._ferry = Ferry(self.engine, self.c, 1 << 20, self._hash, self._hashed)
-        self._ferry.start()
+        self.embark(1 << 20, self._hash, self._hashed)
         self.opened()
-
-    def unwire(self) -> None:
-        """The pipeline is going away; the thread may still be at work."""
-        super().unwire()
-        if self._ferry is not None:
-            self._ferry.release()
 
     def _hash(self) -> str:
         assert self._ferry is not None
@@ -155,16 +144,3 @@ class DigestSink(Sink):
         elif self.state == "finishing":
             self.hexdigest = str(digest)
             self.finished()
-
-    def finish(self) -> None:
-        """Hashes what is left, then on_finish."""
-        if self._ferry is not None and self.state == "open":
-            self.state = "finishing"
-            self._ferry.end()
-
-    def close(self) -> None:
-        """Lets the thread end."""
-        if not self.closed:
-            self.closed = True
-            if self._ferry is not None and self.state != "finished":
-                self._ferry.end()

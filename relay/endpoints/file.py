@@ -20,7 +20,8 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from relay.endpoints.base import Sink, Source
+from relay.endpoints.base import Source
+from relay.endpoints.ferried import FerriedSink
 from relay.endpoints.ferry import Ferry
 from relay.endpoints.written import Writing, WrittenFile
 from relay.engine import Engine
@@ -131,8 +132,8 @@ class FileSource(Source):
         return ""
 
 
-class FileSink(Sink):
-    """Writes one stream to a file, or to a row of them, on a thread of its own; owns the ferry and the file.
+class FileSink(FerriedSink):
+    """Writes one stream to a file, or to a row of them, on a thread of its own; owns the file.
 
     `path` is asked for a name whenever a file begins. `sidecar_line` is set before `finish`.
     """
@@ -141,24 +142,14 @@ class FileSink(Sink):
         first = path()
         super().__init__(engine, first)
         self._how = how
-        self._ferry: Ferry | None = None
         self._name = path
         self._file = WrittenFile(Path(first), how)
         self._reopen_asked = False
-        self._straight = False
         self._aborted = False
         self._sealed = False
         self._cut_reason = ""
         self.copies = APPENDING if how.append else DIRECT if how.direct else ""
         self.sidecar_line = ""
-        self.c.kind = core.FERRY
-
-    @property
-    def method(self) -> str:
-        """How bytes reach the file."""
-        if self._ferry is None:
-            return "splice"
-        return "copy" if self._straight else core.METHOD_NAMES[self._ferry.c.method]
 
     @property
     def moved(self) -> int:
@@ -177,8 +168,7 @@ class FileSink(Sink):
 
     def open(self) -> None:
         """Starts the thread, which opens the file."""
-        self._ferry = Ferry(self.engine, self.c, self._how.capacity, self._write, self._written)
-        self._ferry.start()
+        self.embark(self._how.capacity, self._write, self._written)
 
     def go_straight(self, why: str) -> bool:
         """Whether the source may be read into memory that the thread writes from, and is from now on."""
@@ -195,12 +185,6 @@ class FileSink(Sink):
         self.copies = self.copies or why
         return self._ferry
 
-    def finish(self) -> None:
-        """Hands over what is left; on_finish comes when the file is whole and has its name."""
-        if self.state in ("opening", "open") and self._ferry is not None:
-            self.state = "finishing"
-            self._ferry.end()
-
     def cut(self, reason: str) -> None:
         """Writes what is left; the file stays `.part`."""
         if self.state in ("opening", "open") and self._ferry is not None:
@@ -213,19 +197,9 @@ class FileSink(Sink):
 
     def close(self) -> None:
         """Lets the thread end; what is written stays as `.part`."""
-        if self.closed:
-            return
-        self.closed = True
-        if self.state == "failed":
+        if not self.closed and self.state == "failed":
             self._aborted = True
-        if self._ferry is not None and self.state != "finished":
-            self._ferry.end()
-
-    def unwire(self) -> None:
-        """The pipeline is going away; the thread may still be at work."""
-        super().unwire()
-        if self._ferry is not None:
-            self._ferry.release()
+        super().close()
 
     # -- on the ferry's thread
 

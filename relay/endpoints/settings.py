@@ -8,11 +8,11 @@ rest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from relay.endpoints import passed
+from relay.endpoints import passed, scopes
 from relay.endpoints.address import Address, AddressError
 from relay.endpoints.options import (
     DEAD_AFTER,
@@ -41,6 +41,7 @@ from relay.endpoints.readers import (
     read_shared,
     read_template,
 )
+from relay.endpoints.scopes import LIVE, UNIX_LISTEN, UPSTREAM_KEYS, Scope
 from relay.endpoints.template import placeholders
 from relay.settings import FrozenModel, Problem, list_of
 from relay.units import PositiveDuration, Size, show
@@ -49,48 +50,6 @@ Algorithm = Literal["sha256", "blake3", "xxh3", "crc32c"]
 
 ENDS = ("listen", "connect", "file", "fifo", "fd", "shared")
 REACHED_AGAIN = ("tcp", "unix", "fifo", "shared")  # sinks behind which somebody may come back
-
-
-class _Scope(NamedTuple):
-    """To which ends an option applies, and how to say so."""
-
-    verbs: frozenset[str]
-    schemes: frozenset[str]
-    words: str
-
-
-UPSTREAM_KEYS = ("balance", "health", "tries", "connect_timeout")
-_SOCKETS = frozenset({"tcp", "unix"})
-_LISTEN = frozenset({"listen"})
-_LIVE = frozenset({"listen", "connect"})
-_FILES = _Scope(frozenset({"file"}), frozenset({"file"}), "files")
-_UNIX_LISTEN = _Scope(_LISTEN, frozenset({"unix"}), "unix sockets that listen on a path")
-_SCOPES = {
-    "append": _FILES,
-    "rotate": _FILES,
-    "fsync": _FILES,
-    "direct": _FILES,
-    "sidecar": _FILES,
-    "mode": _UNIX_LISTEN,
-    "owner": _UNIX_LISTEN,
-    "group": _UNIX_LISTEN,
-    "dead_after": _Scope(_LIVE, frozenset({"tcp"}), "tcp"),
-    "peer_eof": _Scope(_LIVE, _SOCKETS, "tcp and unix"),
-    "burst": _Scope(_LISTEN, _SOCKETS, "sinks that listen"),
-    "connections": _Scope(_LISTEN, _SOCKETS, "sources that listen"),
-    **{key: _Scope(frozenset({"connect"}), _SOCKETS, "sinks that connect") for key in UPSTREAM_KEYS},
-    "limits": _Scope(_LIVE, _SOCKETS, "sources that listen or connect"),
-}
-_TRUSTS = _Scope(_LISTEN, _SOCKETS, "sources that listen")
-_TELLS = _Scope(frozenset({"connect"}), _SOCKETS, "sinks that connect")
-_TRANSPARENT = _Scope(frozenset({"connect"}), frozenset({"tcp"}), "sinks that connect to tcp")
-_LIMIT_SCOPES = {
-    "connections": _Scope(_LISTEN, _SOCKETS, "sources that listen"),
-    "rate": _Scope(_LISTEN, _SOCKETS, "sources that listen"),
-    "per_peer": _Scope(_LISTEN, frozenset({"tcp"}), "sources that listen on tcp"),
-    "allow": _Scope(_LISTEN, frozenset({"tcp"}), "sources that listen on tcp"),
-    "deny": _Scope(_LISTEN, frozenset({"tcp"}), "sources that listen on tcp"),
-}
 
 
 class EndpointSettings(FrozenModel):
@@ -106,6 +65,7 @@ class EndpointSettings(FrozenModel):
     }
     short_verb: ClassVar[Literal["listen", "connect"]]
     role: ClassVar[str]
+    applies: ClassVar[Mapping[str, Scope]]
 
     listen: ListenAddress | None = Field(
         default=None, description="tcp, unix or systemd address to listen on"
@@ -164,7 +124,7 @@ class EndpointSettings(FrozenModel):
                 at_key=True,
             )
         verb, scheme, abstract, handed = ends[0], ends[0], False, False
-        if verb in _LIVE:
+        if verb in LIVE:
             try:
                 address = Address.of(given[verb])
                 handed = address.scheme == "systemd"
@@ -188,7 +148,7 @@ class EndpointSettings(FrozenModel):
         for place, scope in cls._scoped(given):
             wrong_scheme = bool(scheme) and scheme not in scope.schemes
             mine = not abstract and not handed  # a file that relay makes
-            if verb not in scope.verbs or wrong_scheme or (scope is _UNIX_LISTEN and not mine):
+            if verb not in scope.verbs or wrong_scheme or (scope is UNIX_LISTEN and not mine):
                 said = f"'{place[-1]}' applies to {scope.words} only, this {cls.role} is '{kind}'"
                 yield Problem(said + " with an abstract name" * abstract, place, at_key=True)
 
@@ -198,11 +158,11 @@ class EndpointSettings(FrozenModel):
         return "shared", "shared", False
 
     @classmethod
-    def _scoped(cls, given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], _Scope]]:
+    def _scoped(cls, given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Scope]]:
         """The options given that apply to some kinds of end only."""
         for key in given:
-            if key in _SCOPES:
-                yield (key,), _SCOPES[key]
+            if key in cls.applies:
+                yield (key,), cls.applies[key]
 
     @property
     def address(self) -> Address:
@@ -217,6 +177,7 @@ class SourceSettings(EndpointSettings):
 
     short_verb = "listen"
     role = "source"
+    applies = scopes.SOURCE
 
     connections: Literal["each", "one"] | None = Field(
         default=None,
@@ -239,15 +200,13 @@ class SourceSettings(EndpointSettings):
             yield Problem(said, ("proxy_protocol",))
 
     @classmethod
-    def _scoped(cls, given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], _Scope]]:
+    def _scoped(cls, given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Scope]]:
         yield from super()._scoped(given)
-        if "proxy_protocol" in given:
-            yield ("proxy_protocol",), _TRUSTS
         limits = given.get("limits")
         if isinstance(limits, Mapping) and given.keys() & {"listen", "connect", "shared"}:
             for key in limits:
-                if key in _LIMIT_SCOPES:
-                    yield ("limits", key), _LIMIT_SCOPES[key]
+                if key in scopes.LIMITS:
+                    yield ("limits", key), scopes.LIMITS[key]
 
     @classmethod
     def _shared_is(cls, address: object) -> tuple[str, str, bool]:
@@ -267,6 +226,7 @@ class SinkSettings(EndpointSettings):
 
     short_verb = "connect"
     role = "sink"
+    applies = scopes.SINK
     hidden = frozenset({"plain", "others"})
 
     connect: Annotated[Address, PlainValidator(read_connecting), SOCKETS_JSON] | None = Field(
@@ -368,13 +328,6 @@ class SinkSettings(EndpointSettings):
     def check_made(self) -> Iterator[Problem]:
         """A policy that this kind of sink cannot have."""
         yield from (problem.within("on_slow") for problem in self.cannot(self.on_slow))
-
-    @classmethod
-    def _scoped(cls, given: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], _Scope]]:
-        yield from super()._scoped(given)
-        for key, scope in (("proxy_protocol", _TELLS), ("transparent", _TRANSPARENT)):
-            if key in given:
-                yield (key,), scope
 
     def cannot(self, slow: OnSlow) -> Iterator[Problem]:
         """What in a policy that covers this sink it cannot have, each at its key in the policy."""

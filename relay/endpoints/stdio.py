@@ -22,7 +22,7 @@ import socket
 import stat
 
 from relay.endpoints.base import Sink
-from relay.endpoints.ferry import Ferry
+from relay.endpoints.ferried import FerriedSink
 from relay.endpoints.file import FileSource
 from relay.endpoints.socket import READ_WRITE, SocketSink, socket_of
 from relay.engine import Engine
@@ -152,40 +152,23 @@ class PipeSink(Sink):
             self.opened()
 
 
-class BlockingSink(Sink):
+class BlockingSink(FerriedSink):
     """A file, or anything that cannot be opened anew: a thread writes to the descriptor as it is."""
 
     def __init__(self, engine: Engine, fd: int, *, copies: str = "") -> None:
         super().__init__(engine, name_of(fd))
         self._given = fd
-        self._ferry: Ferry | None = None
-        self._straight = False
         self.copies = copies
-        self.c.kind = core.FERRY
 
     @property
     def moved(self) -> int:
         """Bytes that reached the descriptor."""
         return int(self._ferry.c.moved) if self._ferry is not None else 0
 
-    @property
-    def method(self) -> str:
-        """How bytes reach the descriptor."""
-        if self._ferry is None:
-            return "splice"
-        return "copy" if self._straight else core.METHOD_NAMES[self._ferry.c.method]
-
     def open(self) -> None:
         """Starts the thread."""
-        self._ferry = Ferry(self.engine, self.c, LARGEST_CAPACITY, self._write, self._written)
-        self._ferry.start()
+        self.embark(LARGEST_CAPACITY, self._write, self._written)
         self.opened()
-
-    def unwire(self) -> None:
-        """The pipeline is going away; the thread may still be at work."""
-        super().unwire()
-        if self._ferry is not None:
-            self._ferry.release()
 
     def go_straight(self, why: str) -> bool:
         """Whether the source may be read into memory that the thread writes from, and is from now on."""
@@ -203,19 +186,6 @@ class BlockingSink(Sink):
             self.finished()
         elif isinstance(failed, OSError):
             self.fail(self.error("writing to", failed.errno or 0))
-
-    def finish(self) -> None:
-        """Hands over what is left."""
-        if self._ferry is not None and self.state == "open":
-            self.state = "finishing"
-            self._ferry.end()
-
-    def close(self) -> None:
-        """Lets the thread end; the descriptor is not ours to close."""
-        if not self.closed:
-            self.closed = True
-            if self._ferry is not None and self.state != "finished":
-                self._ferry.end()
 
 
 def inherited_sink(engine: Engine, fd: int, *, copies: str = "") -> Sink:

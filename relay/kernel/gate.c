@@ -84,14 +84,8 @@ int drop(struct pass *s, struct relay_node *n, int64_t amount)
             moved = call_read(n->pipe_r, 0, n->stash + n->stash_size + n->rest_have, want);
             s->e->calls++;
         }
-        if (moved == -EAGAIN) {
-            look_again(s);
+        if (nothing_moved(s, n, moved))
             return 0;
-        }
-        if (moved <= 0) {
-            tell(s, n->token, RELAY_BROKEN, moved ? moved : EIO);
-            return 0;
-        }
         n->rest_have += moved;
         n->passed += moved;
         drained(s, n, moved);
@@ -101,14 +95,8 @@ int drop(struct pass *s, struct relay_node *n, int64_t amount)
         if (n->rest_have) {           /* an empty pipe takes it whole: it is less than a page's slots */
             moved = call_write(to->pipe_w, 0, n->stash + n->stash_size, n->rest_have);
             s->e->calls++;
-            if (moved == -EAGAIN) {
-                look_again(s);
+            if (nothing_moved(s, n, moved))
                 return 0;
-            }
-            if (moved <= 0) {
-                tell(s, n->token, RELAY_BROKEN, moved ? moved : EIO);
-                return 0;
-            }
             to->held += moved;
             memmove(n->stash + n->stash_size, n->stash + n->stash_size + moved,
                     (size_t)(n->rest_have - moved));

@@ -141,14 +141,8 @@ int fill_stash(struct pass *s, struct relay_node *n, int fresh)
         amount = n->stash_size;
     moved = call_read(n->pipe_r, 0, n->stash, amount);
     s->e->calls++;
-    if (moved == -EAGAIN) {
-        look_again(s);
+    if (nothing_moved(s, n, moved))
         return 0;
-    }
-    if (moved <= 0) {
-        tell(s, n->token, RELAY_BROKEN, moved ? moved : EIO);
-        return 0;
-    }
     n->stash_len = moved;
     n->stash_out = 0;
     n->stash_next = fresh ? 0 : moved;

@@ -117,6 +117,16 @@ static inline void sink_took(struct pass *s, struct relay_end *sink, int64_t mov
 
 static inline int refuses(const struct relay_node *n) { return n->full || n->prefix_left; }
 
+/* Whether an own pipe gave or took nothing, though it was there to: it is asked again, or it is broken. */
+static inline int nothing_moved(struct pass *s, const struct relay_node *n, int64_t moved)
+{
+    if (moved == -EAGAIN)
+        look_again(s);
+    else if (moved <= 0)
+        tell(s, n->token, RELAY_BROKEN, moved ? moved : EIO);
+    return moved <= 0;
+}
+
 /* What a failed attempt to fill a node means, from where nothing came (see the top of this file). */
 static inline void not_filled(struct pass *s, struct relay_node *n)
 {

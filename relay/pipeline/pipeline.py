@@ -23,7 +23,6 @@ from relay.endpoints.base import Sink, Source, nothing
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.digest import sidecar_line
 from relay.endpoints.file import FileSink
-from relay.endpoints.line import Lines
 from relay.endpoints.options import Limits
 from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine
@@ -38,7 +37,7 @@ from relay.pipeline.intake import Intake
 from relay.pipeline.node import Node
 from relay.pipeline.outlet import Outlet, judge
 from relay.pipeline.sink_wait import SinkWait
-from relay.pipeline.sinks import SinkMaker, Spilling
+from relay.pipeline.sinks import Making, SinkMaker
 from relay.pipeline.stragglers import Stragglers
 from relay.pipeline.subscribers import Subscribers
 from relay.stages.base import StageSettings
@@ -52,7 +51,7 @@ class Pipeline:
     """Owns the chain, its sinks and, during a turn, the source. Lives on one engine, on whose thread all runs.
 
     `on_over(record)` is called at the end of each turn; with `persistent=False` there is one turn, after which
-    everything is closed; `on_closed` is called once, last of all. `spill` makes the sinks that read through a log.
+    everything is closed; `on_closed` is called once, last of all. `making` says how its sinks are made.
     `quiet` leaves the warnings about sinks to the caller. `wait` is for how many seconds a stream is not read while a
     sink is not open yet. Raises KernelError when no descriptor is left for the pipes.
     """
@@ -67,14 +66,11 @@ class Pipeline:
         *,
         persistent: bool,
         on_over: Callable[[SessionRecord], None],
+        making: Making,
         on_closed: Callable[[], None] = nothing,
-        patience: float = 0.0,
-        spill: Spilling | None = None,
         quiet: bool = False,
         wait: float = 0.0,
         limits: Limits | None = None,
-        in_place: bool = False,
-        lines: Lines | None = None,
     ) -> None:
         self.engine = engine
         self.route = route
@@ -85,7 +81,7 @@ class Pipeline:
         self._on_over = on_over
         self._on_closed = on_closed
         self.c = core.new("pipeline", keep=int(persistent))
-        self._makes = SinkMaker(engine, route, ways, patience, spill, persistent, in_place, lines)
+        self._makes = SinkMaker(engine, route, ways, persistent, making)
         self.chain = Chain(engine, stages, sink, ways, persistent=persistent)
         self._absences = Absences(engine, route, self._stand_again, self._given_up, self._wake)
         self._stragglers = Stragglers(engine, route, self._wake)
@@ -319,12 +315,8 @@ class Pipeline:
     def _sink_event(self, outlet: Outlet, sink: Sink, what: int, error: int) -> None:
         if what == core.SINK_DRAINED:
             self._end_sink(outlet, sink)
-        elif what == core.SINK_FAILED:
-            sink.broke(error)
-        elif what == core.PEER_ENDED:
-            sink.peer_ended()
-        elif what == core.SINK_BUSY:
-            sink.busy()
+        else:
+            sink.hear(what, error)
 
     def _end_sink(self, outlet: Outlet, sink: Sink) -> None:
         """All this sink will get was handed to it: it is finished, after its checksum if it wants one."""
@@ -432,14 +424,12 @@ class Pipeline:
         if self._closed:
             return
         self._closed = True
-        self._absences.close()
-        self._stragglers.close()
-        self._wait.close()
+        for part in (self._absences, self._stragglers, self._wait):
+            part.close()
         self.engine.forget(self.c)
         self.engine.forget_token(self.c.token)
-        self.crossing.close()
-        for group in self.subscribers:
-            group.close()
+        for each in (self.crossing, *self.subscribers):
+            each.close()
         for outlet in self.chain.outlets:
             if outlet.sink is not None:
                 self.engine.forget_token(outlet.sink.c.token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from relay.endpoints.base import Sink
 from relay.endpoints.line import Lines
@@ -32,30 +33,28 @@ class FailedSink(Sink):
         self.engine.post(lambda: self.fail(self._error))
 
 
-class SinkMaker:
-    """What all sinks of one pipeline have in common. `patience`: for how long a refused connect is tried again;
-    `in_place`: a file with a plain path is written without `.part`, as it always is if the pipeline is `persistent`.
-    `lines` is where one that is persistent waits to append to a file."""
+@dataclass(frozen=True)
+class Making:
+    """How a pipeline's sinks are made. `patience`: for how long a refused connect is tried again; `spill` makes those
+    that read through a log; `in_place`: a file with a plain path is written without `.part`, as it always is if the
+    pipeline is persistent; `lines` is where one that is persistent waits to append to a file."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        route: str,
-        ways: Ways,
-        patience: float,
-        spill: Spilling | None,
-        persistent: bool,
-        in_place: bool = False,
-        lines: Lines | None = None,
-    ) -> None:
+    patience: float = 0.0
+    spill: Spilling | None = None
+    in_place: bool = False
+    lines: Lines | None = None
+
+
+class SinkMaker:
+    """What all sinks of one pipeline have in common."""
+
+    def __init__(self, engine: Engine, route: str, ways: Ways, persistent: bool, how: Making) -> None:
         self._engine = engine
         self._route = route
         self._ways = ways
-        self._patience = patience
-        self._spill = spill
         self._persistent = persistent
-        self._in_place = persistent or in_place
-        self._writer = lines.writer(route) if persistent and lines is not None else None
+        self._how = how
+        self._writer = how.lines.writer(route) if persistent and how.lines is not None else None
 
     def sink(self, outlet: Outlet, turn: Turn | None, *, again: bool = False) -> Sink:
         """A new sink for `outlet`, not open yet; the turn names its file. `again`: it follows one that broke.
@@ -70,10 +69,10 @@ class SinkMaker:
             assert hidden is not None
             return hidden
         if outlet.slow.policy == "spill" or outlet.slow.buffer:
-            if self._spill is None:
+            if self._how.spill is None:
                 raise RelayBug("a route that spills was given no logs")
             try:
-                return self._spill(self._engine, turn, outlet, self._persistent)
+                return self._how.spill(self._engine, turn, outlet, self._persistent)
             except SinkError as error:
                 if self._persistent and not again:
                     raise
@@ -83,10 +82,10 @@ class SinkMaker:
             self._engine,
             settings,
             names(settings, turn),
-            in_place=self._in_place and not settings.placeholders,
+            in_place=(self._persistent or self._how.in_place) and not settings.placeholders,
             writer=self._writer,
             copies=way.reason if way.method == "copy" else "",
-            patience=self._patience,
+            patience=self._how.patience,
         )
 
 

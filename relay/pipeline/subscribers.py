@@ -120,12 +120,6 @@ class Subscribers:
         sink = member.sink
         if what == core.SINK_DRAINED:
             sink.finish()
-        elif what == core.SINK_FAILED:
-            sink.broke(error)
-        elif what == core.PEER_ENDED:
-            sink.peer_ended()
-        elif what == core.SINK_BUSY:
-            sink.busy()
         elif what == core.SLOW:
             self._judge(member)
         elif what == core.CAUGHT_UP:
@@ -135,6 +129,8 @@ class Subscribers:
                 sink.address,
                 show_size(member.dropped),
             )
+        else:
+            sink.hear(what, error)
 
     def _judge(self, member: Member) -> None:
         route, peer = self._pipeline.route, member.sink.address

@@ -28,6 +28,7 @@ from relay.errors import EndpointError, RelayError, SourceError
 from relay.journal.record import SessionRecord, SinkRecord
 from relay.kernel.probe import machine
 from relay.pipeline.pipeline import Pipeline
+from relay.pipeline.sinks import Making
 from relay.sending.order import Order
 from relay.sending.progress import Standing
 from relay.spill.spills import Spills
@@ -232,8 +233,10 @@ class Lane:
                 last,
                 self._ways,
                 persistent=False,
-                patience=self._patience,
-                spill=partial(self._spills.sink, self._ways, patience=self._patience),
+                making=Making(
+                    patience=self._patience,
+                    spill=partial(self._spills.sink, self._ways, patience=self._patience),
+                ),
                 on_over=lambda record: self._engine.post(lambda: self._over(document, record)),
             )
         except RelayError as error:

@@ -29,11 +29,13 @@ from relay.journal import logs
 from relay.journal.record import SessionRecord
 from relay.kernel.probe import machine
 from relay.pipeline.pipeline import Pipeline
+from relay.pipeline.sinks import Making
 from relay.serving.admission import Admission
-from relay.serving.changes import Stages, apply, pairs
+from relay.serving.changes import Stages
 from relay.serving.facts import Facts
 from relay.serving.introductions import Introduced, Introductions
 from relay.serving.names import Found
+from relay.serving.pipelines import Pipelines
 from relay.serving.reception import Reception, Take, nobody
 from relay.serving.redial import Redial
 from relay.serving.resumption import Resumption, ids
@@ -99,7 +101,7 @@ class RunningRoute:
         for sink, _join in joins:
             self._broadcasts[id(sink)].leave = partial(self.reception.finish_one, sink)
         self._standing: Pipeline | None = None
-        self._pipelines: set[Pipeline] = set()
+        self.pipelines = Pipelines()
         self._waiting: deque[Source] = deque()
         self._starting: dict[Source, Engine] = {}  # accepted or opening, without a pipeline so far
         self._aborted = ""
@@ -175,36 +177,27 @@ class RunningRoute:
             self._ways,
             persistent=self._persistent,
             on_over=over,
-            spill=partial(self._spills.sink, self._ways),
-            wait=waits,
-            patience=0.0 if self._persistent else waits,  # standing sinks are tried again in any case
-            limits=self.route.source.limits,
             on_closed=closed,
-            lines=self._lines,
+            making=Making(
+                patience=0.0 if self._persistent else waits,  # standing sinks are tried again in any case
+                spill=partial(self._spills.sink, self._ways),
+                lines=self._lines,
+            ),
+            wait=waits,
+            limits=self.route.source.limits,
         )
         self.home.post(lambda: self._made(pipeline, stages))
         return pipeline
 
     def _made(self, pipeline: Pipeline, stages: Stages) -> None:
-        self._pipelines.add(pipeline)
-        self._restage(pipeline, stages)
+        self.pipelines.add(pipeline, stages, self.stages)
         if self._aborted:
             self._abort_pipeline(pipeline)
-
-    @property
-    def pipelines(self) -> tuple[Pipeline, ...]:
-        """Those at work now."""
-        return tuple(self._pipelines)
 
     def change(self, stages: Stages) -> None:
         """Some of its stages have other settings from now on; what is under way goes on by them."""
         before, self.stages = self.stages, stages
-        for pipeline in self._pipelines:
-            self._restage(pipeline, before)
-
-    def _restage(self, pipeline: Pipeline, before: Stages) -> None:
-        for old, new in pairs(before, self.stages):
-            pipeline.engine.post(partial(apply, pipeline, old, new))
+        self.pipelines.change(before, stages)
 
     def facts(self) -> Facts:
         """What there is to tell of it now. On its home engine."""
@@ -216,13 +209,13 @@ class RunningRoute:
             refused=self._admission.refused,
             waiting=len(self._waiting),
             resumed=self._resumption.left,
-            pipelines=tuple(self._pipelines),
+            pipelines=tuple(self.pipelines),
             sessions=(),
             failed=str(self.failed or ""),
         )
 
     def _closed(self, pipeline: Pipeline) -> None:
-        self._pipelines.discard(pipeline)
+        self.pipelines.discard(pipeline)
         self._look_whether_done()
 
     # -- sources
@@ -354,8 +347,7 @@ class RunningRoute:
     def reopen(self) -> None:
         """Files that were moved away are opened anew, by every stream that writes one; so are sockets' files."""
         self.reception.rebind()
-        for pipeline in self._pipelines:
-            pipeline.engine.post(pipeline.chain.reopen)
+        self.pipelines.reopen()
 
     # -- ending
 
@@ -367,14 +359,12 @@ class RunningRoute:
     def under_way(self) -> bool:
         """Whether a source connection is open or bytes wait; idle subscribers do not count."""
         waiting = self._waiting or self._starting or self._resumption or self._introductions
-        return bool(waiting) or any(p.busy for p in self._pipelines if not p.closed)
+        return bool(waiting) or self.pipelines.busy
 
     @property
     def in_use(self) -> bool:
         """Whether anything is under way or anybody watches who has not ended its own stream."""
-        groups = [group for pipeline in self._pipelines for group in pipeline.subscribers]
-        watched = any(not member.sink.c.peer_ended for group in groups for member in group.members.values())
-        return self.under_way or watched
+        return self.under_way or self.pipelines.watched
 
     def drain(self) -> None:
         """No new streams but those that wait in a backlog; those under way go on. What has none is finished at once."""
@@ -405,7 +395,7 @@ class RunningRoute:
             self._waiting.popleft().close(reset=True)
         for source, engine in self._starting.items():
             engine.post(partial(self._give_up, source))
-        for pipeline in self._pipelines:
+        for pipeline in self.pipelines:
             self._abort_pipeline(pipeline)
         self.cut_short = self.cut_short or bool(self._resumption)
         self._resumption.stop(reason)
@@ -425,7 +415,7 @@ class RunningRoute:
         standing, more = self._standing, self._waiting or self._introductions
         if standing is not None and standing.source is None and self._ending and not (more or self._aborted):
             standing.finish()
-        if self._done or self._pipelines or more or self._starting or self._resumption:
+        if self._done or self.pipelines or more or self._starting or self._resumption:
             return
         if self._ending or (self.finite and (self.failed or self.records)):
             self._done = True

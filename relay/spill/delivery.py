@@ -14,9 +14,10 @@ from relay.endpoints.settings import REACHED_AGAIN, SinkSettings
 from relay.engine import Engine, Timer
 from relay.errors import EndpointError, RelayError, SinkError
 from relay.journal.record import SessionRecord
-from relay.log import Cursor, Log
+from relay.log.log import Cursor, Log
 from relay.pipeline.outlet import CONNECTS
 from relay.pipeline.pipeline import Pipeline
+from relay.pipeline.sinks import Making
 from relay.spill.source import TORN, LogSource
 from relay.stages.base import StageSettings
 from relay.stages.stage import Turn
@@ -133,7 +134,7 @@ class Delivery:
                 persistent=False,
                 on_over=self._over,
                 quiet=True,
-                in_place=self._in_place,
+                making=Making(in_place=self._in_place),
             )
         except RelayError as error:
             log.warning("%s: %s", self.route, error)

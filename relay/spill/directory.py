@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 
 from relay.errors import SinkError
-from relay.log import SEGMENT_NAME, Log
+from relay.log.log import Log
+from relay.log.segment import SEGMENT_NAME
 
 
 class SpillDirectory:

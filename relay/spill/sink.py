@@ -27,7 +27,8 @@ from relay.engine import Engine
 from relay.errors import EndpointError
 from relay.kernel import core
 from relay.kernel.pipe import LARGEST_CAPACITY, Pipe
-from relay.log import FULL, SEGMENT_NAME, Log
+from relay.log.log import FULL, Log
+from relay.log.segment import SEGMENT_NAME
 from relay.spill.ages import Ages
 from relay.spill.delivery import Delivery
 from relay.stages.base import StageSettings

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from relay.endpoints.base import Source
 from relay.engine import Engine
 from relay.kernel import core
-from relay.log import Log
+from relay.log.log import Log
 
 TORN = "the stream was cut off before its end"
 

@@ -14,7 +14,7 @@ from relay.endpoints.settings import SinkSettings
 from relay.endpoints.template import fill_path
 from relay.engine import Engine
 from relay.errors import SinkError
-from relay.log import Log
+from relay.log.log import Log
 from relay.pipeline.outlet import Outlet
 from relay.spill.delivery import Delivery
 from relay.spill.directory import SpillDirectory

@@ -1,4 +1,4 @@
-"""A log: a row of append-only segments in the page cache, with a cursor for each reader.
+"""The row of a log: append-only segments in the page cache, with a cursor for each reader.
 
 Facts (man 2 splice, 2 sendfile, 2 fallocate, 2 memfd_create; measured, see docs/kernel-facts.md):
 - sendfile lends page-cache pages to the socket: what is in flight points at them. Punching, partly truncating or
@@ -24,10 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
-import re
-import struct
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
@@ -35,39 +32,14 @@ from pathlib import Path
 
 from relay.errors import KernelError, SinkError
 from relay.kernel import core
+from relay.log.page import Page, damaged
+from relay.log.segment import SEGMENT_NAME, Segment, segment_size
 
-SEGMENT = 16 << 20  # bytes after which the next segment begins, on disk and where nothing bounds the log
-SHARE = 8  # a bounded log has about so many segments: what is kept beyond the slowest reader is at most one
 RESERVE = 16 << 20  # bytes left free on the filesystem: a log must not be what fills a disk
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 TRIAL = "trial"  # a file in a log's directory, there for the moment of a trial
-SEGMENT_NAME = re.compile(r"[0-9]{20}")
-_MAGIC = b"relaylog"
-_CURSOR = struct.Struct("<8sQQ")  # magic, acknowledged position, end of the stream + 1 (0: it goes on)
-
-
-class _Segment:
-    """One file of the row. `fd` is -1 while nobody needs it open (disk only)."""
-
-    __slots__ = ("fd", "path", "size", "start")
-
-    def __init__(self, start: int, path: Path | None, fd: int = -1, size: int = 0) -> None:
-        self.start = start
-        self.path = path
-        self.fd = fd
-        self.size = size
-
-    @property
-    def end(self) -> int:
-        return self.start + self.size
-
-    def close(self) -> None:
-        """Closes the descriptor; bytes in memory are gone with it. Safe to call again."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
 
 class Cursor:
@@ -104,13 +76,12 @@ class Log:
         self._segment_size = segment or segment_size(largest, in_memory=directory is None)
         self._lock = threading.Lock()
         self._space = threading.Condition(self._lock)
-        self._segments: list[_Segment] = []
+        self._segments: list[Segment] = []
         self._cursors: list[Cursor] = []
-        self._map: mmap.mmap | None = None
+        self._page = Page()
         self.closed = threading.Event()  # nothing of it is open any more
         self._closed = False
         self._was_full = False
-        self._word: core.Struct = core.ffi.new("int64_t *")
         self.on_append: Callable[[], None] = lambda: None
         try:
             if directory is not None:
@@ -140,54 +111,30 @@ class Log:
             )
         for name in names:
             path = directory / name
-            self._segments.append(_Segment(int(name), path, size=path.stat().st_size))
+            self._segments.append(Segment(int(name), path, size=path.stat().st_size))
         first = self._segments[0].start if self._segments else 0
-        self._open_cursor(directory, first)
+        self._page.open(directory, first)
         for before, after in zip(self._segments, self._segments[1:], strict=False):
             if before.end != after.start:
-                self._refuse(f"segment {before.start} ends at {before.end}, the next begins at {after.start}")
+                raise damaged(
+                    directory,
+                    f"segment {before.start} ends at {before.end}, the next begins at {after.start}",
+                )
         if self._segments and self.acknowledged < first:
-            self._refuse(f"its reader had {self.acknowledged} bytes, the first segment begins at {first}")
-
-    def _open_cursor(self, directory: Path, first: int) -> None:
-        fd = os.open(directory / "cursor", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            if os.fstat(fd).st_size < mmap.PAGESIZE:
-                # its blocks are there before it is mapped: a store to a hole of a full disk is SIGBUS
-                os.pwrite(fd, bytes(mmap.PAGESIZE - os.fstat(fd).st_size), os.fstat(fd).st_size)
-            self._map = mmap.mmap(fd, mmap.PAGESIZE)
-        finally:
-            os.close(fd)
-        # the buffer is released before the map is closed
-        self._page = core.ffi.from_buffer("char[]", self._map, require_writable=True)
-        self._word = core.ffi.cast("int64_t *", self._page + 8)
-        magic = bytes(self._map[:8])
-        if magic == bytes(
-            8
-        ):  # new, or killed before it was begun: whatever is kept was acknowledged by nobody
-            _CURSOR.pack_into(self._map, 0, _MAGIC, first, 0)
-        elif magic != _MAGIC:
-            self._refuse("the file named cursor is none of relay's")
-
-    def _refuse(self, reason: str) -> None:
-        raise SinkError(
-            str(self.directory),
-            "opening the log in",
-            0,
-            "a part of it is missing or was changed by somebody else: move the directory away",
-            reason=reason,
-        )
+            raise damaged(
+                directory, f"its reader had {self.acknowledged} bytes, the first segment begins at {first}"
+            )
 
     def _begin_segment(self, start: int) -> None:
         if self.directory is None:
             fd = os.memfd_create("relay-log", os.MFD_CLOEXEC)
-            self._segments.append(_Segment(start, None, fd))
+            self._segments.append(Segment(start, None, fd))
             return
         path = self.directory / f"{start:020d}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if self._segments:  # whoever reads it opens it
             self._segments[-1].close()
-        self._segments.append(_Segment(start, path, fd))
+        self._segments.append(Segment(start, path, fd))
 
     # -- what it holds
 
@@ -204,15 +151,12 @@ class Log:
     @property
     def acknowledged(self) -> int:
         """Up to where its reader had everything, when it was last noted."""
-        return int(self._word[0])
+        return int(self._page.word[0])
 
     @property
     def ended_at(self) -> int | None:
         """Where the stream ended, once it has; None while more may come."""
-        if self._map is None:
-            return None
-        end = int(_CURSOR.unpack_from(self._map)[2])
-        return end - 1 if end else None
+        return self._page.ended_at
 
     def backlog(self) -> int:
         """Bytes written that the slowest reader has not done with."""
@@ -324,15 +268,11 @@ class Log:
 
     def end_stream(self) -> None:
         """Nothing more will be appended: what is here is the whole stream."""
-        self._note_end(self.end + 1)
+        self._page.note_end(self.end)
 
     def go_on(self) -> None:
         """A log whose stream had ended gets another's bytes behind them."""
-        self._note_end(0)
-
-    def _note_end(self, end: int) -> None:
-        if self._map is not None:
-            struct.pack_into("<Q", self._map, 16, end)
+        self._page.note_end(None)
 
     def wake_writer(self) -> None:
         """Lets a writer that waits for room look again."""
@@ -367,7 +307,7 @@ class Log:
             assert segment.path is not None
             return os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def _at(self, position: int) -> _Segment:
+    def _at(self, position: int) -> Segment:
         index = bisect_right(self._segments, position, key=lambda segment: segment.start) - 1
         if index < 0:
             raise KernelError(f"position {position} of a log is gone; it begins at {self.start}")
@@ -376,7 +316,7 @@ class Log:
     def acknowledged_word(self) -> core.Struct:
         """An `int64_t *` for the pump to note the acknowledged position in: on disk a word of the mapped page, which
         survives SIGKILL. Valid until the log is closed."""
-        return self._word
+        return self._page.word
 
     def _passed(self) -> None:
         with self._space:
@@ -391,8 +331,7 @@ class Log:
         while len(self._segments) > 1 and self._segments[0].end <= slowest:
             segment = self._segments.pop(0)
             segment.close()
-            if segment.path is not None:
-                segment.path.unlink(missing_ok=True)
+            segment.remove()
 
     def _leave(self, cursor: Cursor) -> None:
         with self._space:
@@ -405,11 +344,7 @@ class Log:
     def _let_go(self) -> None:
         for segment in self._segments:
             segment.close()
-        if self._map is not None:
-            self._word = core.ffi.new("int64_t *", self._word[0])
-            core.ffi.release(self._page)
-            self._map.close()
-            self._map = None
+        self._page.close()
 
     def close(self, *, keep: bool = False) -> None:
         """Closes every descriptor; unless `keep`, a log on disk is removed with its directory. Safe to call again."""
@@ -427,8 +362,7 @@ class Log:
 
     def _remove(self, directory: Path) -> None:
         for segment in self._segments:
-            if segment.path is not None:
-                segment.path.unlink(missing_ok=True)
+            segment.remove()
         (directory / "cursor").unlink(missing_ok=True)
         (directory / TRIAL).unlink(missing_ok=True)
         try:
@@ -436,14 +370,3 @@ class Log:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):  # somebody else's files stay
                 raise
-
-
-def segment_size(largest: int, *, in_memory: bool) -> int:
-    """Bytes in a segment of a log that keeps at most `largest` (0: no bound).
-
-    In memory a segment is a descriptor, so they grow with the log; on disk they do not.
-    """
-    if not largest:
-        return SEGMENT
-    size = min(max(largest // SHARE, 64 << 10), max(largest // 2, 1))
-    return size if in_memory else min(size, SEGMENT)
