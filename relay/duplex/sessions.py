@@ -18,6 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from relay.config.models import Route
+from relay.duplex.begun import SHORT, Begun
 from relay.duplex.gauge import Gauge
 from relay.duplex.patrol import Patrol
 from relay.duplex.upstream import Attempt, Upstream, in_words
@@ -39,7 +40,6 @@ NOT_FROM_THERE = {
     errno.EPERM: TRANSPARENT,
     errno.EAFNOSUPPORT: "'transparent' needs a sink of the peer's address family, IPv4 or IPv6",
 }
-SHORT = (-errno.EMFILE, -errno.ENFILE, -errno.ENOBUFS, -errno.ENOMEM)
 
 lib = core.lib
 
@@ -108,7 +108,7 @@ class Sessions:
     """The sessions of one route on one engine. `on_over(record, peer)` is told of each that ended, `on_short(errno)`
     when no descriptor was left, both on the engine's thread.
 
-    `begin` takes connections over; `abort` resets whatever is left.
+    `begin` and `go_on` take connections over; `abort` resets whatever is left.
     """
 
     def __init__(
@@ -171,23 +171,63 @@ class Sessions:
         """New sessions for accepted connections, nonblocking (descriptor, peer, where that had connected to if it was
         not here); they are this object's from here.
         """
-        now = self._engine.now
-        exchange, live = self._exchange, self._live
-        fresh, methods = self._fresh, self._codes()
+        now, methods = self._engine.now, self._codes()
         for fd, peer, local in connections:
-            slot = exchange.take()
-            c = exchange.sessions[slot]
-            session = live[slot] = Session(slot, c, next(self._ids), peer, now)
-            fresh.append(session)
-            error = lib.relay_duplex_begin(self._engine.c, c, fd, self._tcp, *methods, self._token, slot)
-            c.gauges = self._gauge.measures
-            if error:
-                self._fail(session, -error, "source", "registering")
-            elif self._names_peers:
-                self._name_peer(session, fd, local)
-        while fresh:
-            self._upstreams.ready(self._engine, partial(self._dial, fresh.popleft()))
+            self._fresh.append(self._made(fd, peer, local, now, methods))
+        self._dial_fresh()
+
+    def go_on(self, connections: Sequence[tuple[tuple[int, str, str], Begun | None]]) -> None:
+        """As `begin`, for connections whose connects were begun elsewhere, or (None) could not be."""
+        now, methods = self._engine.now, self._codes()
+        for (fd, peer, local), begun in connections:
+            session = self._made(fd, peer, local, begun.came if begun is not None else now, methods)
+            if begun is None:
+                self._fresh.append(session)
+            else:
+                self._adopt(session, begun, now)
+        self._dial_fresh()
+
+    def _made(self, fd: int, peer: str, local: str, came: float, methods: tuple[int, int]) -> Session:
+        """A new session; one that could not be registered is over."""
+        slot = self._exchange.take()
+        c = self._exchange.sessions[slot]
+        session = self._live[slot] = Session(slot, c, next(self._ids), peer, came)
+        error = lib.relay_duplex_begin(self._engine.c, c, fd, self._tcp, *methods, self._token, slot)
+        c.gauges = self._gauge.measures
+        if error:
+            self._fail(session, -error, "source", "registering")
+        elif self._names_peers:
+            self._name_peer(session, fd, local)
+        return session
+
+    def _dial_fresh(self) -> None:
+        while self._fresh:
+            self._upstreams.ready(self._engine, partial(self._dial, self._fresh.popleft()))
         self._patrol.look_soon()
+
+    def _adopt(self, session: Session, begun: Begun, now: float) -> None:
+        """Its first connect was begun."""
+        attempt = begun.attempt
+        if session.slot < 0:
+            lib.relay_refuse(begun.fd)
+            self._upstreams.leave(attempt)
+            return
+        session.until = begun.at + self._timeout
+        self._tries_at(session, attempt)
+        if begun.fd < 0:
+            self._refused(session, attempt, -begun.fd)
+            self._next(session)
+            return
+        share = self._timeout / max(1, min(self._tries, len(self._upstreams)))
+        left = int(max(0.0, begun.at + share - now) * 1e9)
+        tcp = attempt.upstream.scheme == "tcp"
+        error = lib.relay_duplex_adopt(self._engine.c, session.c, begun.fd, tcp, not tcp, left)
+        if error:  # it cannot be watched, which is no upstream's fault: as if there had been none
+            self._upstreams.refused(attempt, -error)
+            session.attempt, session.tries = None, 0
+            self._next(session)
+        elif attempt.trial:
+            self._look_at_trial(session, attempt, TRIAL[0])
 
     def _name_peer(self, session: Session, fd: int, local: str) -> None:
         """The sink learns of the session's peer, by a PROXY header or by the address that connects to it."""
@@ -220,12 +260,9 @@ class Sessions:
                 self._not_to_be_connected(session)
                 return
             upstream = attempt.upstream
-            session.attempt = attempt
-            session.tries += 1
-            self._passed(session, attempt.passed)
+            self._tries_at(session, attempt)
             left = max(0.0, session.until - self._engine.now)
             share = int(left * 1e9 / (most - session.tries + 1))
-            session.c.sides[0].method = self._gauge.method(0, upstream.scheme)
             error = lib.relay_duplex_dial(self._engine.c, session.c, upstream.dial, share)
             while error in SHORT and self._make_room(-error):
                 error = lib.relay_duplex_dial(self._engine.c, session.c, upstream.dial, share)
@@ -234,6 +271,12 @@ class Sessions:
                     self._look_at_trial(session, attempt, TRIAL[0])
                 return
             self._refused(session, attempt, -error)
+
+    def _tries_at(self, session: Session, attempt: Attempt) -> None:
+        session.attempt = attempt
+        session.tries += 1
+        self._passed(session, attempt.passed)
+        session.c.sides[0].method = self._gauge.method(0, attempt.upstream.scheme)
 
     def _make_room(self, code: int) -> bool:
         """No descriptor is left for a connection's counterpart: of those accepted with it the last gives up its own."""

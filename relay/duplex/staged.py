@@ -22,10 +22,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from relay.config.models import Route
+from relay.duplex.begun import SHORT
 from relay.duplex.direction import Direction
 from relay.duplex.party import Party
 from relay.duplex.patrol import Patrol
-from relay.duplex.sessions import SHORT, Session, Sessions
+from relay.duplex.sessions import Session, Sessions
 from relay.duplex.staged_record import complete
 from relay.duplex.upstreams import Upstreams
 from relay.endpoints.proxy_header import local_of

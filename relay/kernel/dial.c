@@ -112,6 +112,12 @@ int dial_connect(const struct relay_dial *dial, const char *from, int from_size,
     return fd;
 }
 
+int relay_dial(const struct relay_dial *dial, const char *from, int from_size)
+{
+    int connected;
+    return dial_connect(dial, from, from_size, &connected);
+}
+
 void hang_up(int fd, int reset)
 {
     struct linger at_once = { .l_onoff = 1, .l_linger = 0 };

@@ -410,6 +410,13 @@ int relay_duplex_begin(struct relay_engine *e, struct relay_duplex *d, int fd, i
                        uint64_t token, uint32_t slot);
 /* Its second side connects, for `timeout_ns` at most, in place of one that did not: 0 or -errno. */
 int relay_duplex_dial(struct relay_engine *e, struct relay_duplex *d, const struct relay_dial *dial, int64_t timeout_ns);
+/* Its second side is `fd`, which connects, or is connected; a tcp socket may be called connecting when it is not any
+ * more. `fd` is the session's from here: 0 or -errno. */
+int relay_duplex_adopt(struct relay_engine *e, struct relay_duplex *d, int fd, int tcp, int is_connected,
+                       int64_t timeout_ns);
+/* A socket that connects, from the address `from` where `from_size`: its descriptor, or -errno. One that is not tcp is
+ * connected. */
+int relay_dial(const struct relay_dial *dial, const char *from, int from_size);
 /* It may move again: Python has put pipes or buffers there, or changed its mind. */
 void relay_duplex_ready(struct relay_engine *e, struct relay_duplex *d);
 /* Closes both descriptors, with resets where `reset`, takes it off every list and gives back what it borrowed: its

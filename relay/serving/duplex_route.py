@@ -1,8 +1,8 @@
 """A duplex route at work: its listeners, and its sessions on every engine.
 
 The listeners live on the route's home engine and accept many connections at once; sessions are spread over all
-engines, those of one accept in one message each. Each session counts as under way from when it was accepted until
-its record is written.
+engines, those of one accept in one message each, and their connects begin in the order of accepts (duplex/begun.py).
+Each session counts as under way from when it was accepted until its record is written.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from relay.config.models import Route
+from relay.duplex.begun import Beginnings, Begun
 from relay.duplex.health import Checks
 from relay.duplex.sessions import Sessions
 from relay.duplex.upstreams import Upstreams
@@ -49,6 +50,8 @@ class DuplexRoute(RunningRoute):
         self._overs: deque[tuple[SessionRecord, str]] = deque()  # from other engines
         self._told = False
         self.upstreams = Upstreams(self.name, self.route.sink, self.home)
+        self._beginnings = Beginnings(self.upstreams, self.route.sink)
+        self._unready: deque[tuple[float, list[tuple[Engine, Introduced]]]] = deque()  # when they came
         self._checks: Checks | None = None
         self._replaced = False
 
@@ -56,6 +59,7 @@ class DuplexRoute(RunningRoute):
         """What the route whose place it takes knows of the upstreams that both have goes on."""
         if isinstance(old, DuplexRoute):
             self.upstreams = Upstreams(self.name, self.route.sink, self.home, old.upstreams)
+            self._beginnings = Beginnings(self.upstreams, self.route.sink)
 
     def stand(self) -> None:
         """Nothing outlives a session."""
@@ -98,24 +102,49 @@ class DuplexRoute(RunningRoute):
         self._let_in([who])
 
     def _let_in(self, connections: list[Introduced]) -> None:
-        spread: dict[Engine, list[Introduced]] = {}
+        came: list[tuple[Engine, Introduced]] = []
         for who in connections:
             fd, peer, _local = who
             if (self._once and self._under_way) or not self._admission.admit(peer):
                 core.lib.relay_refuse(fd)
                 continue
             self._under_way += 1
-            spread.setdefault(next(self._spread), []).append(who)
+            came.append((next(self._spread), who))
         if self._once and self._under_way:
             self.reception.close(sources_only=True)
-        for engine, share in spread.items():
-            sessions = self._sessions.get(engine)
-            if sessions is None:
-                sessions = self._sessions[engine] = self._sessions_on(engine)
+        if not came:
+            return
+        if self._unready or any(engine is not self.home for engine, _who in came):
+            self._unready.append((self.home.now, came))
+            self.upstreams.ready(self.home, self._connect)
+        else:
+            self._on(self.home).begin([who for _engine, who in came])
+
+    def _connect(self) -> None:
+        """The upstreams are known: connects begin for the crowd that has waited longest."""
+        if self._unready:
+            now = self.home.now
+            came, crowd = self._unready.popleft()
+            self._share_out(
+                [(engine, who, self._beginnings.begin(who.peer, came, now)) for engine, who in crowd]
+            )
+
+    def _share_out(self, crowd: list[tuple[Engine, Introduced, Begun | None]]) -> None:
+        shares: dict[Engine, list[tuple[Introduced, Begun | None]]] = {}
+        for engine, who, begun in crowd:
+            shares.setdefault(engine, []).append((who, begun))
+        for engine, share in shares.items():
+            sessions = self._on(engine)
             if engine is self.home:
-                sessions.begin(share)
+                sessions.go_on(share)
             else:
-                engine.post(partial(sessions.begin, share))
+                engine.post(partial(sessions.go_on, share))
+
+    def _on(self, engine: Engine) -> Sessions:
+        sessions = self._sessions.get(engine)
+        if sessions is None:
+            sessions = self._sessions[engine] = self._sessions_on(engine)
+        return sessions
 
     def _sessions_on(self, engine: Engine) -> Sessions:
         """Those that will be on that engine."""
@@ -174,6 +203,8 @@ class DuplexRoute(RunningRoute):
         self.cut_short = self.cut_short or self.under_way
         if self._introductions is not None:
             self._introductions.abort(reason)
+        while self._unready:
+            self._share_out([(engine, who, None) for engine, who in self._unready.popleft()[1]])
         for engine, sessions in self._sessions.items():
             engine.post(partial(sessions.abort, reason))
         self._look_whether_done()
