@@ -5,20 +5,26 @@ Programs tell their connections apart by it (`iperf3 --bidir`). `RELAY_ROUNDS=N`
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from duplexes import Duplex, connected, in_background, listener, outcome
 from peers import PATIENCE, accept, eventually, receive_exactly, refused_address, tcp_listener
+from real_servers import found, free_port, server
 from stories import SHAPES
 
 from relay.endpoints import tcp
+from relay.engine import Engine
 
 ROUNDS = int(os.environ.get("RELAY_ROUNDS", "15"))
 ENGINES = 4
@@ -191,3 +197,46 @@ def test_many_rounds_of_connections_in_order(tmp_path: Path) -> None:
             order = [(turn, number) for turn in range(ROUNDS) for number in range(each)]
             said = [(int.from_bytes(one[2:], "big"), one[1]) for one in came if one[0] == client]
             assert said == order
+
+
+@contextmanager
+def stuttering(duplex: Duplex) -> Iterator[None]:
+    """Every engine but the one that accepts does nothing now and then, for a while."""
+    over, chance = threading.Event(), random.Random(7)
+
+    def stutter(engine: Engine) -> None:
+        if not over.wait(chance.uniform(0, 0.02)):
+            engine.later(chance.uniform(0, 0.01), partial(stutter, engine))
+
+    for engine in duplex.engines[1:]:
+        engine.post(partial(stutter, engine))
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def test_iperf3_both_ways_again_and_again(tmp_path: Path) -> None:
+    """`iperf3 --bidir -P 2`, which knows its four streams by the order of their connections, moves bytes on each of
+    them in every round through four engines that stutter."""
+    port, log = free_port(), tmp_path / "iperf3.log"
+    argv = [found("iperf3"), "-s", "-B", "127.0.0.1", "-p", str(port), "--forceflush"]
+    with (
+        server(argv, port, log, says="Server listening"),
+        Duplex(HERE, {"connect": f"tcp://127.0.0.1:{port}"}, engines=ENGINES) as duplex,
+        stuttering(duplex),
+    ):
+        to = duplex.address.rpartition(":")[2]
+        for turn in range(ROUNDS // 2):
+            eventually(
+                lambda turn=turn: log.read_text().count("Server listening") > turn, "it is ready again"
+            )
+            words = ["-c", "127.0.0.1", "-p", to, "--bidir", "-P", "2", "-b", "20M", "-n", "2M", "-J"]
+            done = subprocess.run(
+                [argv[0], *words], stdin=subprocess.DEVNULL, stdout=-1, timeout=PATIENCE, check=False
+            )
+            told = json.loads(done.stdout)
+            assert done.returncode == 0, told["error"]
+            moved = [one["receiver"]["bytes"] for one in told["end"]["streams"]]
+            assert len(moved) == 4
+            assert all(moved), f"round {turn}: of a stream that one end sends on the other does, too: {moved}"

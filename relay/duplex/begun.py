@@ -16,6 +16,7 @@ failed or for which no descriptor was left, is the session's own.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from relay.duplex.upstream import Attempt
@@ -24,6 +25,7 @@ from relay.endpoints.dial import sockaddr_from
 from relay.endpoints.settings import SinkSettings
 from relay.kernel import core
 
+AT_ONCE = 64  # connects in one call: as many as are accepted at once
 SHORT = (-errno.EMFILE, -errno.ENFILE, -errno.ENOBUFS, -errno.ENOMEM)
 
 lib = core.lib
@@ -45,16 +47,34 @@ class Beginnings:
     def __init__(self, upstreams: Upstreams, sink: SinkSettings) -> None:
         self._upstreams = upstreams
         self._transparent = sink.transparent
+        self._room = core.ffi.new("struct relay_dialing[]", AT_ONCE)
 
-    def begin(self, peer: str, came: float, now: float) -> Begun | None:
-        """The connect for a client; None where its session has to see to it: there is no upstream, or no descriptor
-        was left."""
-        attempt = self._upstreams.pick(peer)
-        if attempt is None:
-            return None
-        origin = sockaddr_from(peer) if self._transparent else b""
-        fd = lib.relay_dial(attempt.upstream.dial, origin, len(origin))
-        if fd in SHORT:
-            self._upstreams.refused(attempt, -fd)
-            return None
-        return Begun(attempt, fd, came, now)
+    def begin(self, peers: Sequence[str], came: float, now: float) -> list[Begun | None]:
+        """The connects for clients that came at once, in their order. None where the session has to see to it: there is
+        no upstream, or no descriptor was left."""
+        begun: list[Begun | None] = []
+        for at in range(0, len(peers), AT_ONCE):
+            begun += self._begin(peers[at : at + AT_ONCE], came, now)
+        return begun
+
+    def _begin(self, peers: Sequence[str], came: float, now: float) -> Iterator[Begun | None]:
+        """All in one call, so that threads of other engines have Python meanwhile, and it changes hands but once."""
+        room, attempts = self._room, []
+        for dialing, peer in zip(room, peers, strict=False):
+            attempt = self._upstreams.pick(peer)
+            if attempt is None:
+                break
+            attempts.append(attempt)
+            dialing.dial = attempt.upstream.dial
+            if self._transparent:
+                origin = sockaddr_from(peer)
+                core.ffi.memmove(dialing.origin, origin, len(origin))
+                dialing.origin_size = len(origin)
+        lib.relay_dial(room, len(attempts))
+        for attempt, dialing in zip(attempts, room, strict=False):
+            if dialing.fd in SHORT:
+                self._upstreams.refused(attempt, -dialing.fd)
+                yield None
+            else:
+                yield Begun(attempt, dialing.fd, came, now)
+        yield from [None] * (len(peers) - len(attempts))

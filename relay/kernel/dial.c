@@ -112,10 +112,11 @@ int dial_connect(const struct relay_dial *dial, const char *from, int from_size,
     return fd;
 }
 
-int relay_dial(const struct relay_dial *dial, const char *from, int from_size)
+void relay_dial(struct relay_dialing *those, int count)
 {
     int connected;
-    return dial_connect(dial, from, from_size, &connected);
+    for (int k = 0; k < count; k++)
+        those[k].fd = dial_connect(those[k].dial, those[k].origin, those[k].origin_size, &connected);
 }
 
 void hang_up(int fd, int reset)

@@ -8,7 +8,7 @@ Each session counts as under way from when it was accepted until its record is w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -123,16 +123,14 @@ class DuplexRoute(RunningRoute):
     def _connect(self) -> None:
         """The upstreams are known: connects begin for the crowd that has waited longest."""
         if self._unready:
-            now = self.home.now
             came, crowd = self._unready.popleft()
-            self._share_out(
-                [(engine, who, self._beginnings.begin(who.peer, came, now)) for engine, who in crowd]
-            )
+            begun = self._beginnings.begin([who.peer for _engine, who in crowd], came, self.home.now)
+            self._share_out(crowd, begun)
 
-    def _share_out(self, crowd: list[tuple[Engine, Introduced, Begun | None]]) -> None:
+    def _share_out(self, crowd: Sequence[tuple[Engine, Introduced]], begun: Sequence[Begun | None]) -> None:
         shares: dict[Engine, list[tuple[Introduced, Begun | None]]] = {}
-        for engine, who, begun in crowd:
-            shares.setdefault(engine, []).append((who, begun))
+        for (engine, who), one in zip(crowd, begun, strict=True):
+            shares.setdefault(engine, []).append((who, one))
         for engine, share in shares.items():
             sessions = self._on(engine)
             if engine is self.home:
@@ -204,7 +202,8 @@ class DuplexRoute(RunningRoute):
         if self._introductions is not None:
             self._introductions.abort(reason)
         while self._unready:
-            self._share_out([(engine, who, None) for engine, who in self._unready.popleft()[1]])
+            _came, crowd = self._unready.popleft()
+            self._share_out(crowd, [None] * len(crowd))
         for engine, sessions in self._sessions.items():
             engine.post(partial(sessions.abort, reason))
         self._look_whether_done()
