@@ -361,6 +361,10 @@ class StagedSessions(Sessions):
         self._sync()
         return super().live()
 
+    def ways(self) -> list[Direction]:
+        """The directions of sessions that are not told to be over. On the engine's thread."""
+        return [way for staged in self._staged.values() for way in staged.ways]
+
     def _sync(self) -> None:
         for staged in self._staged.values():
             if staged.ways and staged.record is None:
