@@ -33,7 +33,8 @@ from relay.admin.status import (
     StreamStatus,
 )
 from relay.admin.streams import combined, known_sinks, mirrors_of, stream_of
-from relay.duplex.sessions import Session, Sessions
+from relay.duplex.session import Session
+from relay.duplex.sessions import Sessions
 from relay.duplex.staged import StagedSessions
 from relay.engine import Engine
 from relay.pipeline.pipeline import Pipeline
@@ -348,9 +349,12 @@ def _sinks(
     for name, address, policy in known_sinks(running.route):
         over = totals.sinks.get(name, SinkTotals())
         here = combined(name, address, policy, by_label.get(name, []))
+        if name == str(running.route.sink.address):
+            state = "open" if crowd.sessions and here.state == "none" else here.state
+            here = replace(here, state=state, bytes=here.bytes + crowd.bytes)
         yield replace(
             here,
-            bytes=over.bytes + here.bytes + (crowd.bytes if name == str(running.route.sink.address) else 0),
+            bytes=over.bytes + here.bytes,
             dropped=over.dropped + here.dropped,
             lost=over.lost + here.lost,
             twice=over.twice + here.twice,

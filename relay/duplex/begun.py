@@ -28,6 +28,10 @@ from relay.kernel import core
 AT_ONCE = 64  # connects in one call: as many as are accepted at once
 SHORT = (-errno.EMFILE, -errno.ENFILE, -errno.ENOBUFS, -errno.ENOMEM)
 
+# an accepted connection, nonblocking: its descriptor, its peer, where that had connected to if it was not here, and the
+# proxy that it came through; the last two may be empty
+Client = tuple[int, str, str, str]
+
 lib = core.lib
 
 

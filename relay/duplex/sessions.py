@@ -15,13 +15,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 from relay.config.models import Route
-from relay.duplex.begun import SHORT, Begun
+from relay.duplex.begun import SHORT, Begun, Client
 from relay.duplex.gauge import Gauge
 from relay.duplex.patrol import Patrol
-from relay.duplex.upstream import Attempt, Upstream, in_words
+from relay.duplex.session import Session, Way
+from relay.duplex.upstream import Attempt, in_words
 from relay.duplex.upstreams import Upstreams
 from relay.endpoints.base import hint
 from relay.endpoints.dial import TRANSPARENT, sockaddr_from
@@ -42,66 +42,6 @@ NOT_FROM_THERE = {
 }
 
 lib = core.lib
-
-
-class Session:
-    """One connection and its counterpart. `slot` is its number in the exchange, -1 once it is closed.
-
-    `attempt` is the upstream it has, or tries, the `tries`-th; `tried` are those that it could not be connected to,
-    `passed` who did not get it and why, `failed` the last of those and the errno, `busy` whether a backlog was full,
-    `until` when it is given up unless it is connected. `ahead` is memory that C sends from before all else.
-    """
-
-    __slots__ = (
-        "ahead",
-        "attempt",
-        "began",
-        "busy",
-        "c",
-        "failed",
-        "id",
-        "passed",
-        "peer",
-        "slot",
-        "tried",
-        "tries",
-        "until",
-    )
-
-    def __init__(self, slot: int, c: core.Struct, ident: int, peer: str, began: float) -> None:
-        self.slot = slot
-        self.c = c
-        self.id = ident
-        self.peer = peer
-        self.began = began
-        self.ahead: core.Struct = None
-        self.attempt: Attempt | None = None
-        self.tries = 0
-        self.tried: tuple[Upstream, ...] = ()
-        self.passed: tuple[tuple[str, str], ...] = ()
-        self.until = 0.0
-        self.busy = False
-        self.failed: tuple[Upstream, int] | None = None
-
-    @property
-    def scheme(self) -> str:
-        """Of the upstream that it has; tcp while it has none."""
-        return self.attempt.upstream.scheme if self.attempt is not None else "tcp"
-
-
-class Way(NamedTuple):
-    """One direction of a session that is over: bytes the receiver's kernel took, those that were read and had
-    nowhere to go, and how most of them crossed."""
-
-    bytes: int
-    lost: int
-    method: str
-
-    @classmethod
-    def of(cls, side: core.Struct) -> Way:
-        """What came from `side`."""
-        given = side.given
-        return cls(given, side.moved - given, "splice" if side.spliced * 2 > given else "copy")
 
 
 class Sessions:
@@ -167,31 +107,30 @@ class Sessions:
         """Bytes, there and back, of sessions that are neither live nor told to be over."""
         return 0, 0
 
-    def begin(self, connections: Sequence[tuple[int, str, str]]) -> None:
-        """New sessions for accepted connections, nonblocking (descriptor, peer, where that had connected to if it was
-        not here); they are this object's from here.
-        """
+    def begin(self, clients: Sequence[Client]) -> None:
+        """New sessions for accepted connections, which are this object's from here."""
         now, methods = self._engine.now, self._codes()
-        for fd, peer, local in connections:
-            self._fresh.append(self._made(fd, peer, local, now, methods))
+        for client in clients:
+            self._fresh.append(self._made(client, now, methods))
         self._dial_fresh()
 
-    def go_on(self, connections: Sequence[tuple[tuple[int, str, str], Begun | None]]) -> None:
-        """As `begin`, for connections whose connects were begun elsewhere, or (None) could not be."""
+    def go_on(self, clients: Sequence[tuple[Client, Begun | None]]) -> None:
+        """As `begin`, for clients whose connects were begun elsewhere, or (None) could not be."""
         now, methods = self._engine.now, self._codes()
-        for (fd, peer, local), begun in connections:
-            session = self._made(fd, peer, local, begun.came if begun is not None else now, methods)
+        for client, begun in clients:
+            session = self._made(client, begun.came if begun is not None else now, methods)
             if begun is None:
                 self._fresh.append(session)
             else:
                 self._adopt(session, begun, now)
         self._dial_fresh()
 
-    def _made(self, fd: int, peer: str, local: str, came: float, methods: tuple[int, int]) -> Session:
+    def _made(self, client: Client, came: float, methods: tuple[int, int]) -> Session:
         """A new session; one that could not be registered is over."""
+        fd, peer, local, via = client
         slot = self._exchange.take()
         c = self._exchange.sessions[slot]
-        session = self._live[slot] = Session(slot, c, next(self._ids), peer, came)
+        session = self._live[slot] = Session(slot, c, next(self._ids), peer, via, came)
         error = lib.relay_duplex_begin(self._engine.c, c, fd, self._tcp, *methods, self._token, slot)
         c.gauges = self._gauge.measures
         if error:
@@ -425,6 +364,7 @@ class Sessions:
             back_lost=back.lost,
             back_method=back.method,
             measured=measured,
+            via=session.via,
         )
         self._on_over(record, session.peer)
 

@@ -26,7 +26,8 @@ from relay.duplex.begun import SHORT
 from relay.duplex.direction import Direction
 from relay.duplex.party import Party
 from relay.duplex.patrol import Patrol
-from relay.duplex.sessions import Session, Sessions
+from relay.duplex.session import Session
+from relay.duplex.sessions import Sessions
 from relay.duplex.staged_record import complete
 from relay.duplex.upstreams import Upstreams
 from relay.endpoints.proxy_header import local_of

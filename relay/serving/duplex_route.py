@@ -95,7 +95,7 @@ class DuplexRoute(RunningRoute):
             if self._introductions is not None and self._introductions.expects(peer):
                 self._introductions.take(fd, peer)
             else:
-                came.append(Introduced(fd, peer, ""))
+                came.append(Introduced(fd, peer, "", ""))
         self._let_in(came)
 
     def _introduced(self, who: Introduced) -> None:
@@ -104,9 +104,8 @@ class DuplexRoute(RunningRoute):
     def _let_in(self, connections: list[Introduced]) -> None:
         came: list[tuple[Engine, Introduced]] = []
         for who in connections:
-            fd, peer, _local = who
-            if (self._once and self._under_way) or not self._admission.admit(peer):
-                core.lib.relay_refuse(fd)
+            if (self._once and self._under_way) or not self._admission.admit(who.peer):
+                core.lib.relay_refuse(who.fd)
                 continue
             self._under_way += 1
             came.append((next(self._spread), who))

@@ -30,11 +30,13 @@ log = logging.getLogger("relay.serve")
 
 
 class Introduced(NamedTuple):
-    """A connection, nonblocking, for whom it comes and where that one had connected to ("": to this socket)."""
+    """A connection, nonblocking, for whom it comes, where that one had connected to ("": to this socket), and the proxy
+    that says so ("": nobody does, the peer is who connected)."""
 
     fd: int
     peer: str
     local: str
+    via: str
 
 
 class _Newcomer:
@@ -148,7 +150,8 @@ class Introductions:
         self._waiting.discard(newcomer)
         self._admission.expected()
         log.debug("%s connects for %s", newcomer.peer, origin.peer or "nobody but itself")
-        self._known(Introduced(newcomer.let_go(), origin.peer or newcomer.peer, origin.local))
+        peer, via = (origin.peer, newcomer.peer) if origin.peer else (newcomer.peer, "")
+        self._known(Introduced(newcomer.let_go(), peer, origin.local, via))
 
     def _refuse(self, newcomer: _Newcomer, reason: str) -> None:
         if newcomer not in self._waiting:
