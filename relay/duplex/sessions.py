@@ -15,6 +15,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from relay.config.models import Route
 from relay.duplex.begun import SHORT, Begun, Client
@@ -44,6 +45,16 @@ NOT_FROM_THERE = {
 lib = core.lib
 
 
+class Common(NamedTuple):
+    """What the sessions of one route share, whichever engine they are on."""
+
+    name: str
+    route: Route
+    ways: Ways
+    upstreams: Upstreams
+    ids: Iterator[int]
+
+
 class Sessions:
     """The sessions of one route on one engine. `on_over(record, peer)` is told of each that ended, `on_short(errno)`
     when no descriptor was left, both on the engine's thread.
@@ -54,14 +65,11 @@ class Sessions:
     def __init__(
         self,
         engine: Engine,
-        name: str,
-        route: Route,
-        ways: Ways,
-        upstreams: Upstreams,
-        ids: Iterator[int],
+        common: Common,
         on_over: Callable[[SessionRecord, str], None],
         on_short: Callable[[int], None] = lambda _code: None,
     ) -> None:
+        name, route, ways, self._upstreams, self._ids = common
         self._engine = engine
         self._name = name
         self._source = str(route.source.address)
@@ -70,8 +78,6 @@ class Sessions:
         self._names_peers = route.sink.proxy_protocol is not None or route.sink.transparent
         self._tries = route.sink.tries
         self._timeout = route.sink.connect_timeout
-        self._upstreams = upstreams
-        self._ids = ids
         self._on_over = on_over
         self._on_short = on_short
         self._fresh: deque[Session] = deque()  # accepted together, not connecting so far

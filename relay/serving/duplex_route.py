@@ -8,15 +8,14 @@ Each session counts as under way from when it was accepted until its record is w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from relay.config.models import Route
 from relay.duplex.begun import Beginnings, Begun
 from relay.duplex.health import Checks
-from relay.duplex.sessions import Sessions
+from relay.duplex.sessions import Common, Sessions
 from relay.duplex.upstreams import Upstreams
 from relay.endpoints.listening import Crowd
 from relay.engine import Engine
@@ -26,17 +25,6 @@ from relay.serving.facts import Facts
 from relay.serving.introductions import Introduced
 from relay.serving.resumption import ids
 from relay.serving.route import RunningRoute
-from relay.ways import Ways
-
-Parts = tuple[
-    str,
-    Route,
-    Ways,
-    Upstreams,
-    Iterator[int],
-    Callable[[SessionRecord, str], None],
-    Callable[[int], None],
-]
 
 
 class DuplexRoute(RunningRoute):
@@ -143,14 +131,13 @@ class DuplexRoute(RunningRoute):
             sessions = self._sessions[engine] = self._sessions_on(engine)
         return sessions
 
+    @property
+    def _common(self) -> Common:
+        return Common(self.name, self.route, self._ways, self.upstreams, ids)
+
     def _sessions_on(self, engine: Engine) -> Sessions:
         """Those that will be on that engine."""
-        return Sessions(engine, *self._sessions_of(engine))
-
-    def _sessions_of(self, engine: Engine) -> Parts:
-        """What sessions on that engine are made of, beside it."""
-        over, short = partial(self._ended, engine), partial(self._short, engine)
-        return self.name, self.route, self._ways, self.upstreams, ids, over, short
+        return Sessions(engine, self._common, partial(self._ended, engine), partial(self._short, engine))
 
     def _short(self, engine: Engine, code: int) -> None:
         """On any engine: it was a descriptor short of a session. Newcomers wait in the kernel for a moment."""
