@@ -313,6 +313,7 @@ SESSION = {
     "id": "a number; unique among the sessions of a run",
     "source": "the address of the source, as configured",
     "peer": "who was connected there; empty for a file",
+    "via": "the proxy whose PROXY header named the peer",
     "bytes": "that came from the source; of a duplex session those that the sink's kernel took",
     "seconds": "from the first to the last",
     "method": "how most of them crossed at the source: `splice`, `tee`, `sendfile`, `vmsplice` or `copy`",
@@ -355,7 +356,7 @@ def record() -> str:
     """The page of a finished session's record."""
     sink = SinkRecord("s", "a", 1, 1.0, "tee", "failed", "r", 1, 1, 1.0, "p", "w", 1, 1, 1, "u", 1, (("u", "w"),), (1.0,), "back")  # fmt: skip
     session = SessionRecord("r", "1", "s", "p", 1, 1.0, "tee", "sinks", "failed", "r", "w", [sink], [{"stage": "s"}],
-                            measured={"chose": "w"}, back=1, back_lost=1, back_method="copy")  # fmt: skip
+                            measured={"chose": "w"}, back=1, back_lost=1, back_method="copy", via="p")  # fmt: skip
     return (
         "\n\n".join(
             [

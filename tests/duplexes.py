@@ -117,6 +117,15 @@ def connected(address: str) -> socket.socket:
     return sock
 
 
+def crowd(address: str, count: int) -> list[socket.socket]:
+    """So many connections, without those that are reset while they are made."""
+    made = []
+    for _ in range(count):
+        with contextlib.suppress(ConnectionResetError):
+            made.append(connected(address))
+    return made
+
+
 @contextlib.contextmanager
 def listener(scheme: str, directory: Path, name: str) -> Iterator[tuple[socket.socket, str]]:
     """A listening socket and its address."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from duplexes import BOTH, Duplex, connected, in_background, outcome, turned_away
+from duplexes import BOTH, Duplex, connected, crowd, in_background, outcome, turned_away
 from peers import (
     PATIENCE,
     accept,
@@ -272,7 +272,8 @@ def logged(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def test_descriptors_that_run_out_do_not_harm_sessions(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engines", "room"), [(1, 80), (3, 100)])
+def test_descriptors_that_run_out_do_not_harm_sessions(tmp_path: Path, engines: int, room: int) -> None:
     """At the limit of open files newcomers are refused or wait, sessions go on, and later there is room again."""
     prlimit = shutil.which("prlimit")
     if prlimit is None:
@@ -280,9 +281,9 @@ def test_descriptors_that_run_out_do_not_harm_sessions(tmp_path: Path) -> None:
     with (
         tcp_listener(backlog=200) as (listening, address),
         serving(
-            config("tcp://127.0.0.1:0", address, BOTH, engines=1),
+            config("tcp://127.0.0.1:0", address, BOTH, engines=engines),
             tmp_path,
-            prefix=(prlimit, "--nofile=80:80"),
+            prefix=(prlimit, f"--nofile={room}:{room}"),
         ) as relay,
     ):
         where = f"tcp://127.0.0.1:{relay.port()}"
@@ -290,7 +291,7 @@ def test_descriptors_that_run_out_do_not_harm_sessions(tmp_path: Path) -> None:
         server = accept(listening)
         first.sendall(b"on")
         assert receive_exactly(server, 2) == b"on"
-        clients = [connected(where) for _ in range(40)]
+        clients = crowd(where, 40)
         first.sendall(b"ward")
         assert receive_exactly(server, 4) == b"ward"
         for sock in clients:
@@ -303,14 +304,14 @@ def test_descriptors_that_run_out_do_not_harm_sessions(tmp_path: Path) -> None:
                     listening.accept()[0].close()
             except BlockingIOError:
                 pass
-            with connected(where) as again:
-                again.settimeout(2)
-                try:
+            try:
+                with connected(where) as again:
+                    again.settimeout(2)
                     again.sendall(b"?")
                     with accept(listening, 2) as late:
                         return receive_exactly(late, 1, 2) == b"?"
-                except (OSError, AssertionError):
-                    return False
+            except (OSError, AssertionError):
+                return False
 
         eventually(served, "there is room again")
         first.sendall(b"still")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from duplexes import connected, in_background, outcome
+from duplexes import connected, crowd, in_background, outcome
 from peers import (
     PATIENCE,
     accept,
@@ -214,7 +214,8 @@ def sockets_of(relay: Process) -> int:
     return count
 
 
-def test_descriptors_that_run_out_do_not_harm_sessions(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engines", "room"), [(1, 40), (3, 60)])
+def test_descriptors_that_run_out_do_not_harm_sessions(tmp_path: Path, engines: int, room: int) -> None:
     """At the limit of open files newcomers are refused or wait, sessions go on, and later there is room again."""
     prlimit = shutil.which("prlimit")
     if prlimit is None:
@@ -222,17 +223,20 @@ def test_descriptors_that_run_out_do_not_harm_sessions(tmp_path: Path) -> None:
     with (
         tcp_listener(backlog=200) as (listening, address),
         serving(
-            config("tcp://127.0.0.1:0", address, engines=1), tmp_path, prefix=(prlimit, "--nofile=40:40")
+            config("tcp://127.0.0.1:0", address, engines=engines),
+            tmp_path,
+            prefix=(prlimit, f"--nofile={room}:{room}"),
         ) as relay,
     ):
         where = f"tcp://127.0.0.1:{relay.port()}"
-        clients = [connected(where) for _ in range(40)]
+        first = connected(where)
+        clients = crowd(where, 40)
         server = accept(listening)
-        clients[0].sendall(b"on")
+        first.sendall(b"on")
         assert receive_exactly(server, 2) == b"on"
-        for sock in clients[1:]:
+        for sock in clients:
             sock.close()
-        clients[0].sendall(b"ward")
+        first.sendall(b"ward")
         assert receive_exactly(server, 4) == b"ward"
         listening.setblocking(False)
         while True:  # those of sessions that are gone
@@ -242,15 +246,15 @@ def test_descriptors_that_run_out_do_not_harm_sessions(tmp_path: Path) -> None:
                 break
 
         def served() -> bool:
-            with connected(where) as again:
-                again.settimeout(2)
-                try:
+            try:
+                with connected(where) as again:
+                    again.settimeout(2)
                     again.sendall(b"?")
                     with accept(listening, 2) as late:
                         return receive_exactly(late, 1, 2) == b"?"
-                except (OSError, AssertionError):
-                    return False
+            except (OSError, AssertionError):
+                return False
 
         eventually(served, "there is room again")
-        for sock in (clients[0], server):
+        for sock in (first, server):
             sock.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import socket
 import struct
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from admins import figure, figures
+from mirrors import Mirror
 from peers import PATIENCE, eventually, payload, tcp_listener
 from relays import serving
 
@@ -210,6 +212,60 @@ def test_duplex_sessions_are_summed_up(serve: Make) -> None:
                 sock.close()
         eventually(lambda: sum(route().sessions.values()) == 50, "all are over")
         assert (route().bytes, route().bytes_back, route().streams) == (total, 2 * total, 0)
+
+
+def test_mirrors_of_duplex_sessions_are_told_while_they_are_open(serve: Make, tmp_path: Path) -> None:
+    """The sinks of tees of both ways, each once however many sessions have it: its state, what it has and what it did
+    not get while sessions are open, the same when they are over, and in metrics without a label more."""
+    count, size = 12, 3000
+    with (
+        tcp_listener() as (listening, address),
+        Mirror(tmp_path) as mirror,
+        Mirror(tmp_path, deaf=True) as deaf,
+    ):
+        waits = {"policy": "spill", "then": "drop", "max": "1MB"}
+        back = [
+            {"tee": {"to": f"{tmp_path}/{{id}}.replies", "name": "kept"}},
+            {"tee": {"to": deaf.address, "on_slow": waits, "name": "deaf"}},
+        ]
+        there = [{"tee": {"to": mirror.address, "name": "copy"}}]
+        route = {
+            "source": "tcp://127.0.0.1:0", "duplex": True, "sink": address, "stages": there, "replies": back,
+        }  # fmt: skip
+        asked = serve({"d": route})
+        clients, servers = [], []
+
+        def told() -> dict[str, SinkStatus]:
+            return {sink.sink: sink for sink in asked.desk.status().routes[0].sinks}
+
+        def sent() -> tuple[int, ...]:
+            found = told()
+            return tuple(found[name].bytes for name in ("copy", "kept", address))
+
+        assert [sink.state for sink in told().values()] == ["none"] * 4
+        try:
+            for _ in range(count):
+                clients.append(socket.create_connection(("127.0.0.1", asked.port("d")), timeout=PATIENCE))
+                servers.append(listening.accept()[0])
+            for client, server in zip(clients, servers, strict=True):
+                client.sendall(bytes(size))
+                server.sendall(bytes(2 * size))
+            whole = (count * size, 2 * count * size, count * size)
+            eventually(lambda: sent() == whole, "mirrors and sink have it all")
+            found = told()
+            assert (found["copy"].state, found["kept"].state) == ("open", "open")
+            assert (found["deaf"].policy, found["deaf"].reason) == ("spill", "")
+            hops = {hop.hop: hop.streams for hop in asked.desk.status().routes[0].hops}
+            assert (hops["copy"], hops["kept"], hops[address], hops["source"]) == (count,) * 4
+            scraped = asked.desk.metrics("")[0].decode()
+            assert 'relay_sink_sent_bytes_total{route="d",sink="copy"} 36000.0' in scraped
+            assert set(re.findall(r'sink="([^"]*)"', scraped)) == {"copy", "kept", "deaf", address}
+        finally:
+            for sock in (*clients, *servers):
+                sock.close()
+        eventually(lambda: sum(asked.desk.status().routes[0].sessions.values()) == count, "all are over")
+        assert sent() == whole
+        assert {sink.state for sink in told().values()} == {"none"}
 
 
 def test_refusals_count_on_through_a_reload(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import signal
 import socket
 from pathlib import Path
@@ -41,11 +43,13 @@ from relay.endpoints.proxy_header import make
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize("pieces", ["one", "two", "bytes"])
 def test_a_header_names_the_peer(version: str, pieces: str) -> None:
-    """However it is cut and whatever came in the same segment: the session has the header's peer and the payload."""
+    """However it is cut and whatever came in the same segment: the session has the header's peer and the payload, and
+    tells which proxy it came through."""
     data = payload(1, 100_000)
     header = HEADERS[version]
     with behind(trusting()) as (duplex, listening), connected(duplex.address) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        proxy = name_of(client)
         if pieces == "one":
             client.sendall(header + data)
         elif pieces == "two":
@@ -67,6 +71,9 @@ def test_a_header_names_the_peer(version: str, pieces: str) -> None:
             len(b"answer"),
             "delivered",
         )
+        assert record.via == proxy
+        assert json.loads("{" + record.as_json() + "}") == record.as_dict()
+        assert f"from {CLIENT} via {proxy}: " in record.as_text()
 
 
 @pytest.mark.parametrize("header", [b"PROXY UNKNOWN\r\n", LOCAL], ids=["unknown", "local"])
@@ -79,7 +86,8 @@ def test_a_proxy_that_connects_for_itself(header: bytes) -> None:
         with accept(listening) as server:
             assert receive_all(server) == b"x"
         assert receive_all(client) == b""
-        assert duplex.record().peer == own
+        assert (duplex.record().peer, duplex.record().via) == (own, "")
+        assert "via" not in duplex.record().as_dict()
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
@@ -274,7 +282,7 @@ def test_a_header_on_a_unix_socket(version: str, tmp_path: Path) -> None:
             with accept(listening) as server:
                 assert receive_all(server) == b"x"
             assert receive_all(client) == b""
-            assert duplex.record().peer == CLIENT
+            assert (duplex.record().peer, duplex.record().via) == (CLIENT, f"pid:{os.getpid()}")
             other.sendall(b"hello there, this is none")
             assert outcome(other)[0] == b""
             assert duplex.route._admission.refused == 1
@@ -291,8 +299,9 @@ def test_one_way_routes_accept_headers(version: str, tmp_path: Path) -> None:
             client.sendall(HEADERS[version] + data)
             client.shutdown(socket.SHUT_WR)
             assert receive_all(client) == b""
+            proxy = name_of(client)
         (record,) = served.sessions(1)
-        assert record["peer"] == CLIENT
+        assert (record["peer"], record["via"]) == (CLIENT, proxy)
         assert record["bytes"] == len(data)
         assert_same((tmp_path / "got-192.0.2.7-4711").read_bytes(), data)
 

@@ -32,8 +32,10 @@ from relay.admin.status import (
     Status,
     StreamStatus,
 )
-from relay.admin.streams import combined, known_sinks, stream_of
-from relay.duplex.sessions import Session, Sessions
+from relay.admin.streams import combined, known_sinks, mirrors_of, stream_of
+from relay.duplex.session import Session
+from relay.duplex.sessions import Sessions
+from relay.duplex.staged import StagedSessions
 from relay.engine import Engine
 from relay.pipeline.pipeline import Pipeline
 from relay.serving.changes import named
@@ -99,12 +101,13 @@ class Round:
 
 @dataclass
 class Crowd:
-    """What the duplex sessions of a route sum up to, so far."""
+    """What the duplex sessions of a route sum up to, so far; and their mirrors, one by one."""
 
     methods: tuple[str, str] = ("", "")  # to the sink, and back
     sessions: int = 0
     bytes: int = 0
     back: int = 0
+    mirrors: list[SinkStatus] = field(default_factory=list)
 
 
 @dataclass
@@ -252,6 +255,10 @@ def _sessions(look: Look, engine: Engine, sessions: Sessions) -> Callable[[], It
                 crowd.back += int(sides[1].given)
             if number % 64 == 63:
                 yield
+        for number, way in enumerate(sessions.ways() if isinstance(sessions, StagedSessions) else ()):
+            crowd.mirrors += mirrors_of(way)
+            if number % 8 == 7:
+                yield
         yield
 
     return steps
@@ -271,6 +278,7 @@ def _route(look: Look, totals: RouteTotals | None) -> RouteStatus:
         crowd.sessions += one.sessions
         crowd.bytes += one.bytes
         crowd.back += one.back
+        crowd.mirrors += one.mirrors
     sinks = tuple(_sinks(running, totals, streams, crowd))
     sessions: dict[str, int] = dict.fromkeys(RESULTS, 0)
     for (result, _ended_by, _reason), count in totals.ends.items():
@@ -322,6 +330,7 @@ def _hops(
         there, back = crowd.methods
         counts[str(running.route.sink.address), there] += crowd.sessions
         counts["source", back] += crowd.sessions
+        counts.update((mirror.sink, mirror.method) for mirror in crowd.mirrors if mirror.method)
     for (hop, method), count in sorted(counts.items()):
         if count:
             yield HopStatus(hop, method, count)
@@ -335,12 +344,17 @@ def _sinks(
     for stream in streams:
         for sink in stream.sinks:
             by_label.setdefault(sink.sink, []).append(sink)
+    for mirror in crowd.mirrors:
+        by_label.setdefault(mirror.sink, []).append(mirror)
     for name, address, policy in known_sinks(running.route):
         over = totals.sinks.get(name, SinkTotals())
         here = combined(name, address, policy, by_label.get(name, []))
+        if name == str(running.route.sink.address):
+            state = "open" if crowd.sessions and here.state == "none" else here.state
+            here = replace(here, state=state, bytes=here.bytes + crowd.bytes)
         yield replace(
             here,
-            bytes=over.bytes + here.bytes + (crowd.bytes if name == str(running.route.sink.address) else 0),
+            bytes=over.bytes + here.bytes,
             dropped=over.dropped + here.dropped,
             lost=over.lost + here.lost,
             twice=over.twice + here.twice,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from relay.admin.status import HopStatus, SinkStatus, Spill, StreamStatus
 from relay.config.models import Route
+from relay.duplex.direction import Direction
 from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
+from relay.journal.record import SinkRecord
 from relay.kernel import core
 from relay.pipeline.outlet import Outlet
 from relay.pipeline.pipeline import Pipeline
@@ -75,30 +78,52 @@ def stream_of(pipeline: Pipeline) -> StreamStatus:
     )
 
 
+def mirrors_of(way: Direction) -> Iterator[SinkStatus]:
+    """On its engine: how the sinks of the tees of one direction of a duplex session stand, be it over or not."""
+    visible = [outlet for outlet in way.chain.outlets if not outlet.hidden]
+    over = way.record.sinks if way.record is not None else None
+    for number, outlet in enumerate(visible):
+        if outlet is way.main:
+            continue
+        if over is None:
+            yield _sink(outlet, None, ring=way.crossing.way == "ring", sendfile=False)
+        else:
+            record = over[number]
+            yield _status(outlet, record, "failed" if record.result == "failed" else "finished")
+
+
 def _sink(outlet: Outlet, group: Subscribers | None, *, ring: bool, sendfile: bool) -> SinkStatus:
-    assert outlet.settings is not None
     record = outlet.record(sendfile=sendfile)
     sink = outlet.sink
     waiting = outlet.waiting
     if group is not None:
         waiting = max([waiting, *(group.behind(member) for member in group.members.values())])
+    return replace(
+        _status(outlet, record, _state(outlet)),
+        method="copy" if ring else record.method,
+        backlog=record.backlog or waiting,
+        spill=_spill(sink) if isinstance(sink, SpillSink) else None,
+        subscribers=len(group.members) if group is not None else None,
+        given=group.given if group is not None else None,
+    )
+
+
+def _status(outlet: Outlet, record: SinkRecord, state: str) -> SinkStatus:
+    assert outlet.settings is not None
     return SinkStatus(
         sink=record.sink,
         address=str(outlet.settings.address),
         policy=outlet.slow.policy or "block",
-        state=_state(outlet),
-        method="copy" if ring else record.method,
+        state=state,
+        method=record.method,
         why_method=record.why_method,
         bytes=record.bytes,
-        backlog=record.backlog or waiting,
+        backlog=record.backlog,
         blocked_seconds=record.blocked_seconds,
         dropped=record.dropped,
         lost=record.lost,
         twice=record.twice,
         reconnects=record.reconnects,
-        spill=_spill(sink) if isinstance(sink, SpillSink) else None,
-        subscribers=len(group.members) if group is not None else None,
-        given=group.given if group is not None else None,
         reason=record.reason,
     )
 

@@ -15,10 +15,11 @@ from collections.abc import Callable
 
 from relay.duplex.upstream import BLAMELESS, Upstream, in_words
 from relay.duplex.upstreams import Upstreams
+from relay.endpoints.awaited import Awaited
 from relay.endpoints.connecting import Connecting
 from relay.endpoints.proxy_header import own
 from relay.endpoints.settings import SinkSettings
-from relay.engine import Engine, Timer, Watch
+from relay.engine import Engine, Timer
 from relay.errors import KernelError
 
 JITTER = 0.2  # of the time between two checks
@@ -40,14 +41,13 @@ class Probe:
         header = own(sink.proxy_protocol) if sink.proxy_protocol is not None else b""
         self._says = header + (health.send or "").encode()
         self._done: Callable[[str | None], None] | None = done
-        self._sock: socket.socket | None = None
-        self._watch: Watch | None = None
+        self._awaited = Awaited()
         self._got = bytearray()
         self._expected = (health.expect or "").encode()
-        self._timer: Timer | None = engine.later(health.timeout, self._too_late)
+        self._awaited.timer = engine.later(health.timeout, self._too_late)
         self._connecting: Connecting | None = None
         connecting = Connecting(engine, [upstream.place], self._connected, timeout=health.timeout)
-        if self._done is not None and self._sock is None:
+        if self._done is not None and self._awaited.sock is None:
             self._connecting = connecting
 
     def _connected(self, sock: socket.socket | None, code: int) -> None:
@@ -59,23 +59,23 @@ class Probe:
         if sock is None:
             self._finish(None if code in BLAMELESS else in_words(code))
             return
-        self._sock = sock
+        self._awaited.sock = sock
         try:
             if self._says:
                 sock.send(self._says)
             if not self._expected:
                 self._finish("")
                 return
-            self._watch = self._engine.watch(sock.fileno(), select.EPOLLIN, self._readable)
+            self._awaited.watch = self._engine.watch(sock.fileno(), select.EPOLLIN, self._readable)
         except OSError as error:
             self._finish(in_words(error.errno or errno.EIO))
         except KernelError:
             self._finish(None)
 
     def _readable(self, _mask: int) -> None:
-        assert self._sock is not None
+        assert self._awaited.sock is not None
         try:
-            piece = self._sock.recv(ANSWER)
+            piece = self._awaited.sock.recv(ANSWER)
         except BlockingIOError:
             return
         except OSError as error:
@@ -95,8 +95,7 @@ class Probe:
         return f"{heard}, {self._health.expect!r} was expected"
 
     def _too_late(self) -> None:
-        self._timer = None
-        said = f"; {self._heard()}" if self._sock is not None else ""
+        said = f"; {self._heard()}" if self._awaited.sock is not None else ""
         self._finish(f"no answer within {self._health.timeout:g} s{said}")
 
     def _finish(self, why: str | None) -> None:
@@ -108,18 +107,10 @@ class Probe:
     def close(self) -> None:
         """Ends it, without a verdict if there was none. Safe to call again."""
         self._done = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         if self._connecting is not None:
             self._connecting.cancel()
             self._connecting = None
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
+        self._awaited.close()
 
 
 class Checks:

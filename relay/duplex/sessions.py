@@ -18,9 +18,11 @@ from functools import partial
 from typing import NamedTuple
 
 from relay.config.models import Route
+from relay.duplex.begun import SHORT, Begun, Client
 from relay.duplex.gauge import Gauge
 from relay.duplex.patrol import Patrol
-from relay.duplex.upstream import Attempt, Upstream, in_words
+from relay.duplex.session import Session, Way
+from relay.duplex.upstream import Attempt, in_words
 from relay.duplex.upstreams import Upstreams
 from relay.endpoints.base import hint
 from relay.endpoints.dial import TRANSPARENT, sockaddr_from
@@ -39,89 +41,35 @@ NOT_FROM_THERE = {
     errno.EPERM: TRANSPARENT,
     errno.EAFNOSUPPORT: "'transparent' needs a sink of the peer's address family, IPv4 or IPv6",
 }
-SHORT = (-errno.EMFILE, -errno.ENFILE, -errno.ENOBUFS, -errno.ENOMEM)
 
 lib = core.lib
 
 
-class Session:
-    """One connection and its counterpart. `slot` is its number in the exchange, -1 once it is closed.
+class Common(NamedTuple):
+    """What the sessions of one route share, whichever engine they are on."""
 
-    `attempt` is the upstream it has, or tries, the `tries`-th; `tried` are those that it could not be connected to,
-    `passed` who did not get it and why, `failed` the last of those and the errno, `busy` whether a backlog was full,
-    `until` when it is given up unless it is connected. `ahead` is memory that C sends from before all else.
-    """
-
-    __slots__ = (
-        "ahead",
-        "attempt",
-        "began",
-        "busy",
-        "c",
-        "failed",
-        "id",
-        "passed",
-        "peer",
-        "slot",
-        "tried",
-        "tries",
-        "until",
-    )
-
-    def __init__(self, slot: int, c: core.Struct, ident: int, peer: str, began: float) -> None:
-        self.slot = slot
-        self.c = c
-        self.id = ident
-        self.peer = peer
-        self.began = began
-        self.ahead: core.Struct = None
-        self.attempt: Attempt | None = None
-        self.tries = 0
-        self.tried: tuple[Upstream, ...] = ()
-        self.passed: tuple[tuple[str, str], ...] = ()
-        self.until = 0.0
-        self.busy = False
-        self.failed: tuple[Upstream, int] | None = None
-
-    @property
-    def scheme(self) -> str:
-        """Of the upstream that it has; tcp while it has none."""
-        return self.attempt.upstream.scheme if self.attempt is not None else "tcp"
-
-
-class Way(NamedTuple):
-    """One direction of a session that is over: bytes the receiver's kernel took, those that were read and had
-    nowhere to go, and how most of them crossed."""
-
-    bytes: int
-    lost: int
-    method: str
-
-    @classmethod
-    def of(cls, side: core.Struct) -> Way:
-        """What came from `side`."""
-        given = side.given
-        return cls(given, side.moved - given, "splice" if side.spliced * 2 > given else "copy")
+    name: str
+    route: Route
+    ways: Ways
+    upstreams: Upstreams
+    ids: Iterator[int]
 
 
 class Sessions:
     """The sessions of one route on one engine. `on_over(record, peer)` is told of each that ended, `on_short(errno)`
     when no descriptor was left, both on the engine's thread.
 
-    `begin` takes connections over; `abort` resets whatever is left.
+    `begin` and `go_on` take connections over; `abort` resets whatever is left.
     """
 
     def __init__(
         self,
         engine: Engine,
-        name: str,
-        route: Route,
-        ways: Ways,
-        upstreams: Upstreams,
-        ids: Iterator[int],
+        common: Common,
         on_over: Callable[[SessionRecord, str], None],
         on_short: Callable[[int], None] = lambda _code: None,
     ) -> None:
+        name, route, ways, self._upstreams, self._ids = common
         self._engine = engine
         self._name = name
         self._source = str(route.source.address)
@@ -130,8 +78,6 @@ class Sessions:
         self._names_peers = route.sink.proxy_protocol is not None or route.sink.transparent
         self._tries = route.sink.tries
         self._timeout = route.sink.connect_timeout
-        self._upstreams = upstreams
-        self._ids = ids
         self._on_over = on_over
         self._on_short = on_short
         self._fresh: deque[Session] = deque()  # accepted together, not connecting so far
@@ -167,27 +113,66 @@ class Sessions:
         """Bytes, there and back, of sessions that are neither live nor told to be over."""
         return 0, 0
 
-    def begin(self, connections: Sequence[tuple[int, str, str]]) -> None:
-        """New sessions for accepted connections, nonblocking (descriptor, peer, where that had connected to if it was
-        not here); they are this object's from here.
-        """
-        now = self._engine.now
-        exchange, live = self._exchange, self._live
-        fresh, methods = self._fresh, self._codes()
-        for fd, peer, local in connections:
-            slot = exchange.take()
-            c = exchange.sessions[slot]
-            session = live[slot] = Session(slot, c, next(self._ids), peer, now)
-            fresh.append(session)
-            error = lib.relay_duplex_begin(self._engine.c, c, fd, self._tcp, *methods, self._token, slot)
-            c.gauges = self._gauge.measures
-            if error:
-                self._fail(session, -error, "source", "registering")
-            elif self._names_peers:
-                self._name_peer(session, fd, local)
-        while fresh:
-            self._upstreams.ready(self._engine, partial(self._dial, fresh.popleft()))
+    def begin(self, clients: Sequence[Client]) -> None:
+        """New sessions for accepted connections, which are this object's from here."""
+        now, methods = self._engine.now, self._codes()
+        for client in clients:
+            self._fresh.append(self._made(client, now, methods))
+        self._dial_fresh()
+
+    def go_on(self, clients: Sequence[tuple[Client, Begun | None]]) -> None:
+        """As `begin`, for clients whose connects were begun elsewhere, or (None) could not be."""
+        now, methods = self._engine.now, self._codes()
+        for client, begun in clients:
+            session = self._made(client, begun.came if begun is not None else now, methods)
+            if begun is None:
+                self._fresh.append(session)
+            else:
+                self._adopt(session, begun, now)
+        self._dial_fresh()
+
+    def _made(self, client: Client, came: float, methods: tuple[int, int]) -> Session:
+        """A new session; one that could not be registered is over."""
+        fd, peer, local, via = client
+        slot = self._exchange.take()
+        c = self._exchange.sessions[slot]
+        session = self._live[slot] = Session(slot, c, next(self._ids), peer, via, came)
+        error = lib.relay_duplex_begin(self._engine.c, c, fd, self._tcp, *methods, self._token, slot)
+        c.gauges = self._gauge.measures
+        if error:
+            self._fail(session, -error, "source", "registering")
+        elif self._names_peers:
+            self._name_peer(session, fd, local)
+        return session
+
+    def _dial_fresh(self) -> None:
+        while self._fresh:
+            self._upstreams.ready(self._engine, partial(self._dial, self._fresh.popleft()))
         self._patrol.look_soon()
+
+    def _adopt(self, session: Session, begun: Begun, now: float) -> None:
+        """Its first connect was begun."""
+        attempt = begun.attempt
+        if session.slot < 0:
+            lib.relay_refuse(begun.fd)
+            self._upstreams.leave(attempt)
+            return
+        session.until = begun.at + self._timeout
+        self._tries_at(session, attempt)
+        if begun.fd < 0:
+            self._refused(session, attempt, -begun.fd)
+            self._next(session)
+            return
+        share = self._timeout / max(1, min(self._tries, len(self._upstreams)))
+        left = int(max(0.0, begun.at + share - now) * 1e9)
+        tcp = attempt.upstream.scheme == "tcp"
+        error = lib.relay_duplex_adopt(self._engine.c, session.c, begun.fd, tcp, not tcp, left)
+        if error:  # it cannot be watched, which is no upstream's fault: as if there had been none
+            self._upstreams.refused(attempt, -error)
+            session.attempt, session.tries = None, 0
+            self._next(session)
+        elif attempt.trial:
+            self._look_at_trial(session, attempt, TRIAL[0])
 
     def _name_peer(self, session: Session, fd: int, local: str) -> None:
         """The sink learns of the session's peer, by a PROXY header or by the address that connects to it."""
@@ -220,12 +205,9 @@ class Sessions:
                 self._not_to_be_connected(session)
                 return
             upstream = attempt.upstream
-            session.attempt = attempt
-            session.tries += 1
-            self._passed(session, attempt.passed)
+            self._tries_at(session, attempt)
             left = max(0.0, session.until - self._engine.now)
             share = int(left * 1e9 / (most - session.tries + 1))
-            session.c.sides[0].method = self._gauge.method(0, upstream.scheme)
             error = lib.relay_duplex_dial(self._engine.c, session.c, upstream.dial, share)
             while error in SHORT and self._make_room(-error):
                 error = lib.relay_duplex_dial(self._engine.c, session.c, upstream.dial, share)
@@ -234,6 +216,12 @@ class Sessions:
                     self._look_at_trial(session, attempt, TRIAL[0])
                 return
             self._refused(session, attempt, -error)
+
+    def _tries_at(self, session: Session, attempt: Attempt) -> None:
+        session.attempt = attempt
+        session.tries += 1
+        self._passed(session, attempt.passed)
+        session.c.sides[0].method = self._gauge.method(0, attempt.upstream.scheme)
 
     def _make_room(self, code: int) -> bool:
         """No descriptor is left for a connection's counterpart: of those accepted with it the last gives up its own."""
@@ -382,6 +370,7 @@ class Sessions:
             back_lost=back.lost,
             back_method=back.method,
             measured=measured,
+            via=session.via,
         )
         self._on_over(record, session.peer)
 

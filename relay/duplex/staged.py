@@ -19,15 +19,16 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from relay.config.models import Route
+from relay.duplex.begun import SHORT
 from relay.duplex.direction import Direction
 from relay.duplex.party import Party
 from relay.duplex.patrol import Patrol
-from relay.duplex.sessions import SHORT, Session, Sessions
+from relay.duplex.session import Session
+from relay.duplex.sessions import Common, Sessions
 from relay.duplex.staged_record import complete
-from relay.duplex.upstreams import Upstreams
 from relay.endpoints.proxy_header import local_of
 from relay.endpoints.socket import GRACE
 from relay.engine import Engine, Timer
@@ -37,7 +38,6 @@ from relay.kernel import core
 from relay.pipeline.sinks import Spilling
 from relay.stages.base import StageSettings
 from relay.stages.stage import Turn
-from relay.ways import Ways
 
 LOOK = 0.05  # seconds between two looks at a session that is cut
 
@@ -220,19 +220,15 @@ class StagedSessions(Sessions):
     def __init__(
         self,
         engine: Engine,
-        name: str,
-        route: Route,
-        ways: Ways,
-        upstreams: Upstreams,
-        ids: Iterator[int],
+        common: Common,
         on_over: Callable[[SessionRecord, str], None],
         on_short: Callable[[int], None],
         spill: Spilling | None,
     ) -> None:
-        super().__init__(engine, name, route, ways, upstreams, ids, self._recorded, on_short)
-        self._route = route
+        super().__init__(engine, common, self._recorded, on_short)
+        route = self._route = common.route
         self._stages, self._replies = route.stages, route.replies
-        self._crosses = ways
+        self._crosses = common.ways
         self._spill = spill
         self._tell_over = on_over
         self._names_peers = True
@@ -360,6 +356,10 @@ class StagedSessions(Sessions):
         """Those whose sockets are open."""
         self._sync()
         return super().live()
+
+    def ways(self) -> list[Direction]:
+        """The directions of sessions that are not told to be over. On the engine's thread."""
+        return [way for staged in self._staged.values() for way in staged.ways]
 
     def _sync(self) -> None:
         for staged in self._staged.values():

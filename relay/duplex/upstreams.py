@@ -109,7 +109,7 @@ class Upstreams:
             host, port = name.address.host, name.address.port
             self._home.work(partial(tcp.lookup, host, port), partial(self._answered, name))
         if waits:
-            engine.later(self._patience, partial(self._out_of_patience, once))
+            engine.later(self._patience, partial(self._out_of_patience, engine, once))
         else:
             then()
 
@@ -119,12 +119,17 @@ class Upstreams:
             return any(name.looking for name in self._names)
         return any(name.holds_up(now) for name in self._names)
 
-    def _out_of_patience(self, once: _Once) -> None:
-        """On any engine: a resolver is slow. Where other upstreams are known nobody else waits for it."""
+    def _out_of_patience(self, here: Engine, once: _Once) -> None:
+        """On any engine, `here`: a resolver is slow. Where upstreams are known nobody waits for it any more, all at
+        once: who comes now does not go before those who waited."""
         now = self._home.now
+        waiting = []
         with self._lock:
             for name in self._names if once.pending else ():
                 name.asked_at = now if name.looking else name.asked_at
+            if not self._hold_up(now):
+                waiting, self._waiting = self._waiting, []
+        self._let_go(here, waiting)
         once()
 
     def _answered(self, name: _Name, places: list[Place] | None, failed: BaseException | None) -> None:
@@ -151,8 +156,12 @@ class Upstreams:
                 log.info("%s: %s %s", self._route, _both(one), now_or_gone, extra={"route": self._route})
         if fresh or gone:
             self.on_change()
+        self._let_go(self._home, waiting)
+
+    def _let_go(self, here: Engine, waiting: list[tuple[Engine, Callable[[], None]]]) -> None:
+        """On the engine `here`: these need wait no longer."""
         for engine, then in waiting:
-            if engine is self._home:
+            if engine is here:
                 then()
             else:
                 engine.post(then)

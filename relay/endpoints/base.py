@@ -128,6 +128,7 @@ class Source(End):
         self.scheme = "tcp"
         self.peer = ""
         self.local = ""  # where the peer connected to, as a proxy says; "": to this very socket
+        self.via = ""  # the proxy that says so
         self.name = ""
         self.copies = ""
         self.on_open: Callable[[], None] = nothing

@@ -19,8 +19,9 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from relay.endpoints.awaited import Awaited
 from relay.endpoints.pacing import unpace
-from relay.engine import Engine, Timer, Watch
+from relay.engine import Engine
 from relay.errors import KernelError
 
 CONNECT_TIMEOUT = 10.0  # seconds for all places together
@@ -45,35 +46,22 @@ class Connecting:
         self._engine = engine
         self._places = list(places)
         self._done = done
-        self._sock: socket.socket | None = None
-        self._watch: Watch | None = None
+        self._awaited = Awaited()
         self._last = errno.EADDRNOTAVAIL
         self._until = engine.now + timeout
-        self._timer: Timer | None = None
         self._try_next()
 
     def cancel(self) -> None:
         """Gives up without calling `done`."""
         self._places.clear()
-        self._drop()
-
-    def _drop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
+        self._awaited.close()
 
     def _try_next(self) -> None:
         while self._places:
             family, place = self._places[0]
             left = self._until - self._engine.now
             try:
-                sock = self._sock = socket.socket(family, socket.SOCK_STREAM)
+                sock = self._awaited.sock = socket.socket(family, socket.SOCK_STREAM)
                 sock.setblocking(False)
                 if family != socket.AF_UNIX:
                     unpace(sock, place[0])
@@ -81,18 +69,20 @@ class Connecting:
             except BlockingIOError as error:
                 if error.errno == errno.EINPROGRESS:
                     if self._wait_for(sock):
-                        self._timer = self._engine.later(max(0.0, left) / len(self._places), self._timed_out)
+                        self._awaited.timer = self._engine.later(
+                            max(0.0, left) / len(self._places), self._timed_out
+                        )
                         return
                 elif left > 0:  # the backlog of a unix listener is full
-                    self._drop()
-                    self._timer = self._engine.later(0.02, self._try_next)
+                    self._awaited.close()
+                    self._awaited.timer = self._engine.later(0.02, self._try_next)
                     return
                 else:
                     self._last = errno.ETIMEDOUT
-                self._drop()
+                self._awaited.close()
             except OSError as error:
                 self._last = error.errno or errno.EIO
-                self._drop()
+                self._awaited.close()
             else:
                 self._succeed()
                 return
@@ -102,16 +92,17 @@ class Connecting:
     def _wait_for(self, sock: socket.socket) -> bool:
         """Whether the loop will tell when the connect is over."""
         try:
-            self._watch = self._engine.watch(sock.fileno(), select.EPOLLOUT, self._settled)
+            self._awaited.watch = self._engine.watch(sock.fileno(), select.EPOLLOUT, self._settled)
         except KernelError as error:
             self._last = error.errno or errno.EIO
             return False
         return True
 
     def _settled(self, _mask: int) -> None:
-        assert self._sock is not None
-        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if not code and connected_to_itself(self._sock):
+        sock = self._awaited.sock
+        assert sock is not None
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not code and connected_to_itself(sock):
             code = errno.ECONNREFUSED
         if code:
             self._failed(code)
@@ -120,14 +111,12 @@ class Connecting:
 
     def _failed(self, code: int) -> None:
         self._last = code
-        self._drop()
+        self._awaited.close()
         self._places.pop(0)
         self._try_next()
 
     def _succeed(self) -> None:
-        sock, self._sock = self._sock, None
-        self._drop()
-        self._done(sock, 0)
+        self._done(self._awaited.let_go(), 0)
 
     def _timed_out(self) -> None:
         self._failed(errno.ETIMEDOUT)

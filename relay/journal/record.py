@@ -87,7 +87,7 @@ class SinkRecord:
 @dataclass
 class SessionRecord:
     """One stream from its first byte to the last sink's end. `ended_by` is source, sinks or relay. `measured`: what
-    each way across cost, and which was chosen, where both were tried."""
+    each way across cost, and which was chosen, where both were tried. `via`: the proxy that named the peer."""
 
     route: str
     id: str
@@ -107,6 +107,7 @@ class SessionRecord:
     back: int | None = None  # of a duplex session: bytes from the sink that the source's kernel took
     back_lost: int = 0
     back_method: str = ""
+    via: str = ""
 
     @property
     def failed_sinks(self) -> int:
@@ -143,7 +144,7 @@ class SessionRecord:
         if self.back is not None:
             found["bytes_back"], found["lost_back"] = self.back, self.back_lost
             found["method_back"] = self.back_method
-        for key in ("reason", "why_method", "stages", "measured"):
+        for key in ("via", "reason", "why_method", "stages", "measured"):
             if value := getattr(self, key):
                 found[key] = value
         return found
@@ -154,6 +155,7 @@ class SessionRecord:
         ends = _ends(self.route, self.source, sink.sink, sink.address)
         why = f', "why_method": {_quoted(self.why_method)}' if self.why_method else ""
         reason = f', "reason": {_quoted(self.reason)}' if self.reason else ""
+        via = f', "via": "{self.via}"' if self.via else ""
         more = _upstream(sink)
         more += f', "connect_seconds": {sink.connects[-1]:.6f}' if sink.connects else ""
         return (
@@ -162,14 +164,14 @@ class SessionRecord:
             f'"result": "{self.result}", "sinks": [{{{ends[2]}, "bytes": {sink.bytes}, "lost": {sink.lost}, '
             f'"dropped": 0, "reconnects": 0, "seconds": {sink.seconds:.6f}, "method": "{sink.method}", '
             f'"result": "{sink.result}"{more}}}], "bytes_back": {self.back}, "lost_back": {self.back_lost}, '
-            f'"method_back": "{self.back_method}"{reason}{why}'
+            f'"method_back": "{self.back_method}"{via}{reason}{why}'
         )
 
     def as_text(self) -> str:
         """One line for people."""
         if self.back is not None:
             said = (
-                f"{self.route} #{self.id} from {self.peer}: {self.bytes} B there and {self.back} B back in "
+                f"{self.route} #{self.id} from {self._whom}: {self.bytes} B there and {self.back} B back in "
             )
             said += f"{self.seconds:.2f} s, {self.result}, ended by {self.ended_by}"
             said = "; ".join([said, *([self.reason] if self.reason else [])])
@@ -177,12 +179,17 @@ class SessionRecord:
             return "; ".join([said, *self._parts()]) if len(self.sinks) > 1 or self.stages else said
         rate = show_size(self.bytes / self.seconds) if self.seconds > 0 else "0 B"
         parts = [
-            f"{self.route} #{self.id} from {self.peer or self.source}: {show_size(self.bytes)} "
+            f"{self.route} #{self.id} from {self._whom}: {show_size(self.bytes)} "
             f"in {self.seconds:.2f} s ({rate}/s, {self.method}), {self.result}, ended by {self.ended_by}"
         ]
         if self.reason:
             parts.append(self.reason)
         return "; ".join([*parts, *self._parts()])
+
+    @property
+    def _whom(self) -> str:
+        peer = self.peer or self.source
+        return f"{peer} via {self.via}" if self.via else peer
 
     def _parts(self) -> list[str]:
         """What sinks and stages have to say, for people."""

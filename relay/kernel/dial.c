@@ -112,6 +112,13 @@ int dial_connect(const struct relay_dial *dial, const char *from, int from_size,
     return fd;
 }
 
+void relay_dial(struct relay_dialing *those, int count)
+{
+    int connected;
+    for (int k = 0; k < count; k++)
+        those[k].fd = dial_connect(those[k].dial, those[k].origin, those[k].origin_size, &connected);
+}
+
 void hang_up(int fd, int reset)
 {
     struct linger at_once = { .l_onoff = 1, .l_linger = 0 };

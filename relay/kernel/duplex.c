@@ -356,19 +356,13 @@ int relay_duplex_begin(struct relay_engine *e, struct relay_duplex *d, int fd, i
     return side_register(e, EPOLL_CTL_ADD, &d->sides[0]);
 }
 
-int relay_duplex_dial(struct relay_engine *e, struct relay_duplex *d, const struct relay_dial *dial, int64_t timeout_ns)
+int relay_duplex_adopt(struct relay_engine *e, struct relay_duplex *d, int fd, int tcp, int is_connected,
+                       int64_t timeout_ns)
 {
     struct relay_side *b = &d->sides[1];
-    int is_connected, error;
-    hang_up(b->fd, 0);
-    d->ahead_at = 0;
-    b->fd = dial_connect(dial, d->origin, d->origin_size, &is_connected);
-    if (b->fd < 0) {
-        error = b->fd;
-        b->fd = -1;
-        return error;
-    }
-    b->tcp = (uint8_t)dial->tcp;
+    int error;
+    b->fd = fd;
+    b->tcp = (uint8_t)tcp;
     b->writable = (uint8_t)is_connected;
     b->readable = b->hung = b->urgent = 0;
     b->asked = !is_connected;
@@ -383,6 +377,17 @@ int relay_duplex_dial(struct relay_engine *e, struct relay_duplex *d, const stru
     else
         set_timed(e, d, e->now_ns + timeout_ns);
     return 0;
+}
+
+int relay_duplex_dial(struct relay_engine *e, struct relay_duplex *d, const struct relay_dial *dial, int64_t timeout_ns)
+{
+    struct relay_side *b = &d->sides[1];
+    int is_connected, fd;
+    hang_up(b->fd, 0);
+    b->fd = -1;
+    d->ahead_at = 0;
+    fd = dial_connect(dial, d->origin, d->origin_size, &is_connected);
+    return fd < 0 ? fd : relay_duplex_adopt(e, d, fd, dial->tcp, is_connected, timeout_ns);
 }
 
 void relay_duplex_close(struct relay_engine *e, struct relay_duplex *d, int reset)

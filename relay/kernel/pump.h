@@ -357,6 +357,14 @@ struct relay_dial {
     int idle, interval, count, longest_ms;
 };
 
+/* One of many connects: to where `dial` says, from the address `origin` where that has a size. */
+struct relay_dialing {
+    const struct relay_dial *dial;
+    char origin[32];
+    int origin_size;
+    int fd;
+};
+
 struct relay_engine {
     int epoll;
     int null_fd;
@@ -410,6 +418,12 @@ int relay_duplex_begin(struct relay_engine *e, struct relay_duplex *d, int fd, i
                        uint64_t token, uint32_t slot);
 /* Its second side connects, for `timeout_ns` at most, in place of one that did not: 0 or -errno. */
 int relay_duplex_dial(struct relay_engine *e, struct relay_duplex *d, const struct relay_dial *dial, int64_t timeout_ns);
+/* Its second side is `fd`, which connects, or is connected; a tcp socket may be called connecting when it is not any
+ * more. `fd` is the session's from here: 0 or -errno. */
+int relay_duplex_adopt(struct relay_engine *e, struct relay_duplex *d, int fd, int tcp, int is_connected,
+                       int64_t timeout_ns);
+/* Connects `count` times, in their order; each `fd` is then a descriptor, or -errno. One that is not tcp is connected. */
+void relay_dial(struct relay_dialing *those, int count);
 /* It may move again: Python has put pipes or buffers there, or changed its mind. */
 void relay_duplex_ready(struct relay_engine *e, struct relay_duplex *d);
 /* Closes both descriptors, with resets where `reset`, takes it off every list and gives back what it borrowed: its

@@ -49,4 +49,5 @@ def account(
         stages=stages,
         source_failed=bool(error),
         measured=measured,
+        via=source.via if source else "",
     )

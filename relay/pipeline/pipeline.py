@@ -428,8 +428,9 @@ class Pipeline:
             part.close()
         self.engine.forget(self.c)
         self.engine.forget_token(self.c.token)
-        for each in (self.crossing, *self.subscribers):
-            each.close()
+        self.crossing.close()
+        for group in self.subscribers:
+            group.close()
         for outlet in self.chain.outlets:
             if outlet.sink is not None:
                 self.engine.forget_token(outlet.sink.c.token)

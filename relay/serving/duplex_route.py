@@ -1,21 +1,21 @@
 """A duplex route at work: its listeners, and its sessions on every engine.
 
 The listeners live on the route's home engine and accept many connections at once; sessions are spread over all
-engines, those of one accept in one message each. Each session counts as under way from when it was accepted until
-its record is written.
+engines, those of one accept in one message each, and their connects begin in the order of accepts (duplex/begun.py).
+Each session counts as under way from when it was accepted until its record is written.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from relay.config.models import Route
+from relay.duplex.begun import Beginnings, Begun
 from relay.duplex.health import Checks
-from relay.duplex.sessions import Sessions
+from relay.duplex.sessions import Common, Sessions
 from relay.duplex.upstreams import Upstreams
 from relay.endpoints.listening import Crowd
 from relay.engine import Engine
@@ -25,17 +25,6 @@ from relay.serving.facts import Facts
 from relay.serving.introductions import Introduced
 from relay.serving.resumption import ids
 from relay.serving.route import RunningRoute
-from relay.ways import Ways
-
-Parts = tuple[
-    str,
-    Route,
-    Ways,
-    Upstreams,
-    Iterator[int],
-    Callable[[SessionRecord, str], None],
-    Callable[[int], None],
-]
 
 
 class DuplexRoute(RunningRoute):
@@ -49,6 +38,8 @@ class DuplexRoute(RunningRoute):
         self._overs: deque[tuple[SessionRecord, str]] = deque()  # from other engines
         self._told = False
         self.upstreams = Upstreams(self.name, self.route.sink, self.home)
+        self._beginnings = Beginnings(self.upstreams, self.route.sink)
+        self._unready: deque[tuple[float, list[tuple[Engine, Introduced]]]] = deque()  # when they came
         self._checks: Checks | None = None
         self._replaced = False
 
@@ -56,6 +47,7 @@ class DuplexRoute(RunningRoute):
         """What the route whose place it takes knows of the upstreams that both have goes on."""
         if isinstance(old, DuplexRoute):
             self.upstreams = Upstreams(self.name, self.route.sink, self.home, old.upstreams)
+            self._beginnings = Beginnings(self.upstreams, self.route.sink)
 
     def stand(self) -> None:
         """Nothing outlives a session."""
@@ -91,40 +83,61 @@ class DuplexRoute(RunningRoute):
             if self._introductions is not None and self._introductions.expects(peer):
                 self._introductions.take(fd, peer)
             else:
-                came.append(Introduced(fd, peer, ""))
+                came.append(Introduced(fd, peer, "", ""))
         self._let_in(came)
 
     def _introduced(self, who: Introduced) -> None:
         self._let_in([who])
 
     def _let_in(self, connections: list[Introduced]) -> None:
-        spread: dict[Engine, list[Introduced]] = {}
+        came: list[tuple[Engine, Introduced]] = []
         for who in connections:
-            fd, peer, _local = who
-            if (self._once and self._under_way) or not self._admission.admit(peer):
-                core.lib.relay_refuse(fd)
+            if (self._once and self._under_way) or not self._admission.admit(who.peer):
+                core.lib.relay_refuse(who.fd)
                 continue
             self._under_way += 1
-            spread.setdefault(next(self._spread), []).append(who)
+            came.append((next(self._spread), who))
         if self._once and self._under_way:
             self.reception.close(sources_only=True)
-        for engine, share in spread.items():
-            sessions = self._sessions.get(engine)
-            if sessions is None:
-                sessions = self._sessions[engine] = self._sessions_on(engine)
+        if not came:
+            return
+        if self._unready or any(engine is not self.home for engine, _who in came):
+            self._unready.append((self.home.now, came))
+            self.upstreams.ready(self.home, self._connect)
+        else:
+            self._on(self.home).begin([who for _engine, who in came])
+
+    def _connect(self) -> None:
+        """The upstreams are known: connects begin for the crowd that has waited longest."""
+        if self._unready:
+            came, crowd = self._unready.popleft()
+            begun = self._beginnings.begin([who.peer for _engine, who in crowd], came, self.home.now)
+            self._share_out(crowd, begun)
+
+    def _share_out(self, crowd: Sequence[tuple[Engine, Introduced]], begun: Sequence[Begun | None]) -> None:
+        shares: dict[Engine, list[tuple[Introduced, Begun | None]]] = {}
+        for (engine, who), one in zip(crowd, begun, strict=True):
+            shares.setdefault(engine, []).append((who, one))
+        for engine, share in shares.items():
+            sessions = self._on(engine)
             if engine is self.home:
-                sessions.begin(share)
+                sessions.go_on(share)
             else:
-                engine.post(partial(sessions.begin, share))
+                engine.post(partial(sessions.go_on, share))
+
+    def _on(self, engine: Engine) -> Sessions:
+        sessions = self._sessions.get(engine)
+        if sessions is None:
+            sessions = self._sessions[engine] = self._sessions_on(engine)
+        return sessions
+
+    @property
+    def _common(self) -> Common:
+        return Common(self.name, self.route, self._ways, self.upstreams, ids)
 
     def _sessions_on(self, engine: Engine) -> Sessions:
         """Those that will be on that engine."""
-        return Sessions(engine, *self._sessions_of(engine))
-
-    def _sessions_of(self, engine: Engine) -> Parts:
-        """What sessions on that engine are made of, beside it."""
-        over, short = partial(self._ended, engine), partial(self._short, engine)
-        return self.name, self.route, self._ways, self.upstreams, ids, over, short
+        return Sessions(engine, self._common, partial(self._ended, engine), partial(self._short, engine))
 
     def _short(self, engine: Engine, code: int) -> None:
         """On any engine: it was a descriptor short of a session. Newcomers wait in the kernel for a moment."""
@@ -174,6 +187,9 @@ class DuplexRoute(RunningRoute):
         self.cut_short = self.cut_short or self.under_way
         if self._introductions is not None:
             self._introductions.abort(reason)
+        while self._unready:
+            _came, crowd = self._unready.popleft()
+            self._share_out(crowd, [None] * len(crowd))
         for engine, sessions in self._sessions.items():
             engine.post(partial(sessions.abort, reason))
         self._look_whether_done()

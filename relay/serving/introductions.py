@@ -19,10 +19,11 @@ from functools import partial
 from ipaddress import ip_address
 from typing import NamedTuple
 
+from relay.endpoints.awaited import Awaited
 from relay.endpoints.options import Network, Trust
 from relay.endpoints.proxy_header import LONGEST, Malformed, Origin, parse, scan
 from relay.endpoints.socket import close_with_reset
-from relay.engine import Engine, Timer, Watch
+from relay.engine import Engine
 from relay.errors import KernelError, name_of
 from relay.serving.admission import Admission, host_of
 
@@ -30,30 +31,28 @@ log = logging.getLogger("relay.serve")
 
 
 class Introduced(NamedTuple):
-    """A connection, nonblocking, for whom it comes and where that one had connected to ("": to this socket)."""
+    """A connection, nonblocking, for whom it comes, where that one had connected to ("": to this socket), and the proxy
+    that says so ("": nobody does, the peer is who connected)."""
 
     fd: int
     peer: str
     local: str
+    via: str
 
 
-class _Newcomer:
+class _Newcomer(Awaited):
     """A connection whose header has not come yet, or not whole; owns the socket."""
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
-        self.sock = sock
+        super().__init__(sock)
         self.peer = peer
         self.header = b""
-        self.watch: Watch | None = None
-        self.timer: Timer | None = None
 
-    def let_go(self) -> int:
+    def detach(self) -> int:
         """Looked at no more; its descriptor is the caller's."""
-        if self.watch is not None:
-            self.watch.close()
-        if self.timer is not None:
-            self.timer.cancel()
-        return self.sock.detach()
+        sock = self.let_go()
+        assert sock is not None
+        return sock.detach()
 
 
 class Introductions:
@@ -100,8 +99,9 @@ class Introductions:
         if not self._admission.expect(peer):
             close_with_reset(fd)
             return
-        newcomer = _Newcomer(socket.socket(fileno=fd), peer)
-        newcomer.sock.setblocking(False)
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        newcomer = _Newcomer(sock, peer)
         self._waiting.add(newcomer)
         if self._look(newcomer):
             return
@@ -121,6 +121,7 @@ class Introductions:
     def _look(self, newcomer: _Newcomer) -> bool:
         """Takes of a header what has come; whether the newcomer is dealt with."""
         sock = newcomer.sock
+        assert sock is not None
         try:
             seen = sock.recv(LONGEST, socket.MSG_PEEK)
             if not seen:
@@ -148,7 +149,8 @@ class Introductions:
         self._waiting.discard(newcomer)
         self._admission.expected()
         log.debug("%s connects for %s", newcomer.peer, origin.peer or "nobody but itself")
-        self._known(Introduced(newcomer.let_go(), origin.peer or newcomer.peer, origin.local))
+        peer, via = (origin.peer, newcomer.peer) if origin.peer else (newcomer.peer, "")
+        self._known(Introduced(newcomer.detach(), peer, origin.local, via))
 
     def _refuse(self, newcomer: _Newcomer, reason: str) -> None:
         if newcomer not in self._waiting:
@@ -156,7 +158,7 @@ class Introductions:
         self._waiting.discard(newcomer)
         self._admission.expected()
         self._admission.refuse(newcomer.peer, reason)
-        close_with_reset(newcomer.let_go())
+        close_with_reset(newcomer.detach())
         self._gone()
 
     def abort(self, reason: str) -> None:

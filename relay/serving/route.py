@@ -224,13 +224,13 @@ class RunningRoute:
         if self._introductions is not None and self._introductions.expects(peer):
             self._introductions.take(sock.detach(), peer)
         else:
-            self._came(sock, peer, "")
+            self._came(sock, peer, "", "")
 
     def _introduced(self, who: Introduced) -> None:
         """A proxy has said for whom it connects."""
-        self._came(socket.socket(fileno=who.fd), who.peer, who.local)
+        self._came(socket.socket(fileno=who.fd), who.peer, who.local, who.via)
 
-    def _came(self, sock: socket.socket, peer: str, local: str) -> None:
+    def _came(self, sock: socket.socket, peer: str, local: str, via: str) -> None:
         if not self._admission.admit(peer):
             close_with_reset(sock.detach())
             return
@@ -238,6 +238,7 @@ class RunningRoute:
             local = local or local_of(sock.fileno())
         engine = self.home if self._persistent else next(self._spread)
         source = accepted(engine, self.route.source.address, sock, peer, local, self._ways)
+        source.via = via
         source.on_close = lambda: self.home.post(partial(self._admission.leave, peer))
         source.on_fail = lambda error: self._refused(source, error)
         if self._once:

@@ -21,7 +21,8 @@ class StagedRoute(DuplexRoute):
 
     def _sessions_on(self, engine: Engine) -> StagedSessions:
         spill = partial(self._spills.sink, self._ways)
-        made = StagedSessions(engine, *self._sessions_of(engine), spill=spill)
+        over, short = partial(self._ended, engine), partial(self._short, engine)
+        made = StagedSessions(engine, self._common, over, short, spill)
         made.change(*self._both(), ())
         return made
 
