@@ -28,7 +28,8 @@ import relay
 from relay.errors import KernelError, ShareError
 from relay.sharing import wire
 from relay.sharing.content import Content
-from relay.sharing.shared import Draft, Shared, share
+from relay.sharing.draft import Draft
+from relay.sharing.shared import Shared, share
 
 numpy = pytest.importorskip("numpy", reason="numpy is missing: pip install -e '.[test]'")
 
@@ -224,7 +225,7 @@ def test_a_draft_is_filled_in_place(fds: Descriptors) -> None:
         with pytest.raises(BufferError, match="drop them"):
             draft.share()
         array[50] = 9
-        inode = os.fstat(draft._fd).st_ino
+        inode = os.fstat(draft._pages.fileno()).st_ino
         del array
         with draft.share() as shared, through(fds, shared) as got:
             assert os.fstat(got.fileno()).st_ino == inode
