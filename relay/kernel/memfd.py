@@ -169,6 +169,14 @@ def fill(fd: int, content: memoryview) -> None:
         raise out_of_memory(len(content), error) from error
 
 
+def resize(fd: int, size: int) -> None:
+    """Gives the file `size` bytes without pages. KernelError when the limit of files' sizes forbids it."""
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        raise out_of_memory(size, error) from error
+
+
 def reserve(fd: int, size: int) -> None:
     """Gives the file `size` bytes with a page behind each. KernelError when memory runs out."""
     try:

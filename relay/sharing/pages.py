@@ -30,8 +30,8 @@ class Pages(Held, mmap.mmap):
         """`size` bytes, at least one."""
         fd = memfd.make("relay-shared")
         try:
+            memfd.resize(fd, size)
             try:
-                os.ftruncate(fd, size)
                 self = memfd.aligned(
                     lambda: super(Pages, cls).__new__(
                         cls, -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
