@@ -26,6 +26,7 @@ Python owns.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -59,6 +60,7 @@ PIECE: Final = 1 << 30  # most bytes of one write
 POPULATE_READ, POPULATE_WRITE = 22, 23  # madvise: enter all pages of a mapping now
 _SWITCHES: Final = Path("/sys/kernel/mm/transparent_hugepage")
 _SMALL: Final = 256 * 1024  # bytes that are copied before a call into C, without the GIL, would begin to
+_TRIES: Final = 3  # a gap just large enough for the mapping has no room for more
 
 Mapped = TypeVar("Mapped", bound=mmap.mmap)
 
@@ -120,23 +122,27 @@ def enlarge(memory: mmap.mmap, fd: int, offset: int = 0) -> bool:
 def aligned(make: Callable[[], Mapped]) -> Mapped:
     """The mapping that `make` makes, at an address where huge pages can be mapped as such, if there is one to be had.
 
-    Where it comes to lie under the mapping above it, room for the odd end is taken first, and it is made once more.
+    While it comes to lie under the mapping above it, room for the odd end is taken first, and it is made once more.
     """
     memory = make()
-    size = whole_pages(len(memory))
+    with contextlib.ExitStack() as undo:
+        for _ in range(_TRIES):
+            size, begin = whole_pages(len(memory)), address(memory)
+            odd = begin % HUGE_PAGE
+            if size < HUGE_PAGE or not odd:
+                break
+            memory.close()
+            above = core.ffi.cast("char *", begin + size - odd)
+            if not core.lib.relay_occupy(above, odd):  # or another thread was faster
+                undo.callback(core.lib.relay_vacate, above, odd)
+            memory = make()
+    return memory
+
+
+def address(memory: mmap.mmap | memoryview) -> int:
+    """Where it begins."""
     with core.ffi.from_buffer("char[]", memory) as at:
-        begin = int(core.ffi.cast("uintptr_t", at))
-    odd = begin % HUGE_PAGE
-    if size < HUGE_PAGE or not odd:
-        return memory
-    memory.close()
-    above = core.ffi.cast("char *", begin + size - odd)
-    if core.lib.relay_occupy(above, odd):  # another thread has mapped something there
-        return make()
-    try:
-        return make()
-    finally:
-        core.lib.relay_vacate(above, odd)
+        return int(core.ffi.cast("uintptr_t", at))
 
 
 def copy(to: mmap.mmap, content: memoryview) -> None:

@@ -14,7 +14,7 @@ import weakref
 from typing import Final
 
 from relay.errors import KernelError
-from relay.kernel import core, memfd
+from relay.kernel import memfd
 from relay.kernel.arena import in_use
 from relay.sharing.held import Held
 
@@ -45,7 +45,7 @@ class Pages(Held, mmap.mmap):
             os.close(fd)
             raise
         self._fd = fd
-        _PAGES[_address(self)] = self
+        _PAGES[memfd.address(self)] = self
         return self
 
     @property
@@ -90,15 +90,10 @@ def settled(flat: memoryview) -> int:
 
     That is, if it is other memory, or a part of pages, or somebody else might write to them.
     """
-    pages = _PAGES.get(_address(flat))
+    pages = _PAGES.get(memfd.address(flat))
     if pages is None or len(pages) != len(flat):
         return -1
     try:
         return pages.settle()
     except (KernelError, ValueError):
         return -1
-
-
-def _address(memory: mmap.mmap | memoryview) -> int:
-    with core.ffi.from_buffer("char[]", memory) as at:
-        return int(core.ffi.cast("uintptr_t", at))
