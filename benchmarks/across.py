@@ -116,22 +116,23 @@ class HandReused:
 
 
 class Sharing:
-    """relay.share, or a relay.Draft where the array is made in place: memory that is final, a new one each time."""
+    """relay.share of an array of the heap, or in place of one by relay.empty: memory that is final, new each time."""
 
     def __init__(self, sock: socket.socket, size: int) -> None:
         self.sock, self.size = sock, size
 
     def place(self) -> Any:
-        self.draft = relay.Draft(self.size // 8, "<f8")
-        return self.draft.array()
+        self.array = relay.empty(self.size // 8, "<f8")
+        return self.array
 
     def send(self, array: Any) -> None:
         with relay.share(array) as shared:
             shared.send(self.sock)
 
     def send_placed(self) -> None:
-        with self.draft.share() as shared:
+        with relay.share(self.array) as shared:
             shared.send(self.sock)
+        del self.array
 
     def receive(self, look: Callable[[Any], None]) -> None:
         with relay.Shared.receive(self.sock) as shared:  # type: ignore[union-attr]
@@ -262,7 +263,7 @@ def ways(cell: str, size: int) -> Iterator[tuple[str, bool, Callable[[], tuple[A
         yield "shared_memory by hand, one segment rewritten", False, reused
         yield "shared_memory by hand, one segment rewritten in place", False, reused
         yield "relay.share", True, over(Sharing)
-        yield "relay.Draft, in place", True, over(Sharing)
+        yield "relay.share, in place", True, over(Sharing)
     else:
         with contextlib.suppress(ImportError):
             import zmq as found  # noqa: F401 - a peer, if it is there

@@ -1,16 +1,19 @@
 """Memory from process to process: relay beside sockets, multiprocessing, pyzmq and shared memory by hand.
 
-    python -m benchmarks.memory [--runs 5] [--only array] [--json FILE]
+    python -m benchmarks.memory [--runs 5] [--only array] [--json FILE] [--page FILE]
 
-`array`   a 64 MiB array, one at a time, to a process that reads a value of each page. Ways that say "in place" have it
-          computed where it is handed over, the others find it on the heap; the computing is not in the figures
-`made`    the same with the computing in the figures
+`array`   a 64 MiB array, one at a time, from before it is handed over until the other process has read a value of each
+          page, let go of it and said so. Ways that say "in place" have it computed where it is handed over, the others
+          find it on the heap; neither the computing nor the memory it is computed into is in the figures
+`made`    the same with both in the figures
 `blocks`  a steady stream of 1 MiB blocks
 `pipe`    pipe to pipe, without looking at the bytes: lending, with huge pages or small ones and with busy or
           waiting ends, beside write and read, and beside this machine's memcpy
+`pages`   the steps of a share alone, with small pages and with huge ones
 
 Each way has a sender and a receiver, two processes. All ways of a cell run in turn, round after round; the table has
 medians, and the CPU of both processes together. Every array's sum is checked. pyzmq is left out where it is missing.
+`--page FILE` puts each table into a page, between the lines `<!-- cell: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from typing import Any
 
 import numpy
 
-from . import lending, machine
+from . import lending, machine, pages
 from .across import MIB, ways
 
 ARRAY = 64 * MIB
@@ -156,48 +159,74 @@ TITLES = {
     "made": "A 64 MiB array made anew each time, the making included",
     "blocks": "A stream of 1 MiB blocks, each computed and sent",
 }
+CELLS = [*TITLES, "pipe", "pages"]
+
+
+BEST = ("relay.share, in place", "relay.ShareSink.slot, in place")
 
 
 def table(cell: str, results: list[Result], size: int) -> str:
-    """Markdown: milliseconds, GB/s and CPU of each way, and how many times faster the best of relay's is."""
-    best = min((one.median for one in results if one.ours), default=0.0)
+    """Markdown: milliseconds, GB/s and CPU of each way, and how many times faster relay's ways in place are."""
+    best = [one for name in BEST for one in results if one.name == name]
+    columns = "".join(f" `{one.name.split(',')[0]}` in place is faster by |" for one in best)
     lines = [
         f"### {TITLES[cell]} (`{cell}`)\n",
-        "| way | ms (min to max) | GB/s | CPU ms, both processes | relay's best is faster by |",
-        "|---|---:|---:|---:|---:|",
+        f"| way | ms (min to max) | GB/s | CPU ms, both processes |{columns}",
+        "|---|---:|---:|---:|" + "---:|" * len(best),
     ]
     for one in results:
         name = f"**{one.name}**" if one.ours else one.name
         ms = [1e3 * value for value in (one.median, min(one.seconds), max(one.seconds))]
         used = 1e3 * statistics.median(one.cpu)
-        by = "" if one.ours else f"{one.median / best:.1f}"
+        by = "".join(" |" if one.ours else f" {one.median / other.median:.1f} |" for other in best)
         lines.append(
-            f"| {name} | {ms[0]:.3f} ({ms[1]:.3f} to {ms[2]:.3f}) | {size / one.median / 1e9:.2f} | {used:.3f} | {by} |"
+            f"| {name} | {ms[0]:.3f} ({ms[1]:.3f} to {ms[2]:.3f}) | {size / one.median / 1e9:.2f} | {used:.3f} |{by}"
         )
     return "\n".join(lines) + "\n"
+
+
+def put(page: Path, cell: str, text: str) -> None:
+    """`text` in place of what `page` has for `cell`; SystemExit if it has no place for it."""
+    begin, end = f"<!-- cell: {cell} -->", "<!-- end -->"
+    before, mark, rest = page.read_text().partition(f"{begin}\n")
+    _old, closing, after = rest.partition(end)
+    if not mark or not closing:
+        raise SystemExit(f"{page} has no lines {begin} and {end}")
+    page.write_text(f"{before}{begin}\n{text.rstrip()}\n{end}{after}")
+
+
+def measured(cell: str, runs: int) -> tuple[str, Any]:
+    """The table of `cell`, and its figures."""
+    if cell == "pipe":
+        rates = lending.pipes(runs)
+        return lending.pipe_table(rates), rates
+    if cell == "pages":
+        steps = pages.steps(runs)
+        return pages.table(steps), steps
+    size, count = (BLOCK, 1000) if cell == "blocks" else (ARRAY, 5)
+    results = measure(cell, runs, size, count)
+    return table(cell, results, size), {one.name: {"seconds": one.seconds, "cpu": one.cpu} for one in results}
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n\n")[0])
     parser.add_argument("--runs", type=int, default=5, help="rounds that count")
-    parser.add_argument("--only", choices=[*TITLES, "pipe"], action="append", help="a cell; may be repeated")
+    parser.add_argument("--only", choices=CELLS, action="append", help="a cell; may be repeated")
     parser.add_argument("--json", type=Path, help="every round's figures go here as well")
+    parser.add_argument("--page", type=Path, help="a page of Markdown that the tables are put into as well")
     given = parser.parse_args()
-    cells = given.only or [*TITLES, "pipe"]
     here = machine.description(Path(tempfile.gettempdir()))
-    print(f"Machine: {machine.line(here)}\n")
+    line = f"Machine: {machine.line(here)} Medians of {given.runs} rounds in turn.\n"
+    print(line)
+    if given.page:
+        put(given.page, "machine", line)
     figures: dict[str, Any] = {"machine": here}
-    for cell in cells:
-        if cell == "pipe":
-            found = lending.pipes(given.runs)
-            figures[cell] = found
-            print(lending.pipe_table(found))
-            continue
-        size, count = (BLOCK, 1000) if cell == "blocks" else (ARRAY, 5)
-        results = measure(cell, given.runs, size, count)
-        figures[cell] = {one.name: {"seconds": one.seconds, "cpu": one.cpu} for one in results}
-        print(table(cell, results, size))
+    for cell in given.only or CELLS:
+        text, figures[cell] = measured(cell, given.runs)
+        print(text)
+        if given.page:
+            put(given.page, cell, text)
     if given.json:
         given.json.write_text(json.dumps(figures, indent=1))
 

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from relay.kernel.transfer import tee as tee
     from relay.kernel.transfer import vmsplice as vmsplice
     from relay.sending.progress import Standing as Standing
+    from relay.sharing.draft import Draft as Draft
+    from relay.sharing.draft import empty as empty
     from relay.sharing.memory import Memory as Memory
-    from relay.sharing.shared import Draft as Draft
     from relay.sharing.shared import Shared as Shared
     from relay.sharing.shared import share as share
     from relay.sharing.sink import ShareSink as ShareSink
@@ -56,7 +57,8 @@ _HOMES = {
     "tee": "relay.kernel.transfer",
     "vmsplice": "relay.kernel.transfer",
     "Memory": "relay.sharing.memory",
-    "Draft": "relay.sharing.shared",
+    "Draft": "relay.sharing.draft",
+    "empty": "relay.sharing.draft",
     "Shared": "relay.sharing.shared",
     "share": "relay.sharing.shared",
     "ShareSink": "relay.sharing.sink",
@@ -91,6 +93,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "aio",
+    "empty",
     "run",
     "send",
     "share",

@@ -10,6 +10,7 @@ in a single pydantic error, from which `problems_of` takes them out again.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -20,7 +21,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from relay.errors import did_you_mean
+from relay.errors import ConfigError, ConfigErrors, did_you_mean
 from relay.units import show
 
 Place = tuple[str | int, ...]
@@ -144,6 +145,23 @@ def problems_of(error: ValidationError) -> Iterator[Problem]:
             yield Problem(f"missing key '{detail['loc'][-1]}'", tuple(detail["loc"][:-1]), at_key=True)
         else:
             yield Problem(_in_words(detail), tuple(detail["loc"]))
+
+
+def said(place: Place, problem: Problem) -> str:
+    """The message behind the path of what it is about, such as `routes.camera.stages[0].tee`."""
+    path = ""
+    for part in place:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:
+            word = part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else repr(part)
+            path += f".{word}" if path else word
+    return f"{path}: {problem.message}" if path else problem.message
+
+
+def refusal(error: ValidationError, name: str) -> ConfigErrors:
+    """What a pydantic error says of data that has no lines, each problem behind `name` and its path."""
+    return ConfigErrors([ConfigError(said(each.place, each), file=name) for each in problems_of(error)])
 
 
 def list_of(words: Iterable[str], last: str = "or") -> str:

@@ -272,7 +272,7 @@ def _config(given: Path | Mapping[str, Any] | Config | Route) -> Config:
     if isinstance(given, Config):
         return given
     if isinstance(given, Route):
-        return Config(routes={"run": given})
+        return from_data({"routes": {"run": given}})
     if isinstance(given, Mapping):
         return from_data(given)
     from relay.config.load import load_to_run  # YAML, for who has some

@@ -17,13 +17,36 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as command
-from benchmarks import contender, duplex, table
+from benchmarks import contender, duplex, memory, table
 from benchmarks.catalogue import catalogue
 from benchmarks.cell import GIB, MIB, Cell
 from benchmarks.contender import Contender, Part, Place
 from benchmarks.load import BenchmarkError, Process, compiled, kept
 from benchmarks.series import Result, measured
 from benchmarks.trial import Measure, Trial
+
+
+def test_a_table_is_put_into_its_place(tmp_path: Path) -> None:
+    """A cell's table replaces what the page had between its marks, and nothing else; a page without them is told."""
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- cell: one -->\nold\n<!-- end -->\nb\n<!-- cell: two -->\n<!-- end -->\n")
+    memory.put(page, "two", "| 2 |\n\n")
+    memory.put(page, "one", "| 1 |\n")
+    assert (
+        page.read_text()
+        == "a\n<!-- cell: one -->\n| 1 |\n<!-- end -->\nb\n<!-- cell: two -->\n| 2 |\n<!-- end -->\n"
+    )
+    with pytest.raises(SystemExit, match="has no lines <!-- cell: three -->"):
+        memory.put(page, "three", "")
+
+
+def test_the_page_has_a_place_for_every_table(tmp_path: Path) -> None:
+    """The command that is named on the page finds where each of its tables belongs."""
+    page = tmp_path / "memory.md"
+    page.write_text((Path(memory.__file__).parent.parent / "docs" / "memory.md").read_text())
+    for cell in ["machine", *memory.CELLS]:
+        memory.put(page, cell, f"the table {cell}")
+        assert f"<!-- cell: {cell} -->\nthe table {cell}\n<!-- end -->" in page.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,12 @@ from forked import forked, needs_root
 from jsonschema import Draft202012Validator
 from peers import run
 
-from relay.doctor import ends, examine, path
+from relay.doctor import ability, ends, examine, path
 from relay.doctor.ability import Ability, abilities
 from relay.doctor.ends import Pages
 from relay.doctor.path import cells
 from relay.errors import KernelError
+from relay.kernel import memfd
 
 FILLED_BY_FILES = ("pipe", "unix", "tcp")
 
@@ -142,6 +143,16 @@ def test_a_failure_is_told_and_the_rest_goes_on(
     document = json.loads(capsys.readouterr().out)
     assert document["failures"] == ["tcp to tcp by splice: no luck"]
     assert len(document["matrix"]) == len(list(cells())) - 1
+
+
+def test_small_pages_are_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory that is shared has small pages only, the switch is named, or that memory is in pieces."""
+    monkeypatch.setattr(ability, "_mapped_huge", lambda _fd: 0)
+    for switch, hint in (("never", "shmem_enabled"), ("deny", "shmem_enabled"), ("always", "2 MiB is free")):
+        monkeypatch.setattr(memfd, "huge_pages", lambda switch=switch: switch)
+        (line,) = [each for each in abilities() if each.name == "huge pages in memfds"]
+        assert (line.state, line.needed) == ("less", False)
+        assert hint in line.hint
 
 
 def test_missing_is_only_what_is_needed() -> None:

@@ -14,6 +14,8 @@ from peers import payload
 
 import relay
 from relay.kernel import memfd
+from relay.kernel.arena import HUGE_PAGE
+from relay.sharing.slots import slot_bytes
 
 
 @pytest.mark.parametrize("word", ["never", "advise", "always"])
@@ -33,6 +35,31 @@ def test_whatever_pages_the_system_gives(word: str, monkeypatch: pytest.MonkeyPa
             view[: 1 << 20] = content[: 1 << 20]
         with draft.share() as shared:
             assert bytes(shared) == content[: 1 << 20] + bytes(2 << 20)
+
+
+@pytest.mark.parametrize("size", [2 << 20, (5 << 20) + 77, 8 << 20])
+def test_large_memory_begins_where_a_huge_page_can(size: int) -> None:
+    """Whatever its size, memory that has huge pages is mapped where they fit, at both ends."""
+    one, two = socket.socketpair()
+    draft = relay.Draft(size)
+    assert memfd.address(draft._pages) % HUGE_PAGE == 0
+    with one, two, draft.share() as shared:
+        shared.send(one)
+        with relay.Shared.receive(two) as received:  # type: ignore[union-attr]
+            assert memfd.address(shared) % HUGE_PAGE == memfd.address(received) % HUGE_PAGE == 0
+
+
+def test_a_slot_of_a_large_ring_is_of_whole_huge_pages() -> None:
+    """Large slots are rounded to huge pages, small ones to pages, and blocks of the size they were made for fit."""
+    assert [slot_bytes(size) for size in (1, 4096, 5000, (16 << 20) - 1, (16 << 20) + 1)] == [
+        4096, 4096, 8192, 16 << 20, 18 << 20,
+    ]  # fmt: skip
+    one, two = socket.socketpair()
+    content = payload(3, (16 << 20) + 1)
+    with relay.ShareSink(one, slots=1, slot_size=len(content)) as sink, relay.ShareSource(two) as source:
+        sink.send(content)
+        with source.receive() as block:  # type: ignore[union-attr]
+            assert block.view() == content
 
 
 def test_no_memory_is_told_and_faults_nobody() -> None:

@@ -205,6 +205,31 @@ def test_configurations(file: Path, tmp_path: Path) -> None:
         relay.run(relay.Route(source=str(tmp_path / "missing"), sink="null:"))
 
 
+def test_a_route_that_is_wrong_is_refused_as_a_configuration_is() -> None:
+    """Every problem of a Route made in code is a ConfigError with its place and what to do, never pydantic's error."""
+    with pytest.raises(ConfigErrors) as refused:
+        relay.Route(
+            source="tpc://127.0.0.1:1", sink={"conect": "unix:///x"}, stages=[{"throttel": {}}], method="fast"
+        )
+    assert all(isinstance(each, relay.RelayError) for each in (refused.value, *refused.value.errors))
+    said = str(refused.value)
+    for part in (
+        "relay.Route: source: ", "relay.Route: sink", "did you mean 'connect'?", "relay.Route: stages[0].throttel: ",
+        "did you mean 'throttle'?", "relay.Route: method: expected auto, zero-copy or copy, got 'fast'",
+    ):  # fmt: skip
+        assert part in said
+    assert len(refused.value.errors) == len(said.splitlines())
+    with pytest.raises(ConfigErrors, match="'replies' needs 'duplex: true'"):
+        relay.Route(source="-", sink="-", replies=["meter"])
+    with pytest.raises(TypeError, match="sink"):
+        relay.Route(source="-")
+    with pytest.raises(ConfigErrors, match=r"relay: routes\.run\.sink"):
+        relay.run(relay.Route(source={"listen": "tcp://127.0.0.1:1"}, sink="tcp://127.0.0.1:1"))
+    with pytest.raises(ConfigErrors) as several:  # routes within a configuration are still told all at once
+        relay.run({"routes": {"a": {"source": "-"}, "b": {"source": "tpc://x", "sink": "-"}}})
+    assert [str(each).split(": ")[1] for each in several.value.errors] == ["routes.a", "routes.b.source"]
+
+
 def test_a_server_runs_until_it_is_cancelled(file: Path, tmp_path: Path) -> None:
     """Routes that listen run on a thread; addresses and records are told; a cancel drains and is no error."""
     cancel = relay.Cancel()

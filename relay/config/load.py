@@ -15,12 +15,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from relay.config.data import said
 from relay.config.document import Document, Spot, Unreadable, parse
 from relay.config.models import Config
 from relay.config.pending import refusals
 from relay.errors import ConfigError, ConfigErrors
-from relay.settings import Place, Problem, problems_of
+from relay.settings import Place, Problem, problems_of, said
 from relay.units import show
 
 LARGEST = 4 << 20  # bytes; a thousand routes take a tenth of it

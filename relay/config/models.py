@@ -11,14 +11,18 @@ from pydantic import AfterValidator, Field, PlainValidator, ValidationError, Wit
 from relay.endpoints.address import Address, AddressError
 from relay.endpoints.options import Account, OnSlow
 from relay.endpoints.settings import SinkSettings, SourceSettings
-from relay.settings import FrozenModel, Place, Problem
+from relay.settings import FrozenModel, Place, Problem, refusal
 from relay.stages.base import AnyStage, StageSettings
 from relay.stages.tee import Settings as Tee
 from relay.units import Duration
 
 
 class Route(FrozenModel):
-    """One source, ordered stages, one sink."""
+    """One source, ordered stages, one sink.
+
+    From code, `Route(source=..., sink=..., stages=[...])` takes what the YAML does: addresses as text, or mappings; it
+    raises ConfigErrors, with every problem and its place, where `relay check` would refuse it.
+    """
 
     source: SourceSettings = Field(description="where bytes enter: a mapping, or a plain address")
     stages: tuple[AnyStage, ...] = Field(default=(), description="what happens on the way, in order")
@@ -34,6 +38,21 @@ class Route(FrozenModel):
         default=None,
         description="read nothing from the source until every sink is there, or so much time has passed",
     )
+
+    def __init__(
+        self,
+        *,
+        source: str | Mapping[str, Any] | SourceSettings,
+        sink: str | Mapping[str, Any] | SinkSettings,
+        **more: Any,
+    ) -> None:
+        try:
+            super().__init__(**{"source": source, "sink": sink, **more})
+        except ValidationError as error:
+            raise refusal(error, "relay.Route") from error
+
+    # a route within a configuration is not made by the above, so its problems are told with all others
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined] # as pydantic marks its own
 
     @classmethod
     def check(cls, given: Mapping[str, Any]) -> Iterator[Problem]:

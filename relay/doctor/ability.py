@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from relay.errors import KernelError, name_of
+from relay.kernel import memfd
 from relay.kernel.arena import HUGE_PAGE, Arena
 from relay.kernel.pipe import DEFAULT_CAPACITY, Pipe
 from relay.units import show_size
@@ -283,18 +284,26 @@ def _huge_memfd() -> Ability:
         fd = os.memfd_create("relay-doctor", os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, size)
-            with mmap.mmap(fd, size) as memory:
-                memory.madvise(mmap.MADV_HUGEPAGE)
+            with memfd.aligned(lambda: memfd.private(size)) as memory:
+                memfd.place(memory, fd, writable=True)
+                memfd.enlarge(memory, fd)
                 memory[:: mmap.PAGESIZE] = bytes(size // mmap.PAGESIZE)
                 found = _mapped_huge(fd)
         finally:
             os.close(fd)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KernelError) as error:
         return Ability(name, "less", f"could not be tried: {error}")
+    switch = memfd.huge_pages()
     if found:
-        return Ability(name, "yes", f"{show_size(found)} of {show_size(size)} mapped by huge pages")
+        how = "asked for by MADV_COLLAPSE, " if switch == "never" else ""
+        said = (
+            f"{show_size(found)} of {show_size(size)} mapped by huge pages ({how}shmem_enabled is {switch!r})"
+        )
+        return Ability(name, "yes", said)
     hint = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled: memory that is shared once is then cheaper"
-    return Ability(name, "less", "small pages only", hint=hint)
+    if switch not in ("never", "deny"):
+        hint = "no memory in stretches of 2 MiB is free: memory that is shared once costs more until there is"
+    return Ability(name, "less", f"small pages only (shmem_enabled is {switch!r})", hint=hint)
 
 
 def _mapped_huge(fd: int) -> int:

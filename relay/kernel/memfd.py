@@ -8,10 +8,15 @@ Facts (man 2 memfd_create, fcntl; mm/memfd.c, mm/shmem.c; pinned by tests/facts/
 - A file that was sealed with holes in it costs whoever reads a hole a page of his own memory.
 - Files of hugetlbfs can be sealed too; reading one faults (SIGBUS) when the system has no huge page left.
 - Any other descriptor (a file on disk, a pipe, a directory, memfd_secret) answers EINVAL to F_GET_SEALS.
-- A memfd is made of large folios where the system lets it (shmem_enabled, Documentation/admin-guide/mm/transhuge.rst):
-  "always" and "within_size" for what write(2) puts there too, which then need not be cleared first; "advise" only for
-  memory that is mapped and was advised. With pages of 4 KiB each
-  one costs 0.5 us to allocate, to map, to unmap and to free, and as much again to clear: more than copying it.
+- With pages of 4 KiB each one costs 0.5 us to allocate, to map, to unmap and to free, and as much again to clear: more
+  than copying it. Of huge pages a memfd is made where the system's switch shmem_enabled says so
+  (Documentation/admin-guide/mm/transhuge.rst): "always" and "within_size" for what write(2) puts there too, which then
+  need not be cleared first; "advise" for memory that is mapped and was advised. "never", the default, is about the
+  kernel's own doing: who asks for huge pages outright, by MADV_COLLAPSE, is given them unless it says "deny".
+- A huge page is mapped as one only where its address and its place in the file agree. The kernel puts a mapping
+  right under the one above it, unless its size is of whole huge pages: then it aligns it (Linux 6.7).
+- A private mapping of a memfd shows the file, and a copy of each page from when it is first written to; a seal WRITE
+  forbids none.
 - Python's mmap duplicates the descriptor it is given, and keeps it as long as the mapping.
 
 So: what came from elsewhere is mapped only when it has its seals, its exact size, all of its pages, and pages
@@ -28,8 +33,9 @@ import functools
 import mmap
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from relay.errors import KernelError, ShareError, name_of
 from relay.kernel import core
@@ -41,6 +47,7 @@ SEAL: Final = fcntl.F_SEAL_SEAL
 SIZE: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 WRITE: Final = fcntl.F_SEAL_WRITE
 FUTURE_WRITE: Final = 0x10  # fcntl has it from Python 3.13 on
+FINAL: Final = SIZE | WRITE | SEAL
 
 _NAMES: Final = {
     fcntl.F_SEAL_SHRINK: "SHRINK",
@@ -53,6 +60,9 @@ PIECE: Final = 1 << 30  # most bytes of one write
 POPULATE_READ, POPULATE_WRITE = 22, 23  # madvise: enter all pages of a mapping now
 _SWITCHES: Final = Path("/sys/kernel/mm/transparent_hugepage")
 _SMALL: Final = 256 * 1024  # bytes that are copied before a call into C, without the GIL, would begin to
+_TRIES: Final = 3  # a gap just large enough for the mapping has no room for more
+
+Mapped = TypeVar("Mapped", bound=mmap.mmap)
 
 
 def make(name: str) -> int:
@@ -87,11 +97,52 @@ def _chosen(switch: Path) -> str:
         return "inherit"
 
 
-def advise(memory: mmap.mmap) -> None:
-    """Asks for huge pages under a writable mapping of a memfd, before anything is written to it."""
-    if len(memory) >= HUGE_PAGE and huge_pages() != "never":
-        with contextlib.suppress(OSError):  # small ones do as well
+def on_request() -> bool:
+    """Whether a memfd has huge pages only where they are asked for: `enlarge` before it is written to."""
+    return huge_pages() in ("never", "advise")
+
+
+def enlarge(memory: mmap.mmap, fd: int, offset: int = 0) -> bool:
+    """Whether there are huge pages from now on under `memory`, a writable mapping of `fd` that is empty so far.
+
+    What is smaller than one, or has no such address, has none. Small pages do as well.
+    """
+    if len(memory) < HUGE_PAGE or not on_request():
+        return False
+    if huge_pages() == "advise":
+        try:
             memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            return False
+        return True
+    with core.ffi.from_buffer("char[]", memory) as at:
+        return int(core.lib.relay_enlarge(at, len(memory), fd, offset)) == 0
+
+
+def aligned(make: Callable[[], Mapped]) -> Mapped:
+    """The mapping that `make` makes, at an address where huge pages can be mapped as such, if there is one to be had.
+
+    While it comes to lie under the mapping above it, room for the odd end is taken first, and it is made once more.
+    """
+    memory = make()
+    with contextlib.ExitStack() as undo:
+        for _ in range(_TRIES):
+            size, begin = whole_pages(len(memory)), address(memory)
+            odd = begin % HUGE_PAGE
+            if size < HUGE_PAGE or not odd:
+                break
+            memory.close()
+            above = core.ffi.cast("char *", begin + size - odd)
+            if not core.lib.relay_occupy(above, odd):  # or another thread was faster
+                undo.callback(core.lib.relay_vacate, above, odd)
+            memory = make()
+    return memory
+
+
+def address(memory: mmap.mmap | memoryview) -> int:
+    """Where it begins."""
+    with core.ffi.from_buffer("char[]", memory) as at:
+        return int(core.ffi.cast("uintptr_t", at))
 
 
 def copy(to: mmap.mmap, content: memoryview) -> None:
@@ -108,19 +159,28 @@ def fill(fd: int, content: memoryview) -> None:
     """Puts all of `content`, flat bytes, from the beginning. KernelError when memory runs out."""
     at = 0
     try:
-        if len(content) >= HUGE_PAGE and huge_pages() == "advise":
+        if len(content) >= HUGE_PAGE and on_request():
             os.ftruncate(fd, len(content))
-            with mmap.mmap(fd, len(content)) as memory:
-                advise(memory)
-                memory.madvise(
-                    POPULATE_WRITE
-                )  # a page that is not to be had is an error here, SIGBUS in a copy
-                copy(memory, content)
-            return
+            with aligned(lambda: private(len(content))) as memory:
+                place(memory, fd, writable=True)
+                if enlarge(memory, fd):
+                    memory.madvise(
+                        POPULATE_WRITE
+                    )  # a page that is not to be had: an error here, SIGBUS in a copy
+                    copy(memory, content)
+                    return
         while at < len(content):
             at += os.pwrite(fd, content[at : at + PIECE], at)
     except OSError as error:
-        raise _out_of_memory(len(content), error) from error
+        raise out_of_memory(len(content), error) from error
+
+
+def resize(fd: int, size: int) -> None:
+    """Gives the file `size` bytes without pages. KernelError when the limit of files' sizes forbids it."""
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        raise out_of_memory(size, error) from error
 
 
 def reserve(fd: int, size: int) -> None:
@@ -128,10 +188,10 @@ def reserve(fd: int, size: int) -> None:
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
-        raise _out_of_memory(size, error) from error
+        raise out_of_memory(size, error) from error
 
 
-def _out_of_memory(size: int, error: OSError) -> KernelError:
+def out_of_memory(size: int, error: OSError) -> KernelError:
     return KernelError(
         f"memfd of {size} bytes: {error.strerror} ({name_of(error.errno or 0)})",
         hint="share less at once, or allow more memory (the container's limit, ulimit -f)",
@@ -180,15 +240,22 @@ def judge(fd: int, size: int, needed: int) -> None:
         )
 
 
-def place(memory: mmap.mmap, fd: int, offset: int = 0, *, writable: bool = False) -> None:
+def private(size: int) -> mmap.mmap:
+    """A writable mapping of `size` bytes for `place` to put pages under."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def place(memory: mmap.mmap, fd: int, offset: int = 0, *, writable: bool = False, own: bool = False) -> None:
     """Puts the pages of `fd` from `offset` on under `memory`, a private anonymous mapping of Python's.
 
     The mapping goes on to belong to `memory`, and the descriptor may be closed. With -1 for `fd` the pages are
-    fresh private ones: whoever still looks at `memory` is cut off. KernelError when it cannot be.
+    fresh private ones: whoever still looks at `memory` is cut off. With `own` they are the file's until somebody writes
+    to them through `memory`, and then copies that nobody else sees. KernelError when it cannot be.
     """
+    kind = core.lib.RELAY_OWN_COPY if own else writable
     with core.ffi.from_buffer("char[]", memory) as at:
         core.check(
-            int(core.lib.relay_map_over(at, whole_pages(len(memory)), fd, offset, writable)),
+            int(core.lib.relay_map_over(at, whole_pages(len(memory)), fd, offset, kind)),
             f"mmap of {len(memory)} shared bytes",
         )
 
@@ -198,7 +265,7 @@ def cut_off(memory: mmap.mmap) -> mmap.mmap:
 
     A seal FUTURE_WRITE forbids to map them anew, so the mapping moves. KernelError before Linux 5.13.
     """
-    fresh = mmap.mmap(-1, len(memory), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    fresh = aligned(lambda: private(len(memory)))
     with core.ffi.from_buffer("char[]", memory) as old, core.ffi.from_buffer("char[]", fresh) as new:
         core.check(int(core.lib.relay_cut(old, new, whole_pages(len(memory)), 1)), "moving a shared mapping")
     place(memory, -1, writable=True)

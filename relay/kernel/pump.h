@@ -455,7 +455,15 @@ void relay_trim_heap(void);
 int relay_cut(char *from, char *to, int64_t size, int writable);
 /* Lends up to 1024 pieces in order, each an offset from base and a length: bytes lent, or -errno. */
 int64_t relay_lend_pieces(int pipe_w, const char *base, const int64_t *pieces, int count);
-/* Whole pages of the file `fd` (-1: fresh private ones) take the place of the mapping at `at`: 0 or -errno. */
+enum { RELAY_OWN_COPY = 2 };
+/* Whole pages of the file `fd` (-1: fresh private ones) take the place of the mapping at `at`: 0 or -errno. `writable`:
+ * 0 for reading, 1 for writing to the file, RELAY_OWN_COPY for writing to copies that nobody else sees. */
 int relay_map_over(char *at, int64_t size, int fd, int64_t offset, int writable);
+/* Makes huge pages, all zeros, of the part of the file `fd` from `offset` on that is mapped at `at`, of as many whole ones
+ * as there are. It must have been empty, and is whatever comes of this: 0 or -errno. */
+int relay_enlarge(char *at, int64_t size, int fd, int64_t offset);
+/* Nothing can be mapped at `at` until relay_vacate: 0, or -errno where something is. */
+int relay_occupy(char *at, int64_t size);
+void relay_vacate(char *at, int64_t size);
 /* As memcpy, by the fastest way there is for much memory. */
 void relay_copy(char *to, const char *from, int64_t size);

@@ -7,18 +7,18 @@ beginning; descriptors that were duplicated share one position, so what is writt
 from __future__ import annotations
 
 import os
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from relay.kernel import memfd
 from relay.sharing.content import Content
+from relay.sharing.held import Held
 from relay.sharing.shared import Shared
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
-class Memory:
+class Memory(Held):
     """A stream in memory: `source` and `sink` are its addresses in routes of this process, while it is open.
 
     `Memory(content)` holds a copy of the buffer `content`, `Memory()` nothing so far. A route that has `source` reads
@@ -38,26 +38,9 @@ class Memory:
             self.close()
             raise
 
-    def __enter__(self) -> Memory:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
     def __len__(self) -> int:
         """Bytes that are there."""
         return os.fstat(self.fileno()).st_size
-
-    def fileno(self) -> int:
-        """The memfd, still owned by this object; ValueError after close."""
-        if self._fd < 0:
-            raise ValueError("the memory is closed, or was shared")
-        return self._fd
 
     @property
     def source(self) -> str:
@@ -84,15 +67,8 @@ class Memory:
 
         ValueError when nothing is there. A route that still writes to it fails.
         """
-        fd, size = self.fileno(), len(self)
+        size = len(self)
         if not size:
             raise ValueError("empty memory cannot be shared: there is no page to map")
-        memfd.seal(fd, memfd.SIZE | memfd.WRITE | memfd.SEAL)
-        self._fd = -1
-        return Shared(fd, Content("|u1", (size,)))
-
-    def close(self) -> None:
-        """Gives the memory back. Safe to call again."""
-        fd, self._fd = getattr(self, "_fd", -1), -1
-        if fd >= 0:
-            os.close(fd)
+        memfd.seal(self.fileno(), memfd.FINAL)
+        return Shared(self._take(), Content("|u1", (size,)))

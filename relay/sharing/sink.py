@@ -28,7 +28,7 @@ from relay.kernel.arena import in_use, whole_pages
 from relay.sharing import wire
 from relay.sharing.content import Content, content_of, describe
 from relay.sharing.shared import Shared
-from relay.sharing.slots import Slots
+from relay.sharing.slots import Slots, slot_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -64,7 +64,7 @@ class ShareSink:
         if slot_size < 1:
             raise ValueError(f"slot_size: at least 1 byte, not {slot_size}")
         self._count = slots
-        self._size = whole_pages(slot_size)
+        self._size = slot_bytes(slot_size)
         self._ring: Slots | None = None
         self._stale = False
         self._turn = 0

@@ -12,26 +12,38 @@ from typing import Final
 
 from relay.errors import KernelError, ShareError
 from relay.kernel import memfd
-from relay.kernel.arena import in_use
+from relay.kernel.arena import HUGE_PAGE, in_use, whole_pages
 from relay.sharing import wire
 
 PAGE: Final = mmap.PAGESIZE
+LARGE: Final = (
+    8 * HUGE_PAGE
+)  # a slot from here on is of whole huge pages: at most an eighth of it is never used
+
+
+def slot_bytes(size: int) -> int:
+    """Bytes that a slot takes for blocks of up to `size` bytes."""
+    return whole_pages(size, HUGE_PAGE if size >= LARGE else PAGE)
 
 
 def _mapped(fd: int, number: int, size: int, *, writable: bool) -> mmap.mmap:
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     try:
-        slot = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=protection)
+        slot = memfd.aligned(
+            lambda: mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=protection)
+        )
     except OSError as error:
         raise KernelError(
             f"mmap of a slot of {size} bytes: {error.strerror}", hint="fewer or smaller slots need less"
         ) from error
     memfd.place(slot, fd, number * size, writable=writable)
-    with contextlib.suppress(OSError):  # before Linux 5.14 every page is entered when it is first looked at
-        slot.madvise(
-            memfd.POPULATE_WRITE if writable else memfd.POPULATE_READ
-        )  # the first blocks are not slower
     return slot
+
+
+def _entered(slot: mmap.mmap, how: int) -> None:
+    """All pages of `slot` are mapped, so that the first blocks are not slower."""
+    with contextlib.suppress(OSError):  # before Linux 5.14 every page is entered when it is first looked at
+        slot.madvise(how)
 
 
 class Slots:
@@ -42,8 +54,13 @@ class Slots:
         self.maps: list[mmap.mmap] = []
         self.fd = memfd.make("relay-slots")
         try:
-            memfd.reserve(self.fd, count * size)
+            memfd.resize(self.fd, count * size)
             self.maps = [_mapped(self.fd, number, size, writable=True) for number in range(count)]
+            for number, slot in enumerate(self.maps):
+                memfd.enlarge(slot, self.fd, number * size)
+            memfd.reserve(self.fd, count * size)
+            for slot in self.maps:
+                _entered(slot, memfd.POPULATE_WRITE)
             memfd.seal(self.fd, memfd.SIZE | memfd.FUTURE_WRITE | memfd.SEAL)
         except BaseException:
             self.close()
@@ -78,4 +95,7 @@ def received(fd: int, count: int, size: int, max_bytes: int) -> list[mmap.mmap]:
             hint="raise max_bytes if that is right",
         )
     memfd.judge(fd, count * size, memfd.FUTURE_WRITE)
-    return [_mapped(fd, number, size, writable=False) for number in range(count)]
+    maps = [_mapped(fd, number, size, writable=False) for number in range(count)]
+    for slot in maps:
+        _entered(slot, memfd.POPULATE_READ)
+    return maps
