@@ -191,9 +191,13 @@ class FileSink(Sink):
         """Its ferry, unless something has to be looked at between two loads."""
         if self._ferry is None or not self._how.plain:
             return None
-        self._straight = True
         self.copies = self.copies or why
         return self._ferry
+
+    def took_pipes(self, why: str) -> None:
+        """After all most of the stream was handed to its thread in pipes: `why`, if that was told, does not hold."""
+        if self.copies == why:
+            self.copies = ""
 
     def finish(self) -> None:
         """Hands over what is left; on_finish comes when the file is whole and has its name."""
