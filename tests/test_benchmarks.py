@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as command
 from benchmarks import contender, duplex, table
+from benchmarks import trial as trial_module
 from benchmarks.catalogue import catalogue
 from benchmarks.cell import GIB, MIB, Cell
 from benchmarks.contender import Contender, Part, Place
@@ -137,6 +139,34 @@ def test_relay_delivers_in_every_kind_of_cell(load: Path, tmp_path: Path) -> Non
         (relay,) = [one for one in small.contenders if one.is_relay]
         trial = Trial(load, small, tmp_path)
         trial.verify(relay, MIB + 1, trial.digest(MIB + 1))
+
+
+@pytest.mark.parametrize("name", ["socat -b 1M", "mbuffer -s 1M", "Python asyncio"])
+def test_a_run_whose_port_was_taken_is_made_on_another(
+    load: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Somebody listens where the contender was to: the run is made once more on another port, and counts."""
+    small = cell("tcp-file")
+    one = peer(small, name)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ports = iter([other.getsockname()[1], trial_module.free_port()])
+        monkeypatch.setattr(trial_module, "free_port", lambda: next(ports))
+        run = Trial(load, small, tmp_path).run(one, MIB)
+    assert run.size == MIB
+    assert list(ports) == []
+
+
+def test_a_port_that_somebody_has_is_not_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that somebody listens at nor one of a connection in TIME_WAIT, which a strict peer could not have."""
+    listened, lingering, free = (trial_module.free_port() for _ in range(3))
+    with socket.create_server(("127.0.0.1", lingering)) as server:
+        with socket.create_connection(("127.0.0.1", lingering)) as client:
+            ours, _ = server.accept()
+            ours.close()  # whoever closes first keeps the port for a minute
+            assert client.recv(1) == b""
+    with socket.create_server(("127.0.0.1", listened)):
+        monkeypatch.setattr(trial_module, "_PORTS", iter([listened, lingering, free]))
+        assert trial_module.free_port() == free
 
 
 def test_small_chunks_are_fed_as_such(load: Path) -> None:
