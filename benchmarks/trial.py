@@ -71,7 +71,7 @@ class Trial:
             for old in self.directory.glob("source-*"):
                 old.unlink()
             with path.open("wb") as file, tempfile.TemporaryFile() as report:
-                argv = [str(self.load), "feed", str(size), str(self.cell.chunk)]
+                argv = [str(self.load), self.cell.feed, str(size), str(self.cell.chunk)]
                 feeder = Process(argv, cpus=None, stdout=file, stderr=report)
                 _succeeded(feeder, feeder.wait(DEADLINE), report)
                 os.fsync(file.fileno())  # or its write-back would fall into the first runs
@@ -80,7 +80,7 @@ class Trial:
     def digest(self, size: int) -> str:
         """The sha256 of `size` bytes as the feeder sends them."""
         with tempfile.TemporaryFile() as report, contextlib.ExitStack() as stack:
-            argv = [str(self.load), "feed", str(size), str(self.cell.chunk)]
+            argv = [str(self.load), self.cell.feed, str(size), str(self.cell.chunk)]
             feeder = Process(argv, cpus=None, stdout=subprocess.PIPE, stderr=report)
             stack.callback(feeder.kill)
             value = _sha256(feeder.stdout)
@@ -255,7 +255,7 @@ class Trial:
             return None
         report = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
         to = {"tcp": [str(place.listen)], "unix": [str(place.listen_path)], "pipe": []}[self.cell.source]
-        argv = [str(self.load), "feed", str(size), str(self.cell.chunk), *to]
+        argv = [str(self.load), self.cell.feed, str(size), str(self.cell.chunk), *to]
         stdout = subprocess.DEVNULL if end < 0 else end
         feeder = Process(argv, cpus=self._load_cpus, stdout=stdout, stderr=report)
         stack.callback(feeder.kill)

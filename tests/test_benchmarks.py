@@ -18,7 +18,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as command
-from benchmarks import contender, duplex, table
+from benchmarks import contender, duplex, floors, table
 from benchmarks import trial as trial_module
 from benchmarks.catalogue import catalogue
 from benchmarks.cell import GIB, MIB, Cell
@@ -293,3 +293,22 @@ def test_conversations_through_relay_are_counted(load: Path, tmp_path: Path, nam
         figures = duplex.Trials(load, talk, tmp_path, 100).run(job, duplex.PROXIES[0])
     assert {key for key, _title, _show in job.columns} <= figures.keys()
     assert all(figures[key] > 0 for key in figures if key != "rss")
+
+
+def test_the_bare_loops_deliver_and_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every floor, shortened: each loop's bytes are verified, and the table has a row of figures for it."""
+    assert floors.main(["--runs", "1", "--mib", "2", "--milliseconds", "20"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert len(lines) == len(floors.FLOORS) + len(floors.PINGS)
+    for line in lines:
+        figures = [float(word) for word in line.replace("(", " ").split() if word.replace(".", "").isdigit()]
+        assert figures[-1] > 0, line
+
+
+def test_a_feeder_that_lends_sends_what_it_says(load: Path) -> None:
+    """Eight chunks in turn, each page with its number: what is lost or out of order changes the digest."""
+    argv = [str(load), "lend", str(10 * MIB + 5), str(MIB)]
+    whole = subprocess.run(argv, capture_output=True, check=True).stdout
+    assert len(whole) == 10 * MIB + 5
+    numbers = [int.from_bytes(whole[at : at + 8], "little") for at in range(0, 10 * MIB, MIB)]
+    assert numbers == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
