@@ -89,8 +89,17 @@ def one_way() -> list[Cell]:
 
 
 def lent(base: Cell) -> Cell:
-    """The same with a feeder that lends its pages: it does not bound those who pass them on."""
-    return replace(base, name=f"{base.name}-lent", title=f"{base.title}, lent by their feeder", feed="lend")
+    """The same with a feeder that lends its pages: it does not bound those who pass them on. Only relay and the best
+    peer run: the others are further behind than without, and take minutes."""
+    title = f"{base.title}, lent by their feeder"
+    return replace(
+        base,
+        name=f"{base.name}-lent",
+        title=title,
+        feed="lend",
+        size=3 * base.size // 2,
+        contenders=base.contenders[:2],
+    )
 
 
 def cpus(pinned: bool) -> tuple[frozenset[int] | None, frozenset[int] | None]:

@@ -75,6 +75,7 @@ FLOORS = (
     Floor("tcp-file", "recv, write past the page cache", _files("direct")),
     Floor("tcp-3files", "recv, write to each", _files("files"), GIB // 2),
 )
+HEAD = ["work", "calls", "CPU-s/GiB, or CPU a round trip (min to max)", "GiB/s, or rate"]
 PINGS = ("ping-1-64", "ping-100-64", "ping-100-4096", "ping-1000-64")
 
 
@@ -144,8 +145,7 @@ def report(runs: int, size: int | None, milliseconds: int, directory: Path | Non
         about = machine.line(machine.description(Path(name)))
         found = list(rows(bare, load, Path(name), runs, size, say))
         found += pings(bare, load, talk, Path(name), runs, milliseconds)
-    head = ["work", "calls", "CPU-s/GiB, or CPU a round trip (min to max)", "GiB/s, or rate"]
-    return "\n".join([f"Machine: {about}", "", *aligned(head, found), ""])
+    return "\n".join([f"Machine: {about}", "", *aligned(HEAD, found), ""])
 
 
 def main(arguments: list[str] | None = None) -> int:

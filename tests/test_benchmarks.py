@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as command
-from benchmarks import contender, duplex, floors, table
+from benchmarks import contender, duplex, floors, page, table
 from benchmarks import trial as trial_module
 from benchmarks.catalogue import catalogue
 from benchmarks.cell import GIB, MIB, Cell
@@ -312,3 +313,43 @@ def test_a_feeder_that_lends_sends_what_it_says(load: Path) -> None:
     assert len(whole) == 10 * MIB + 5
     numbers = [int.from_bytes(whole[at : at + 8], "little") for at in range(0, 10 * MIB, MIB)]
     assert numbers == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+
+
+def test_the_page_has_a_place_for_every_table() -> None:
+    """Each table has one place on the page, and each place a table."""
+    text = PAGE.read_text()
+    places = re.findall(r"<!-- table: (\S+) -->", text)
+    assert sorted(places) == sorted(page.TABLES)
+    assert text.count(page.END) == len(places)
+
+
+def test_a_table_is_written_where_it_belongs(tmp_path: Path) -> None:
+    """A run writes its tables between their markers, and leaves everything else as it was."""
+    text = "a\n\n<!-- table: machine -->\nold\n<!-- /table -->\n\nb\n<!-- table: unix-4unix -->\n<!-- /table -->\nc\n"
+    target = tmp_path / "page.md"
+    target.write_text(text)
+    argv = [str(target), "--only", "machine", "--only", "unix-4unix", "--runs", "1", "--mib", "1"]
+    assert page.main([*argv, "--json", str(tmp_path / "runs.json")]) == 0
+    written = target.read_text()
+    assert re.sub(r"(?s)(<!-- table: \S+ -->).*?(<!-- /table -->)", r"\1\2", written) == re.sub(
+        r"(?s)(<!-- table: \S+ -->).*?(<!-- /table -->)", r"\1\2", text
+    )
+    assert "old" not in written
+    assert "Machine: Linux" in written
+    assert "| **`relay run`** | relay " in written
+    raw = json.loads((tmp_path / "runs.json").read_text())
+    assert raw["unix-4unix"]["size"] == MIB
+
+
+def test_a_page_without_a_place_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message says what to write, and the page is as it was."""
+    target = tmp_path / "page.md"
+    target.write_text("<!-- table: machine -->\n")
+    assert page.main([str(target), "--only", "machine"]) == 2
+    assert "<!-- /table -->" in capsys.readouterr().err
+    assert target.read_text() == "<!-- table: machine -->\n"
