@@ -23,6 +23,7 @@ from .series import Result, measured
 from .table import aligned
 from .trial import Trial, room
 
+CHECKED = 64 * MIB  # bytes that each loop delivers to receivers that compute a digest, before it is timed
 BARE = SOURCE.with_name("floors.c")
 OWN = Tool("floors.c", "gcc libc6-dev", ("true",), r"^()")  # a contender without tools would be relay
 
@@ -100,7 +101,7 @@ def _row(
     bytes_a_run = size or floor.size
     room(trial.directory, cell, bytes_a_run)
     loop = Contender(floor.calls, (OWN,), lambda p: one(bare, *floor.words(p)))
-    (result,) = measured(replace(cell, contenders=(loop,)), trial, runs, bytes_a_run, say)
+    (result,) = measured(replace(cell, contenders=(loop,)), trial, runs, bytes_a_run, say, CHECKED)
     if not result.measured:
         raise BenchmarkError(f"{cell.name}: {result.absent or result.failure}")
     return [cell.title, floor.calls, _net(result), f"{result.rate().median:.2f}"]
