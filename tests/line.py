@@ -99,7 +99,9 @@ class Line:
 
             def ended(_done: object, error: BaseException | None) -> None:
                 self.failures.append(error)
-                self.engine.ready(self.c)  # its thread's last answer may come after it is taken off the engine
+                self.engine.ready(
+                    self.c
+                )  # its thread's last answer may come after it is taken off the engine
 
             ferry = Ferry(self.engine, end, target.capacity, work, ended)
             self.ferries.append(ferry)
