@@ -26,6 +26,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/sendfile.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -296,6 +297,11 @@ static void turn(int fd)
 
 static void proxy(const char *listen_at, const char *to)
 {
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+        files.rlim_cur = files.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &files);
+    }
     static struct epoll_event got[BATCH];
     int epoll = epoll_create1(EPOLL_CLOEXEC), from = listening(listen_at, 4096);
     struct epoll_event event = {.events = EPOLLIN, .data.fd = from};

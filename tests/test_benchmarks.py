@@ -296,8 +296,11 @@ def test_conversations_through_relay_are_counted(load: Path, tmp_path: Path, nam
     assert all(figures[key] > 0 for key in figures if key != "rss")
 
 
-def test_the_bare_loops_deliver_and_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bare_loops_deliver_and_are_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every floor, shortened: each loop's bytes are verified, and the table has a row of figures for it."""
+    monkeypatch.setattr(floors, "PINGS", floors.PINGS[:2])  # few enough for any limit of descriptors
     assert floors.main(["--runs", "1", "--mib", "2", "--milliseconds", "20"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
     assert len(lines) == len(floors.FLOORS) + len(floors.PINGS)
