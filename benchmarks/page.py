@@ -35,11 +35,11 @@ CHECKED = (
 PINNED = {
     "file-tcp": 4 * GIB,
     "tcp-4tcp": 2 * GIB,
-    "pipe-4pipes": 6 * GIB,
+    "pipe-4pipes": 4 * GIB,
     "pipe-4pipes-lent": 24 * GIB,
-    "pipe-4pipes-64k": 4 * GIB,
+    "pipe-4pipes-64k": 2 * GIB,
     "tcp-file": 2 * GIB,
-    "file-8tcp": GIB,
+    "file-8tcp": GIB // 2,
     "tcp-16tcp": 256 * MIB,
     "pipe-16pipes": 2 * GIB,
     "pipe-16pipes-lent": 8 * GIB,
@@ -51,12 +51,11 @@ PINNED = {
 UNPINNED = {
     "file-tcp-unpinned": 2 * GIB,
     "tcp-4tcp-unpinned": GIB,
-    "tcp-16tcp-unpinned": 256 * MIB,
     "pipe-4pipes-unpinned": 4 * GIB,
     "tcp-file-unpinned": GIB,
     "unix-4unix-unpinned": GIB,
 }
-JOBS = tuple(job for job in duplex.JOBS if job.name not in ("ping-1-4096", "ping-10-4096"))
+JOBS = tuple(job for job in duplex.JOBS if job.name not in ("ping-1-4096", "ping-10-64", "ping-10-4096"))
 JOBS_UNPINNED = tuple(
     job for job in duplex.JOBS if job.name in ("bulk", "ping-100-64", "ping-1000-64", "connects")
 )
