@@ -21,9 +21,9 @@ class Cell:
     """One table: from where (`file`, `tcp`, `unix`, `pipe`), to where (`tcp`, `unix`, `fifo`, `file`), how many times.
 
     `size` is bytes of the source stream, so many that starting up is a small part of what they cost, and is fed in
-    writes of `chunk`. `receivers` drop bytes in the kernel (`discard`) or copy them (`read`). `target` bounds relay's
-    CPU as a fraction of the named peer's; `goal` is the most CPU and the least GiB/s that relay is to have, as
-    fractions of the best peers'.
+    writes of `chunk`, or (`feed` is `lend`) by lending pages to the pipe. `receivers` drop bytes in the kernel
+    (`discard`) or copy them (`read`). `target` bounds relay's CPU as a fraction of the named peer's; `goal` is the
+    most CPU and the least GiB/s that relay is to have, as fractions of the best peers'.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Cell:
     target: tuple[str, float] | None = None
     chunk: int = MIB
     goal: tuple[float, float] | None = None
+    feed: str = "feed"
 
 
 _BASE = (
@@ -74,6 +75,7 @@ def one_way() -> list[Cell]:
     for base in _BASE:
         cells.append(base)
         if base.source == "pipe":
+            cells.append(lent(base))
             title = "Pipe to 4 pipes, chunks of 1 MiB, pipes of the default size"
             cells.append(
                 replace(base, name=f"{base.name}-default-size", title=title, pipe=0, target=None, goal=None)
@@ -84,6 +86,20 @@ def one_way() -> list[Cell]:
         title = f"{base.title}, not pinned"
         cells.append(replace(base, name=f"{base.name}-unpinned", title=title, pinned=False, target=None))
     return cells
+
+
+def lent(base: Cell) -> Cell:
+    """The same with a feeder that lends its pages: it does not bound those who pass them on. Only relay and the best
+    peer run: the others are further behind than without, and take minutes."""
+    title = f"{base.title}, lent by their feeder"
+    return replace(
+        base,
+        name=f"{base.name}-lent",
+        title=title,
+        feed="lend",
+        size=3 * base.size // 2,
+        contenders=base.contenders[:2],
+    )
 
 
 def cpus(pinned: bool) -> tuple[frozenset[int] | None, frozenset[int] | None]:

@@ -27,7 +27,7 @@ from .cell import GIB, MIB, cpus
 from .contender import RELAY, SOCAT, Tool, environment
 from .load import SOURCE, BenchmarkError, Process, compiled
 from .table import aligned
-from .trial import free_port
+from .trial import ATTEMPTS, free_port
 
 DEADLINE = 60.0
 TALK = SOURCE.with_name("talk.c")
@@ -169,6 +169,10 @@ JOBS = (
 )
 
 
+class NotListeningError(BenchmarkError):
+    """A contender ended, or was silent for too long, before anybody could connect."""
+
+
 class Running:
     """A contender at work on its CPU; knows what all of its processes use."""
 
@@ -186,8 +190,9 @@ class Running:
         self.pid = self._process.pid
         deadline = time.monotonic() + DEADLINE
         while not _listens(listen):
-            if time.monotonic() > deadline or not Path(f"/proc/{self.pid}").exists():
-                raise BenchmarkError(f"it does not listen: {' '.join(argv)}")
+            if time.monotonic() > deadline or _over(self.pid):
+                self.kill()
+                raise NotListeningError(f"it does not listen: {' '.join(argv)}")
             select.select([], [], [], 0.01)
 
     def _processes(self, pid: int) -> Iterator[int]:
@@ -221,6 +226,11 @@ class Running:
         self._process.kill()
 
 
+def _over(pid: int) -> bool:
+    """Whether a child has ended, though nobody has waited for it yet."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 def _listens(port: int) -> bool:
     """Whether somebody listens there, without connecting: a connection would be the first of those counted."""
     wanted = f"0100007F:{port:04X} 00000000:0000 0A"
@@ -237,7 +247,16 @@ class Trials:
         self._pinned = pinned
 
     def run(self, job: Job, proxy: Proxy) -> dict[str, float]:
-        """One run: figures by the keys of the job's columns. Raises BenchmarkError."""
+        """One run: figures by the keys of the job's columns. Raises BenchmarkError.
+
+        Where the proxy does not come to listen, somebody may have taken its port: others are tried.
+        """
+        for _attempt in range(ATTEMPTS - 1):
+            with contextlib.suppress(NotListeningError):
+                return self._run(job, proxy)
+        return self._run(job, proxy)
+
+    def _run(self, job: Job, proxy: Proxy) -> dict[str, float]:
         with contextlib.ExitStack() as stack:
             complaints = stack.enter_context(tempfile.TemporaryFile(dir=self._directory))
             listen = free_port()

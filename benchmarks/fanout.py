@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 
-from .cell import GIB, Cell, one_way
+from .cell import GIB, Cell, lent, one_way
 from .contender import (
     BASH,
     BLOCKS,
@@ -173,5 +173,9 @@ def cells() -> list[Cell]:
         unpinned = replace(
             base, name=f"{base.name}-unpinned", title=f"{base.title}, not pinned", pinned=False
         )
-        found += [base, replace(unpinned, target=None)]
+        found += [
+            base,
+            *([lent(base)] if base.name == "pipe-16pipes" else []),
+            replace(unpinned, target=None),
+        ]
     return found

@@ -75,8 +75,11 @@ class Result:
         return max(run.foreign / run.elapsed for run in self.runs)
 
 
-def measured(cell: Cell, trial: Trial, runs: int, size: int, say: Callable[[str], None]) -> list[Result]:
-    """One verification and one warm-up each, then `runs` timed rounds. A failure drops its contender."""
+def measured(
+    cell: Cell, trial: Trial, runs: int, size: int, say: Callable[[str], None], verified: int = VERIFIED
+) -> list[Result]:
+    """One verification, of at most `verified` bytes and some, and one warm-up each, then `runs` timed rounds. A failure
+    drops its contender."""
     results = [Result(contender) for contender in cell.contenders]
     for result in results:
         try:
@@ -84,7 +87,7 @@ def measured(cell: Cell, trial: Trial, runs: int, size: int, say: Callable[[str]
         except LookupError as error:
             result.absent = str(error)
             say(f"{cell.name}: {result.contender.name} is left out: {error}")
-    checked = min(size, VERIFIED) + ODD
+    checked = min(size, verified) + ODD
     digest = trial.digest(checked)
 
     def all_present(what: str, action: Callable[[Result], object]) -> None:

@@ -46,6 +46,7 @@ def raw(cell: Cell, size: int, runs: int, results: list[Result]) -> dict[str, An
         "receivers": cell.receivers,
         "sinks": cell.sinks,
         "chunk": cell.chunk,
+        "feed": cell.feed,
         "goal": None if cell.goal is None else {"cpu": cell.goal[0], "gib_s": cell.goal[1]},
         "size": size,
         "runs": runs,

@@ -26,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -213,6 +214,11 @@ int main(int argc, char **argv)
     if (argc != 7 && !idle) {
         fprintf(stderr, "talk: usage is at the top of talk.c\n");
         return 2;
+    }
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) { /* two descriptors a connection, and a shell's limit is often 1024 */
+        files.rlim_cur = files.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &files);
     }
     connects = strcmp(argv[1], "connects") == 0;
     from = atoi(argv[2]);

@@ -32,6 +32,8 @@ from .cell import MIB, Cell, cpus
 from .contender import Contender, Part, Place, environment, spelled
 from .load import BenchmarkError, Process, Usage, kept
 
+ATTEMPTS = 3
+TAKEN = "already in use"  # os.strerror(errno.EADDRINUSE), as every peer says it
 DEADLINE = 120.0  # seconds for one run; a contender that hangs is reported, not waited for
 
 
@@ -69,7 +71,7 @@ class Trial:
             for old in self.directory.glob("source-*"):
                 old.unlink()
             with path.open("wb") as file, tempfile.TemporaryFile() as report:
-                argv = [str(self.load), "feed", str(size), str(self.cell.chunk)]
+                argv = [str(self.load), self.cell.feed, str(size), str(self.cell.chunk)]
                 feeder = Process(argv, cpus=None, stdout=file, stderr=report)
                 _succeeded(feeder, feeder.wait(DEADLINE), report)
                 os.fsync(file.fileno())  # or its write-back would fall into the first runs
@@ -78,7 +80,7 @@ class Trial:
     def digest(self, size: int) -> str:
         """The sha256 of `size` bytes as the feeder sends them."""
         with tempfile.TemporaryFile() as report, contextlib.ExitStack() as stack:
-            argv = [str(self.load), "feed", str(size), str(self.cell.chunk)]
+            argv = [str(self.load), self.cell.feed, str(size), str(self.cell.chunk)]
             feeder = Process(argv, cpus=None, stdout=subprocess.PIPE, stderr=report)
             stack.callback(feeder.kill)
             value = _sha256(feeder.stdout)
@@ -87,19 +89,28 @@ class Trial:
 
     def run(self, contender: Contender, size: int) -> Measure:
         """One timed run; BenchmarkError if the contender fails or a sink gets another number of bytes."""
-        with tempfile.TemporaryDirectory(dir=self.directory) as own:
-            return self._run(contender, size, Path(own), None)
+        return self._again_elsewhere(contender, size, None)
 
     def verify(self, contender: Contender, size: int, digest: str) -> None:
         """One untimed run whose receivers hash what they get; BenchmarkError if a sink got other bytes."""
-        with tempfile.TemporaryDirectory(dir=self.directory) as own:
-            got: list[str] = []
-            self._run(contender, size, Path(own), got)
-            for number, value in enumerate(got):
-                if value != digest:
-                    raise BenchmarkError(
-                        f"sink {number} got other bytes than were sent: sha256 {value}, not {digest}"
-                    )
+        got: list[str] = []
+        self._again_elsewhere(contender, size, got)
+        for number, value in enumerate(got):
+            if value != digest:
+                raise BenchmarkError(
+                    f"sink {number} got other bytes than were sent: sha256 {value}, not {digest}"
+                )
+
+    def _again_elsewhere(self, contender: Contender, size: int, digests: list[str] | None) -> Measure:
+        """A run; another one on another port where somebody else took the first port meanwhile."""
+        for attempt in range(1, ATTEMPTS + 1):
+            with tempfile.TemporaryDirectory(dir=self.directory) as own:
+                try:
+                    return self._run(contender, size, Path(own), digests)
+                except BenchmarkError as error:
+                    if attempt == ATTEMPTS or TAKEN not in str(error):
+                        raise
+        raise AssertionError("the last attempt returns or raises")
 
     def _run(self, contender: Contender, size: int, own: Path, digests: list[str] | None) -> Measure:
         cell = self.cell
@@ -244,7 +255,7 @@ class Trial:
             return None
         report = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
         to = {"tcp": [str(place.listen)], "unix": [str(place.listen_path)], "pipe": []}[self.cell.source]
-        argv = [str(self.load), "feed", str(size), str(self.cell.chunk), *to]
+        argv = [str(self.load), self.cell.feed, str(size), str(self.cell.chunk), *to]
         stdout = subprocess.DEVNULL if end < 0 else end
         feeder = Process(argv, cpus=self._load_cpus, stdout=stdout, stderr=report)
         stack.callback(feeder.kill)
@@ -334,18 +345,21 @@ def _pipe(capacity: int) -> tuple[int, int]:
     return read_end, write_end
 
 
-# below the ports that the kernel gives to others by chance, and not those of another process beside this one
-_PORTS = itertools.cycle(range(30_000 + os.getpid() % 43 * 64, 30_064 + os.getpid() % 43 * 64))
+# below the ports that the kernel gives to others by chance; processes beside one another begin at different ones
+_FIRST, _COUNT = 30_000, 2_752
+_PORTS = itertools.cycle([_FIRST + (os.getpid() * 64 + n) % _COUNT for n in range(_COUNT)])
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that was free a moment ago: peers do not tell which one they got for port 0."""
-    for port in itertools.islice(_PORTS, 64):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return port
+    """A port of 127.0.0.1 that was free a moment ago: peers do not tell which one they got for port 0.
+
+    Without SO_REUSEADDR the probe is as strict as the strictest peer: a port whose last connection is in TIME_WAIT is
+    not free. Somebody else may still be quicker: whoever starts a peer there tries another port then.
+    """
+    for port in itertools.islice(_PORTS, _COUNT):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
     raise BenchmarkError("no port is free")
 
 

@@ -112,27 +112,37 @@ class Ways:
         return Choice("splice", "pages move to the end by reference")
 
     def across(self, source: str, sinks: Sequence[str]) -> Choice:
-        """How a stream between ends of those schemes, which may go down a chain or through a ring, begins.
-
-        With files among the sinks it stays that way: what their threads take is not measured.
-        """
+        """How a stream between ends of those schemes, which may go down a chain or through a ring, begins."""
         if reason := self._copies("splice") or self._copies("tee") * (len(sinks) > 1):
             return Choice("copy", f"{reason}; one read into memory, one send a sink out of it")
         if self.forced != "auto":
             return Choice("splice", f"asked for by method: {self.forced}")
         if "file" in sinks:
             straight = self.straight(source)
-            return straight or Choice("splice", "pages move by reference up to the file")
+            return straight or Choice(
+                "splice", "pages move by reference up to the file; what it costs is measured"
+            )
         return Choice("splice", "pages move by reference; what that costs is measured as they do")
 
-    @staticmethod
-    def odds(sinks: Sequence[str], way: str) -> float:
-        """What the other way than `way` ("chain" or "ring") is thought to cost, as a multiple, by the sinks' schemes.
+    def measured(self, sinks: Sequence[str]) -> bool:
+        """Whether such a stream may change on its way, by what it costs."""
+        return self.forced == "auto" and not (
+            self._copies("splice") or self._copies("tee") * (len(sinks) > 1)
+        )
 
-        Between pipes and unix sockets references cost a small part of a copy; tcp spends a good deal either way.
+    @staticmethod
+    def odds(source: str, sinks: Sequence[str], way: str) -> float:
+        """What the other way than `way` ("chain" or "ring") is thought to cost, as a multiple, by the ends' schemes.
+
+        Between pipes and unix sockets references cost a small part of a copy; tcp spends a good deal either way. Files
+        are filled by copying in any case, and out of pipes page by page.
         """
-        tcp = "tcp" in sinks
-        ring = (1.9 if len(sinks) > 1 else 1.3) if tcp else 8.0
+        if "file" in sinks:
+            ring = 0.65 if source == "tcp" else 1.2
+        elif "tcp" in sinks:
+            ring = 1.9 if len(sinks) > 1 else 1.3
+        else:
+            ring = 8.0
         return ring if way == "chain" else 1 / ring
 
     def to_ring(self) -> Choice:

@@ -97,9 +97,13 @@ class Line:
             def work() -> None:
                 ferry.carry(target.fd, copy=target.copy)
 
-            ferry = Ferry(
-                self.engine, end, target.capacity, work, lambda _done, error: self.failures.append(error)
-            )
+            def ended(_done: object, error: BaseException | None) -> None:
+                self.failures.append(error)
+                self.engine.ready(
+                    self.c
+                )  # its thread's last answer may come after it is taken off the engine
+
+            ferry = Ferry(self.engine, end, target.capacity, work, ended)
             self.ferries.append(ferry)
             ferry.start()
             return end

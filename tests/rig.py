@@ -30,6 +30,7 @@ NAMES = {
     for name in (
         *("SOURCE_ENDED", "SOURCE_FAILED", "SINK_DRAINED", "SINK_FAILED", "PEER_ENDED", "WANTS_COPY"),
         *("SOURCE_COPIES", "SOURCE_DRY", "SLOW", "CAUGHT_UP", "IDLE", "DONE", "BROKEN", "SINK_BUSY", "STILL"),
+        "GAUGED",
     )
 }
 EVENTS = 512

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,8 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as command
-from benchmarks import contender, duplex, memory, table
+from benchmarks import contender, duplex, floors, memory, page, table
+from benchmarks import trial as trial_module
 from benchmarks.catalogue import catalogue
 from benchmarks.cell import GIB, MIB, Cell
 from benchmarks.contender import Contender, Part, Place
@@ -162,6 +165,34 @@ def test_relay_delivers_in_every_kind_of_cell(load: Path, tmp_path: Path) -> Non
         trial.verify(relay, MIB + 1, trial.digest(MIB + 1))
 
 
+@pytest.mark.parametrize("name", ["socat -b 1M", "mbuffer -s 1M", "Python asyncio"])
+def test_a_run_whose_port_was_taken_is_made_on_another(
+    load: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Somebody listens where the contender was to: the run is made once more on another port, and counts."""
+    small = cell("tcp-file")
+    one = peer(small, name)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ports = iter([other.getsockname()[1], trial_module.free_port()])
+        monkeypatch.setattr(trial_module, "free_port", lambda: next(ports))
+        run = Trial(load, small, tmp_path).run(one, MIB)
+    assert run.size == MIB
+    assert list(ports) == []
+
+
+def test_a_port_that_somebody_has_is_not_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that somebody listens at nor one of a connection in TIME_WAIT, which a strict peer could not have."""
+    listened, lingering, free = (trial_module.free_port() for _ in range(3))
+    with socket.create_server(("127.0.0.1", lingering)) as server:
+        with socket.create_connection(("127.0.0.1", lingering)) as client:
+            ours, _ = server.accept()
+            ours.close()  # whoever closes first keeps the port for a minute
+            assert client.recv(1) == b""
+    with socket.create_server(("127.0.0.1", listened)):
+        monkeypatch.setattr(trial_module, "_PORTS", iter([listened, lingering, free]))
+        assert trial_module.free_port() == free
+
+
 def test_small_chunks_are_fed_as_such(load: Path) -> None:
     """A feeder of 64 KiB chunks writes so many bytes at a time, and a digest notices chunks out of order."""
     argv = [str(load), "feed", str(256 * 1024), str(64 * 1024)]
@@ -286,3 +317,64 @@ def test_conversations_through_relay_are_counted(load: Path, tmp_path: Path, nam
         figures = duplex.Trials(load, talk, tmp_path, 100).run(job, duplex.PROXIES[0])
     assert {key for key, _title, _show in job.columns} <= figures.keys()
     assert all(figures[key] > 0 for key in figures if key != "rss")
+
+
+def test_the_bare_loops_deliver_and_are_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every floor, shortened: each loop's bytes are verified, and the table has a row of figures for it."""
+    monkeypatch.setattr(floors, "PINGS", floors.PINGS[:2])  # few enough for any limit of descriptors
+    assert floors.main(["--runs", "1", "--mib", "2", "--milliseconds", "20"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert len(lines) == len(floors.FLOORS) + len(floors.PINGS)
+    for line in lines:  # so little takes next to no time: what the figures are says nothing
+        assert re.search(r"\| -?\d+\.\d+( us)? \(.*\) \| \d+", line), line
+
+
+def test_a_feeder_that_lends_sends_what_it_says(load: Path) -> None:
+    """Eight chunks in turn, each page with its number: what is lost or out of order changes the digest."""
+    argv = [str(load), "lend", str(10 * MIB + 5), str(MIB)]
+    whole = subprocess.run(argv, capture_output=True, check=True).stdout
+    assert len(whole) == 10 * MIB + 5
+    numbers = [int.from_bytes(whole[at : at + 8], "little") for at in range(0, 10 * MIB, MIB)]
+    assert numbers == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+
+
+def test_the_page_has_a_place_for_every_table() -> None:
+    """Each table has one place on the page, and each place a table."""
+    text = PAGE.read_text()
+    places = re.findall(r"<!-- table: (\S+) -->", text)
+    assert sorted(places) == sorted(page.TABLES)
+    assert text.count(page.END) == len(places)
+
+
+def test_a_table_is_written_where_it_belongs(tmp_path: Path) -> None:
+    """A run writes its tables between their markers, and leaves everything else as it was."""
+    text = "a\n\n<!-- table: machine -->\nold\n<!-- /table -->\n\nb\n<!-- table: unix-4unix -->\n<!-- /table -->\nc\n"
+    target = tmp_path / "page.md"
+    target.write_text(text)
+    argv = [str(target), "--only", "machine", "--only", "unix-4unix", "--runs", "1", "--mib", "1"]
+    assert page.main([*argv, "--json", str(tmp_path / "runs.json")]) == 0
+    written = target.read_text()
+    assert re.sub(r"(?s)(<!-- table: \S+ -->).*?(<!-- /table -->)", r"\1\2", written) == re.sub(
+        r"(?s)(<!-- table: \S+ -->).*?(<!-- /table -->)", r"\1\2", text
+    )
+    assert "old" not in written
+    assert "Machine: Linux" in written
+    assert "| **`relay run`** | relay " in written
+    raw = json.loads((tmp_path / "runs.json").read_text())
+    assert raw["unix-4unix"]["size"] == MIB
+
+
+def test_a_page_without_a_place_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message says what to write, and the page is as it was."""
+    target = tmp_path / "page.md"
+    target.write_text("<!-- table: machine -->\n")
+    assert page.main([str(target), "--only", "machine"]) == 2
+    assert "<!-- /table -->" in capsys.readouterr().err
+    assert target.read_text() == "<!-- table: machine -->\n"

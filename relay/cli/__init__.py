@@ -13,7 +13,7 @@ if os.getpid() == 1:
     signal.signal(signal.SIGTERM, lambda _signal, _frame: os._exit(143))
 
 # starting makes many objects that stay: looking for garbage among them is a tenth of the start-up
-gc.set_threshold(50_000, 20, 50)
+gc.set_threshold(200_000, 20, 50)
 
 import typer  # noqa: E402 - see above
 

@@ -181,9 +181,13 @@ class FileSink(FerriedSink):
         """Its ferry, unless something has to be looked at between two loads."""
         if self._ferry is None or not self._how.plain:
             return None
-        self._straight = True
         self.copies = self.copies or why
         return self._ferry
+
+    def took_pipes(self, why: str) -> None:
+        """After all most of the stream was handed to its thread in pipes: `why`, if that was told, does not hold."""
+        if self.copies == why:
+            self.copies = ""
 
     def cut(self, reason: str) -> None:
         """Writes what is left; the file stays `.part`."""

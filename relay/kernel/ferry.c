@@ -46,8 +46,11 @@ static int64_t next_load(struct relay_ferry *f, int looks)
         int ending = __atomic_load_n(&f->ending, __ATOMIC_ACQUIRE);
         if (looks && __atomic_exchange_n(&f->look, 0, __ATOMIC_ACQ_REL))
             return -EINTR;
-        if (__atomic_load_n(&f->turn[f->away], __ATOMIC_ACQUIRE) == RELAY_WITH_THREAD)
+        if (__atomic_load_n(&f->turn[f->away], __ATOMIC_ACQUIRE) == RELAY_WITH_THREAD) {
+            if (f->tag[f->away] && !f->clock_ns)
+                f->clock_ns = cpu_ns();
             return f->load[f->away];
+        }
         if (ending)
             return 0;
         int64_t failed = take_knock(f);
@@ -61,6 +64,9 @@ int64_t relay_ferry_wait(struct relay_ferry *f) { return next_load(f, 0); }
 void relay_ferry_give_back(struct relay_ferry *f)
 {
     int k = f->away;
+    int64_t now = f->tag[k] ? cpu_ns() : 0;
+    f->took_ns[k] = now - f->clock_ns;
+    f->clock_ns = now;
     f->load[k] = 0;
     f->away ^= 1;
     __atomic_store_n(&f->turn[k], RELAY_WITH_ENGINE, __ATOMIC_SEQ_CST);
@@ -82,6 +88,7 @@ void relay_ferry_end(struct relay_ferry *f)
     /* whose it is comes first: the load of a pipe that the thread has is the thread's to read */
     if (__atomic_load_n(&f->turn[k], __ATOMIC_ACQUIRE) == RELAY_WITH_ENGINE && f->load[k]) {
         f->at ^= 1;
+        f->tag[k] = 0;
         __atomic_store_n(&f->turn[k], RELAY_WITH_THREAD, __ATOMIC_RELEASE);
     }
     __atomic_store_n(&f->ending, 1, __ATOMIC_RELEASE);

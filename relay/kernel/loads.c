@@ -14,10 +14,45 @@
 #define HOLD_NS 1000000LL
 #define LARGE (256 << 10)
 
-static void hand_over(struct relay_ferry *f, int rush)
+/* A load that is back tells what the thread took for it, if anybody asked. */
+static void weigh(struct relay_ferry *f, int k)
+{
+    if (!f->tag[k] || !ferry_has(f, k))
+        return;
+    if (f->sample != f->tag[k]) {
+        f->sample = f->tag[k];
+        f->weighed = f->weighed_ns = 0;
+    }
+    f->weighed += f->sizes_of[k];
+    f->weighed_ns += f->took_ns[k];
+    f->tag[k] = 0;
+}
+
+/* What the threads that a pipeline hands loads to took for the bytes that were measured: of each the time of a byte in
+ * its loads of this sample, as far as they are back; -1 while none of one of them is. */
+int64_t gauged_by_threads(const struct relay_pipeline *p)
+{
+    double all = 0;
+    for (const struct relay_node *n = p->head; n; n = n->after) {
+        struct relay_ferry *f = n->sink && !n->sink->failed && n->sink->kind == RELAY_FERRY ? n->sink->ferry : NULL;
+        if (!f)
+            continue;
+        weigh(f, 0);
+        weigh(f, 1);
+        if (f->sample != p->sample || !f->weighed)
+            return -1;
+        all += (double)f->weighed_ns / (double)f->weighed;
+    }
+    return (int64_t)(all * (double)p->gauged);
+}
+
+static void hand_over(const struct relay_pipeline *p, struct relay_ferry *f, int rush)
 {
     uint64_t one = 1;
     int k = f->at;
+    weigh(f, k);
+    f->tag[k] = p->gauge_until && p->fed >= p->gauge_from ? p->sample : 0;
+    f->sizes_of[k] = f->load[k];
     f->at ^= 1;
     f->rush = rush;
     __atomic_store_n(&f->turn[k], RELAY_WITH_THREAD, __ATOMIC_RELEASE);
@@ -49,7 +84,7 @@ void ferry_flush(struct pass *s, struct relay_ferry *f)
         wake_at(s, f->since_ns + HOLD_NS);
     if (!load || hold || !ferry_has(f, k ^ 1))
         return;
-    hand_over(f, f->load[k] >= LARGE);
+    hand_over(s->p, f, f->load[k] >= LARGE);
     if (p->tell_idle)
         ask(f);
 }
@@ -73,7 +108,7 @@ int64_t give_to_ferry(struct pass *s, struct relay_node *n, int64_t amount)
             return 0;
         }
         if (f->load[k] && f->span[k]) {
-            hand_over(f, 0);
+            hand_over(s->p, f, 0);
             continue;
         }
         f->span[k] = NULL;
@@ -92,7 +127,7 @@ int64_t give_to_ferry(struct pass *s, struct relay_node *n, int64_t amount)
             look_again(s);
             return 0;
         }
-        hand_over(f, f->load[k] >= LARGE);
+        hand_over(s->p, f, f->load[k] >= LARGE);
     }
     return 0;
 }
@@ -117,7 +152,7 @@ int fill_ferry(struct pass *s, struct relay_node *head)
         return 0;
     }
     if (f->load[k] && !f->span[k]) {
-        hand_over(f, 0);
+        hand_over(s->p, f, 0);
         return 1;
     }
     if (!f->load[k]) {
@@ -135,7 +170,7 @@ int fill_ferry(struct pass *s, struct relay_node *head)
     drained(s, head, 0);        /* it is not slow, and holds nothing */
     source_took(s, moved);
     if (f->load[k] == f->most)
-        hand_over(f, 1);
+        hand_over(s->p, f, 1);
     return 1;
 }
 
@@ -162,7 +197,7 @@ int64_t give_span(struct pass *s, const struct relay_ring *ring, struct relay_re
     int64_t most = RELAY_PIECE - r->sink->moved % RELAY_PIECE;
     int k = f->at;
     if (ferry_has(f, k) && f->load[k]) {
-        hand_over(f, 0);        /* it came down the chain */
+        hand_over(s->p, f, 0);        /* it came down the chain */
         k = f->at;
     }
     if (!ferry_has(f, k))
@@ -180,7 +215,7 @@ int64_t give_span(struct pass *s, const struct relay_ring *ring, struct relay_re
     f->span[k] = ring->memory + lies;
     f->load[k] = amount;
     s->e->calls++;
-    hand_over(f, 0);
+    hand_over(s->p, f, 0);
     return amount;
 }
 

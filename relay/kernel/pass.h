@@ -193,6 +193,7 @@ void ferry_flush(struct pass *s, struct relay_ferry *f);
 void pace_source(struct pass *s);
 void take_back_spans(struct relay_reader *r);
 int64_t give_span(struct pass *s, const struct relay_ring *ring, struct relay_reader *r);
+int64_t gauged_by_threads(const struct relay_pipeline *p);
 void ask_for_spans(struct pass *s, const struct relay_ring *ring, struct relay_reader *r);
 
 /* ring.c */

@@ -237,8 +237,12 @@ int relay_pump(struct relay_engine *e, struct relay_pipeline *p, struct relay_ev
         p->gauged += p->fed - fed;
     }
     if (p->gauge_until && p->fed >= p->gauge_until && p->gauged) {
-        p->gauge_until = 0;
-        tell(&s, p->token, RELAY_GAUGED, 0);
+        int64_t threads = gauged_by_threads(p);
+        if (threads >= 0) {
+            p->gauge_until = 0;
+            p->cpu_ns += threads;
+            tell(&s, p->token, RELAY_GAUGED, 0);
+        }
     }
     *count = s.count;
     return more;

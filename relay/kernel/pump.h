@@ -106,6 +106,14 @@ struct relay_ferry {
     int64_t sizes[2];        /* and of how many bytes */
     int small;               /* thread: small ones are cheaper */
     int seen, again;         /* thread: loads since it began to look, and after how many it begins anew */
+    /* what the thread takes, for a pipeline that is measured: loads come back after the bytes were counted, so each
+     * says which sample it is of */
+    int tag[2];              /* engine: the sample of each load, 0: of none */
+    int64_t sizes_of[2];     /* engine: bytes of each when it was handed over */
+    int64_t took_ns[2];      /* thread: its CPU time for each that has a tag, waking up included */
+    int64_t clock_ns;        /* thread: its CPU clock when the load before, which had one, went back; 0: it had none */
+    int sample;              /* engine: of these were the last tagged loads to come back: */
+    int64_t weighed, weighed_ns; /* their bytes, and their CPU time */
 };
 
 /* One descriptor at the edge of a pipeline: where bytes enter or leave. */
@@ -254,7 +262,9 @@ struct relay_pipeline {
     int64_t fed;               /* bytes that entered the head, or the ring */
     int64_t gauge_until;       /* RELAY_GAUGED is told once fed is there; 0: nothing is measured */
     int64_t gauge_from;        /* from there on sweeps of this pipeline are measured: */
-    int64_t gauged, cpu_ns;    /* the bytes they read, and what they took of the engine's thread's CPU time */
+    int64_t gauged, cpu_ns;    /* the bytes they read, and what they took of the engine's thread's CPU time; once told,
+                                  the time of the threads that wrote those bytes to files is in it, too */
+    int sample;                /* its number: not 0 while anything is measured */
     /* the engine's */
     int queued, timed, retry;
     int64_t wake_ns;

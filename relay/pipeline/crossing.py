@@ -8,7 +8,7 @@ memory is one of few that an engine has, and where none is free the bytes go dow
 
 With `method: auto` the first stream of a route begins the way that ways.py expects to be cheaper, and from then on all
 are measured: the CPU time of a byte, by samples of each way (balance.py says when, experience.py what streams share).
-What threads do that a pipeline hands bytes to would count as well; a pipeline that has any is not measured.
+What the threads take that write files counts as well: C adds it to the sample that their loads are of (kernel/loads.c).
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Crossing:
         self._begins = self._ways.across(intake.source.scheme, self._schemes)
         wanted: Way = "ring" if self._begins.method == "copy" else "chain"
         self._told, self._experience = self._since, None
-        if self._ways.forced == "auto" and "file" not in self._schemes:
-            odds = self._ways.odds(self._schemes, wanted)
+        if self._ways.measured(self._schemes):
+            odds = self._ways.odds(intake.source.scheme, self._schemes, wanted)
             found = Experience.of(
                 self._engine, self._route, intake.source.scheme, self._schemes, wanted, odds
             )
@@ -191,6 +191,7 @@ class Crossing:
         """The next `size` bytes are measured, after `skip` that are not."""
         self._from = int(self._pipeline.fed)
         self._pipeline.cpu_ns = self._pipeline.gauged = 0
+        self._pipeline.sample += 1
         self._pipeline.gauge_from = self._from + skip
         self._pipeline.gauge_until = self._from + skip + size
 
@@ -220,7 +221,9 @@ class Crossing:
         found.fed += fed - self._told
         self._told = fed
         gauged = int(self._pipeline.gauged)
-        if gauged >= COUNTS or (gauged and not self._pipeline.gauge_until):
+        # of a sample cut short by the stream's end the threads' part is not in yet
+        short = gauged >= COUNTS and "file" not in self._schemes
+        if short or (gauged and not self._pipeline.gauge_until):
             found.measured(self, self.way, int(self._pipeline.cpu_ns) / gauged, fed - self._from)
 
     def _still(self) -> None:
@@ -263,6 +266,8 @@ class Crossing:
         by_ring = self._by["ring"] > self._by["chain"] or (fed == self._origin and self._ring is not None)
         for outlet in self._chain.outlets:
             outlet.by_ring = by_ring
+            if not by_ring and self._begins is not None and isinstance(outlet.sink, FileSink):
+                outlet.sink.took_pipes(self._begins.reason)
         if self._intake is None or self._down is None or self._begins is None:
             return {}
         choice = self._down

@@ -250,7 +250,8 @@ class Outlet:
             any(node.c.out_copies for node in self._givers) or self.by_ring or sink.c.method == core.COPY
         )
         by_hand = "copy" if written else "splice"
-        method = sink.method if sink.c.kind == core.FERRY or self.listens else by_hand
+        own = (sink.c.kind == core.FERRY and not self.by_ring) or self.listens
+        method = sink.method if own else by_hand
         failed = sink.state == "failed" and not self.absent
         lost = self.lost_before + (0 if self.absent else sink.lost - self.lost_earlier)
         waiting = self.apart()

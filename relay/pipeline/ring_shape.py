@@ -96,4 +96,4 @@ def across(
     if only:
         return Across(source, False, only)
     choice = ways.across(scheme, schemes)
-    return Across(choice, ways.forced == "auto" and choice.method == "splice" and "file" not in schemes)
+    return Across(choice, ways.measured(schemes))

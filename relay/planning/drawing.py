@@ -98,6 +98,8 @@ def _crossing(crossing: Across) -> str:
     if crossing.only:
         return f"down a chain only ({crossing.only})"
     if crossing.measured:
+        if crossing.choice.method == "copy":
+            return "through a ring of memory; a chain is tried on the way, and the cheaper of the two taken"
         return "down a chain; a ring of memory is tried on the way, and the cheaper of the two taken"
     way = "through a ring of memory" if crossing.choice.method == "copy" else "down a chain"
     return f"{way} ({crossing.choice.reason})"
