@@ -13,7 +13,7 @@
 
 Each way has a sender and a receiver, two processes. All ways of a cell run in turn, round after round; the table has
 medians, and the CPU of both processes together. Every array's sum is checked. pyzmq is left out where it is missing.
-`--page FILE` puts each table into a page, between the lines `<!-- cell: NAME -->` and `<!-- end -->`.
+`--page FILE` puts each table into a page, between `<!-- table: NAME -->` and `<!-- /table -->`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ import numpy
 
 from . import lending, machine, pages
 from .across import MIB, ways
+from .table import put
 
 ARRAY = 64 * MIB
 BLOCK = MIB
@@ -185,16 +186,6 @@ def table(cell: str, results: list[Result], size: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def put(page: Path, cell: str, text: str) -> None:
-    """`text` in place of what `page` has for `cell`; SystemExit if it has no place for it."""
-    begin, end = f"<!-- cell: {cell} -->", "<!-- end -->"
-    before, mark, rest = page.read_text().partition(f"{begin}\n")
-    _old, closing, after = rest.partition(end)
-    if not mark or not closing:
-        raise SystemExit(f"{page} has no lines {begin} and {end}")
-    page.write_text(f"{before}{begin}\n{text.rstrip()}\n{end}{after}")
-
-
 def measured(cell: str, runs: int) -> tuple[str, Any]:
     """The table of `cell`, and its figures."""
     if cell == "pipe":
@@ -220,13 +211,13 @@ def main() -> None:
     line = f"Machine: {machine.line(here)} Medians of {given.runs} rounds in turn.\n"
     print(line)
     if given.page:
-        put(given.page, "machine", line)
+        given.page.write_text(put(given.page.read_text(), "machine", line))
     figures: dict[str, Any] = {"machine": here}
     for cell in given.only or CELLS:
         text, figures[cell] = measured(cell, given.runs)
         print(text)
         if given.page:
-            put(given.page, cell, text)
+            given.page.write_text(put(given.page.read_text(), cell, text))
     if given.json:
         given.json.write_text(json.dumps(figures, indent=1))
 

@@ -22,10 +22,8 @@ from .catalogue import catalogue
 from .cell import GIB, MIB, Cell
 from .load import BenchmarkError, compiled
 from .series import Result, measured
-from .table import aligned
+from .table import aligned, put
 from .trial import Trial, room
-
-END = "<!-- /table -->"
 
 CHECKED = (
     64 * MIB
@@ -218,16 +216,6 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "unpinned": unpinned,
     "both-ways-unpinned": _both_ways(JOBS_UNPINNED, pinned=False),
 }
-
-
-def put(page: str, name: str, made: str) -> str:
-    """The page with that table in its place. BenchmarkError where it has none."""
-    begin = f"<!-- table: {name} -->"
-    before, found, rest = page.partition(begin)
-    _old, ended, after = rest.partition(END)
-    if not found or not ended or "<!-- table:" in _old:
-        raise BenchmarkError(f"the page has no place for it: write {begin} and {END} where '{name}' belongs")
-    return f"{before}{begin}\n\n{made.strip()}\n\n{END}{after}"
 
 
 def main(arguments: list[str] | None = None) -> int:

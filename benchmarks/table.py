@@ -1,4 +1,7 @@
-"""Results as Markdown for people and as JSON for programs. Losses are printed with the same words as wins."""
+"""Results as Markdown for people and as JSON for programs. Losses are printed with the same words as wins.
+
+On a page a table stands between `<!-- table: NAME -->` and `<!-- /table -->`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ from typing import Any
 
 from .cell import GIB, MIB, Cell, cpus
 from .contender import Place, spelled
+from .load import BenchmarkError
 from .series import Result
+
+END = "<!-- /table -->"
 
 HEAD = (
     "| contender | version | GiB/s (min to max) | CPU-s/GiB (min to max) | start-up CPU-s "
@@ -172,3 +178,13 @@ def aligned(head: list[str], rows: list[list[str]]) -> list[str]:
     """A Markdown table: the first column to the left, figures to the right."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
+
+
+def put(page: str, name: str, made: str) -> str:
+    """The page with that table in its place. BenchmarkError where it has none."""
+    begin = f"<!-- table: {name} -->"
+    before, found, rest = page.partition(begin)
+    _old, ended, after = rest.partition(END)
+    if not found or not ended or "<!-- table:" in _old:
+        raise BenchmarkError(f"the page has no place for it: write {begin} and {END} where '{name}' belongs")
+    return f"{before}{begin}\n\n{made.strip()}\n\n{END}{after}"

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,29 +27,6 @@ from benchmarks.contender import Contender, Part, Place
 from benchmarks.load import BenchmarkError, Process, compiled, kept
 from benchmarks.series import Result, measured
 from benchmarks.trial import Measure, Trial
-
-
-def test_a_table_is_put_into_its_place(tmp_path: Path) -> None:
-    """A cell's table replaces what the page had between its marks, and nothing else; a page without them is told."""
-    page = tmp_path / "page.md"
-    page.write_text("a\n<!-- cell: one -->\nold\n<!-- end -->\nb\n<!-- cell: two -->\n<!-- end -->\n")
-    memory.put(page, "two", "| 2 |\n\n")
-    memory.put(page, "one", "| 1 |\n")
-    assert (
-        page.read_text()
-        == "a\n<!-- cell: one -->\n| 1 |\n<!-- end -->\nb\n<!-- cell: two -->\n| 2 |\n<!-- end -->\n"
-    )
-    with pytest.raises(SystemExit, match="has no lines <!-- cell: three -->"):
-        memory.put(page, "three", "")
-
-
-def test_the_page_has_a_place_for_every_table(tmp_path: Path) -> None:
-    """The command that is named on the page finds where each of its tables belongs."""
-    page = tmp_path / "memory.md"
-    page.write_text((Path(memory.__file__).parent.parent / "docs" / "memory.md").read_text())
-    for cell in ["machine", *memory.CELLS]:
-        memory.put(page, cell, f"the table {cell}")
-        assert f"<!-- cell: {cell} -->\nthe table {cell}\n<!-- end -->" in page.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -340,15 +317,18 @@ def test_a_feeder_that_lends_sends_what_it_says(load: Path) -> None:
     assert numbers == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
 
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-def test_the_page_has_a_place_for_every_table() -> None:
-    """Each table has one place on the page, and each place a table."""
-    text = PAGE.read_text()
+@pytest.mark.parametrize(
+    ("name", "tables"), [("benchmarks.md", page.TABLES), ("memory.md", ["machine", *memory.CELLS])]
+)
+def test_a_page_has_a_place_for_every_table(name: str, tables: Iterable[str]) -> None:
+    """Each table has one place on its page, and each place a table."""
+    text = (DOCS / name).read_text()
     places = re.findall(r"<!-- table: (\S+) -->", text)
-    assert sorted(places) == sorted(page.TABLES)
-    assert text.count(page.END) == len(places)
+    assert sorted(places) == sorted(tables)
+    assert text.count(table.END) == len(places)
 
 
 def test_a_table_is_written_where_it_belongs(tmp_path: Path) -> None:
