@@ -93,7 +93,9 @@ NUMBERS = {  # of system calls: of x86_64, and of all processors that came after
 ALWAYS_REFUSED = ("execute", "fork", "raw socket", "unshare", "ptrace", "kill", "setuid", "capset")
 TO_BECOME = ("setresuid", "setresgid", "seccomp")
 
-pytestmark = pytest.mark.skipif(NUMBERS is None, reason="the numbers of this processor's system calls are missing")
+pytestmark = pytest.mark.skipif(
+    NUMBERS is None, reason="the numbers of this processor's system calls are missing"
+)
 
 
 @pytest.fixture

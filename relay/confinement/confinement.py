@@ -116,7 +116,7 @@ def _unallowable(wanted: list[Want], confine: Confine) -> Iterator[str]:
 def _threads() -> int:
     """How many threads there are, of libraries, too."""
     try:
-        return len(os.listdir("/proc/self/task"))
+        return len(list(Path("/proc/self/task").iterdir()))
     except OSError:
         return threading.active_count()
 
