@@ -1,7 +1,8 @@
 """A machine of its own that systemd has booted: namespaces in which it is process 1, and this machine's files beneath.
 
 What is written there is gone at the end, and so is every process. Of units there are those in /etc/systemd/system,
-which is empty at first, the targets of TARGETS, and the journal's. relay is installed as /usr/local/bin/relay. Takes root.
+which is empty at first, the targets of TARGETS, and the journal's. relay is installed as /usr/local/bin/relay. It takes
+root.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ ln -s ../systemd-journald.service run/units/multi-user.target.wants
 ip link set lo up
 exec unshare --cgroup bash -euc '
     mount -t cgroup2 cgroup2 sys/fs/cgroup
-    exec chroot . env -i container=relay PATH=/usr/sbin:/usr/bin:/sbin:/bin SYSTEMD_UNIT_PATH=/etc/systemd/system:/run/units \
+    exec chroot . env -i container=relay PATH=/usr/sbin:/usr/bin:/sbin:/bin \
+        SYSTEMD_UNIT_PATH=/etc/systemd/system:/run/units \
         /lib/systemd/systemd --system --unit=multi-user.target --log-target=console --show-status=no'
 """
 
@@ -95,7 +97,10 @@ def refusal() -> str:
     if "cgroup2" not in Path("/proc/filesystems").read_text():
         return "control groups are missing in this kernel: cgroup2"
     tried = subprocess.run(
-        ["unshare", "--mount", "--pid", "--fork", "--cgroup", "true"], capture_output=True, text=True, check=False
+        ["unshare", "--mount", "--pid", "--fork", "--cgroup", "true"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return f"namespaces are missing: {tried.stderr.strip()}" if tried.returncode else ""
 
@@ -141,7 +146,18 @@ def _entered(outside: subprocess.Popen[bytes], scratch: Path, log: Path) -> list
     state = ""
     while time.monotonic() < until and outside.poll() is None:
         for pid in _inner(outside.pid):
-            into = ["nsenter", "-t", str(pid), "--mount", "--net", "--uts", "--ipc", "--pid", "--cgroup", "--root"]
+            into = [
+                "nsenter",
+                "-t",
+                str(pid),
+                "--mount",
+                "--net",
+                "--uts",
+                "--ipc",
+                "--pid",
+                "--cgroup",
+                "--root",
+            ]
             enter = [*into, f"--wd=/proc/{pid}/root{scratch}", "env", f"PATH={PATH}"]
             asked = subprocess.run(
                 [*enter, "systemctl", "is-system-running"], capture_output=True, text=True, check=False

@@ -1,8 +1,8 @@
 """A `docker` for documents: podman with the image of this tree, as tests/containers.py has it.
 
 Containers and volumes get names of this process's own. Nothing is published: a container is in the network of who
-starts it, where its ports are what `-p` would make them. `docker build -t relay .` builds that image, with the network of
-the tests for what has to be fetched.
+starts it, where its ports are what `-p` would make them. `docker build -t relay .` builds that image, with the network
+of the tests for what has to be fetched.
 """
 
 from __future__ import annotations

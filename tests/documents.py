@@ -6,8 +6,8 @@ An HTML comment right before a fence says what the fence is for:
     <!-- run within 5s -->        the same, again and again until it succeeds, for so long
     <!-- run in the clone -->     the same in a directory that has what a clone of the repository has
     <!-- run if NAME -->          the same where Python has a module NAME; in the end the document counts as skipped
-    <!-- run with A for B, C for D -->  the same with these words in place of those, which must be there: a shorter time,
-                                  fewer of many. Only what would take minutes is shortened, and only so
+    <!-- run with A for B, C for D -->  the same with these words in place of those, which must be there: a shorter
+                                  time, fewer of many. Only what would take minutes is shortened, and only so
     <!-- start NAME: TEXT -->     run it in a terminal of its own, and go on when that has said TEXT; NAME and TEXT may
                                   be left out: without TEXT it goes on at once
     <!-- file: NAME -->           save it as NAME
@@ -21,8 +21,8 @@ These stand alone, for what the reader has and a test has to make:
     <!-- beside NAME until TEXT: COMMAND -->  run it in a terminal of its own until that has said TEXT: another machine
     <!-- on a machine with systemd -->  all of the document, on such a machine (booted.py)
 
-The order is: in the clone, within, if, with. The fences of a document share a scratch directory and, where this user may
-make one, a network of their own, so that their ports are free. Terminals are closed in the end by SIGTERM.
+The order is: in the clone, within, if, with. The fences of a document share a scratch directory and, where this user
+may make one, a network of their own, so that their ports are free. Terminals are closed in the end by SIGTERM.
 
 Every fence is marked, or says by its language that it is nothing to type (DATA). Those of README that .ci/run runs have
 markers of its own (OF_CI).
@@ -121,7 +121,9 @@ def marked_blocks(text: str) -> list[Block]:
     blocks: list[Block] = []
     all_fences = {fence.line: fence for fence in fences(text)}
     inside = {
-        line for fence in all_fences.values() for line in range(fence.line, fence.line + fence.text.count("\n"))
+        line
+        for fence in all_fences.values()
+        for line in range(fence.line, fence.line + fence.text.count("\n"))
     }
     for number, line in enumerate(text.splitlines(), 1):
         if number - 1 in inside:
@@ -330,7 +332,8 @@ def commands(scratch: Path) -> dict[str, str]:
     """The environment of a terminal in which relay is installed: that of these tests, or else this tree's."""
     here = Path(sys.executable).parent
     path = f"{here}:{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "RELAY_ADMIN": "", "XDG_RUNTIME_DIR": str(scratch)}
+    given = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    env = given | {"PATH": path, "RELAY_ADMIN": "", "XDG_RUNTIME_DIR": str(scratch)}
     if not (here / "relay").exists():
         made = scratch.parent / f"{scratch.name}-bin"
         made.mkdir()

@@ -98,7 +98,7 @@ def test_a_message_that_relay_does_not_say_is_found() -> None:
 
 
 def parts(document: Path) -> Iterator[tuple[str, str]]:
-    """What a document consists of: fences with their language ("sh", or "" for none), and the prose between ("prose")."""
+    """What a document consists of: fences with their language ("sh", or "" for none), and the text between, "prose"."""
     kind, lines = "prose", list[str]()
     for line in document.read_text().splitlines():
         if fence := re.match(r" *```(\w*)", line):
