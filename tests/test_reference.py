@@ -142,8 +142,11 @@ def test_a_document_names_commands_and_options_that_there_are(document: Path) ->
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_documents_configurations_are_ones_that_relay_takes(document: Path) -> None:
+def test_a_documents_configurations_are_ones_that_relay_takes(
+    document: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every configuration in a document, and every part of one, is right."""
+    monkeypatch.setenv("REDIS_PASSWORD", "as one that is set")
     keys, top = set(Route.keys()), set(Config.keys())
     for kind, text in parts(document):
         data = yaml.safe_load(text) if kind == "yaml" else None
