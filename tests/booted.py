@@ -80,6 +80,14 @@ exec unshare --cgroup bash -euc '
         /lib/systemd/systemd --system --unit=multi-user.target --log-target=console --show-status=no'
 """
 
+# Whether all that can be had here: in a mount namespace, so that nothing of it stays.
+TRY = r"""
+mount -t tmpfs tmpfs "$1"
+mkdir "$1"/{groups,upper,work,root}
+mount -t cgroup2 cgroup2 "$1/groups"
+mount -t overlay overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/root"
+"""
+
 # What is left of control groups when all processes are gone.
 TIDY = r"""
 mount --make-rprivate /
@@ -88,31 +96,27 @@ find "$1$(sed -n 's/^0:://p' /proc/self/cgroup)/$2" -depth -type d -delete
 """
 
 
-def refusal() -> str:
-    """Why no such machine can be had here, or nothing."""
+def refusal(work: Path) -> str:
+    """Why no such machine can be had here, or nothing; `work` is an empty directory."""
     if os.geteuid():
         return "root is missing: a machine of its own takes it"
     if not SYSTEMD.exists():
         return "systemd is missing: apt-get install systemd"
-    if "cgroup2" not in Path("/proc/filesystems").read_text():
-        return "control groups are missing in this kernel: cgroup2"
+    alone = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--cgroup"]
     tried = subprocess.run(
-        ["unshare", "--mount", "--pid", "--fork", "--cgroup", "true"],
-        capture_output=True,
-        text=True,
-        check=False,
+        [*alone, "bash", "-euc", TRY, "try", work], capture_output=True, text=True, check=False
     )
-    return f"namespaces are missing: {tried.stderr.strip()}" if tried.returncode else ""
+    return f"a machine of its own cannot be had here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 @contextlib.contextmanager
 def booted(scratch: Path) -> Iterator[list[str]]:
     """In front of a command: run it on that machine, in the directory `scratch`, which is this machine's."""
-    why = refusal()
-    if why:
-        pytest.skip(why)
     work = scratch.parent / f"{scratch.name}-machine"
     work.mkdir()
+    why = refusal(work)
+    if why:
+        pytest.skip(why)
     group = f"relay-test-{os.getpid()}"
     boot = [
         *(program("unshare"), "--mount", "--net", "--uts", "--ipc", "--pid", "--fork"),

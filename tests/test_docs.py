@@ -17,6 +17,7 @@ from documents import (
     ROOT,
     Block,
     Fence,
+    clone,
     commands,
     fences,
     marked_blocks,
@@ -210,6 +211,51 @@ def test_no_pipe_ends_in_what_stops_reading(document: Path) -> None:
 def test_pipes_that_end_early_are_seen(text: str, early: bool) -> None:
     """The check knows the readers that leave before the end, and takes no other for one."""
     assert bool(LEAVES_EARLY.search(text)) == early
+
+
+def test_what_a_marker_says_besides_is_heard() -> None:
+    """Words are replaced, and where, how long, with what and beside whom is known; a marker inside a fence is text."""
+    text = """\
+<!-- on a machine with systemd -->
+<!-- before: ip address add 10.0.0.2 dev lo -->
+<!-- beside peer until listening on: nc -lv 9 -->
+<!-- run in the clone within 9s if json with 1 for 600, --few for --all -->
+```sh
+measure --all 600
+<!-- run -->
+```
+"""
+    shortened = "measure --few 1\n<!-- run -->\n"
+    assert marked_blocks(text) == [
+        Block(1, "systemd", ""),
+        Block(2, "before", "ip address add 10.0.0.2 dev lo\n"),
+        Block(3, "start", "nc -lv 9\n", "listening on", "peer"),
+        Block(4, "run", shortened, "9", module="json", clone=True),
+    ]
+
+
+def test_a_clone_has_what_the_repository_has_and_is_written_beside(tmp_path: Path) -> None:
+    """Commands in the clone find its files, and what they make stays in the scratch directory."""
+    command = "test -f README.md && test -d tests && echo made > made-there\n"
+    run_blocks([Block(1, "run", command, clone=True)], tmp_path, dict(os.environ))
+    assert not (ROOT / "made-there").exists()
+    assert (clone(tmp_path) / "made-there").read_text() == "made\n"
+
+
+def test_what_python_has_not_is_left_out_and_told(tmp_path: Path) -> None:
+    """The rest of the document is run; then it counts as skipped, and says what was missing."""
+    blocks = [Block(1, "run", "false\n", module="no_such_module"), Block(4, "run", "echo here > here\n")]
+    with pytest.raises(pytest.skip.Exception, match="no_such_module is missing: pip install no_such_module"):
+        run_blocks(blocks, tmp_path, dict(os.environ))
+    assert (tmp_path / "here").exists()
+
+
+def test_a_fence_that_nothing_runs_is_found() -> None:
+    """Commands without a marker, in a list too, and a fence that does not say what it is."""
+    bare = "```sh\ntrue\n```\n- x\n  ```console\n  $ true\n  ```\n\n```\nls\n```\n~~~bash\nls\n~~~\n"
+    document = ROOT / "docs" / "index.md"
+    found = [is_run(fence, document) for fence in fences(f"{bare}```yaml\na: 1\n```\n")]
+    assert found == [False, False, False, False, True]
 
 
 def test_blocks_share_a_directory_and_a_failing_one_is_told(tmp_path: Path) -> None:
