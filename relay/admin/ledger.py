@@ -6,6 +6,7 @@ it keeps is bounded: reasons are put into few classes, and nothing is kept by pe
 
 from __future__ import annotations
 
+import pickle
 import re
 import threading
 import time
@@ -148,6 +149,14 @@ class Ledger:
                     of_sink = totals.sinks[sink.sink] = SinkTotals()
                 of_sink.add(sink)
             self._recent.append((time.time(), record))
+
+    def compact(self) -> None:
+        """Makes what is kept of the last sessions anew, side by side.
+
+        Each was made among what its session left behind, and keeps the memory around it from being given back.
+        """
+        with self._lock:
+            self._recent = deque(pickle.loads(pickle.dumps(list(self._recent))), maxlen=RECENT)
 
     def totals(self, routes: Iterable[str]) -> dict[str, RouteTotals]:
         """Those of the routes of these names, as they are now."""

@@ -59,6 +59,7 @@ def serve(
         again=partial(load_with_places, path, to_run=True) if path not in (None, "-") else None,
         vigil=Vigil(notifier, exit_idle),
         confinement=confinement,
+        compact=ledger.compact,
     )
     with opened(server, ledger, path or "default.yaml", confinement.owner):
         return server.run()

@@ -353,6 +353,7 @@ class StagedSessions(Sessions):
         assert staged.record is not None
         if staged.ways:
             complete(staged.record, *staged.ways)
+        staged.ways = staged.parties = ()  # which name it
         self._tell_over(staged.record, staged.session.peer)
 
     def live(self) -> list[Session]:

@@ -52,6 +52,10 @@ def hint(code: int) -> str:
     return HINTS.get(errno.errorcode.get(code, ""), "")
 
 
+def nothing(*_told: object) -> None:
+    """A hook that nobody filled in, or nobody listens to any more."""
+
+
 class End:
     """One descriptor at the edge of a pipeline. `c` is its struct; `c.fd` is -1 while it is not open."""
 
@@ -126,9 +130,9 @@ class Source(End):
         self.local = ""  # where the peer connected to, as a proxy says; "": to this very socket
         self.name = ""
         self.copies = ""
-        self.on_open: Callable[[], None] = _nothing
-        self.on_fail: Callable[[EndpointError], None] = _ignore
-        self.on_close: Callable[[], None] = _nothing
+        self.on_open: Callable[[], None] = nothing
+        self.on_fail: Callable[[EndpointError], None] = nothing
+        self.on_close: Callable[[], None] = nothing
 
     def open(self) -> None:
         """Opens it; calls on_open, or on_fail with a SourceError, now or later."""
@@ -155,6 +159,11 @@ class Source(End):
     def broke_off(self) -> str:
         """Why what it gave is not the whole stream, where that is no errno of its descriptor; empty where it is."""
         return ""
+
+    def unwire(self) -> None:
+        """It is closed, and the pipeline is done with it: nothing of it names anybody any more."""
+        self.c.reads = core.ffi.NULL
+        self.on_open = self.on_close = self.on_fail = nothing
 
     def close(self, *, reset: bool = False) -> None:
         """Closes it; with `reset` its peer learns that the stream was not delivered. Safe to call again."""
@@ -188,17 +197,18 @@ class Sink(End):
         self.failed_with: EndpointError | None = None
         self.started_at = time.monotonic()
         self.ended_at = 0.0
-        self.on_open: Callable[[Sink], None] = _ignore
-        self.on_finish: Callable[[Sink], None] = _ignore
-        self.on_fail: Callable[[Sink], None] = _ignore
+        self.on_open: Callable[[Sink], None] = nothing
+        self.on_finish: Callable[[Sink], None] = nothing
+        self.on_fail: Callable[[Sink], None] = nothing
 
     def wire(self, pipeline: core.Struct) -> None:
         """Names the pipeline that this sink's readiness wakes. Call it before `open`."""
         self.c.writes = pipeline
 
     def unwire(self) -> None:
-        """The pipeline is going away: nothing of this sink names it any more."""
+        """The pipeline is going away: nothing of this sink names it any more, so that both are freed at once."""
         self.c.reads = self.c.writes = core.ffi.NULL
+        self.on_open = self.on_finish = self.on_fail = nothing
 
     def open(self) -> None:
         """Starts to open it. Bytes meant for it wait in its pipe until then."""
@@ -326,11 +336,3 @@ class Sink(End):
     def result_path(self) -> str:
         """Where what it wrote can be found; empty for a sink that is no file."""
         return ""
-
-
-def _nothing() -> None:
-    """A hook that nobody filled in."""
-
-
-def _ignore(_what: object) -> None:
-    """A hook that nobody filled in."""

@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import time
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 from relay.journal.lines import Lines, handler_for
@@ -28,13 +27,23 @@ _PLAIN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", 
 _COLOURS = {"WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
 
 
+def _rfc3339(at: float) -> str:
+    """UTC, to the millisecond.
+
+    datetime with a time zone looks `utcoffset` up by a name that it makes anew, and CPython's cache of attributes keeps
+    thousands of these strings for good, each on a page of its own.
+    """
+    seconds, milliseconds = divmod(int(at * 1000), 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{milliseconds:03d}+00:00"
+
+
 class JsonLines(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record with its extra fields."""
         fields: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "time": _rfc3339(record.created),
             "level": record.levelname.lower(),
             "event": "log",
             "message": record.getMessage(),
@@ -54,7 +63,7 @@ class TextLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record for people."""
-        at = datetime.fromtimestamp(record.created, UTC).astimezone().strftime("%H:%M:%S")
+        at = time.strftime("%H:%M:%S", time.localtime(record.created))
         text = record.getMessage()
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
@@ -104,7 +113,7 @@ def _put(record: SessionRecord, level: int) -> bool:
     handler = handlers[0]
     if not isinstance(handler, Lines) or not isinstance(handler.formatter, JsonLines):
         return False
-    at = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
+    at = _rfc3339(time.time())
     line = (
         f'{{"time": "{at}", "level": "{logging.getLevelName(level).lower()}", "event": "session", '
         f'"message": {_quoted(record.as_text())}, {record.as_json()}}}'

@@ -28,6 +28,7 @@ SOURCES = (
     "ferry.c",
     "feed.c",
     "memory.c",
+    "heap.c",
     "confine.c",
 )
 HEADERS = ("pump.h", "feed.h", "confine.h", "calls.h", "pass.h", "direction.h")

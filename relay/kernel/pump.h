@@ -431,6 +431,11 @@ int64_t relay_splice(int from, int64_t offset, int to, int64_t size, int more);
 /* Asks again and again, for ns at most: 1 when `events` of poll(2) are there, 0 when not, or -errno. */
 int relay_spin(int fd, int events, int64_t ns);
 
+/* Has the allocator give back what it can, for a process that stays for long (heap.c). */
+void relay_keep_heap_small(void);
+/* Gives the kernel back what is free now. */
+void relay_trim_heap(void);
+
 /* Memory that is lent (memory.c). What is mapped at `from` moves to `to`, read-only unless `writable`; `from` stays
  * mapped, and empty where it is private: 0 or -errno. Both are whole pages, `to` private anonymous ones. */
 int relay_cut(char *from, char *to, int64_t size, int writable);

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from relay.backoff import Backoff
-from relay.endpoints.base import Sink
+from relay.endpoints.base import Sink, nothing
 from relay.engine import Engine, Timer
 from relay.kernel import core
 from relay.pipeline.outlet import Outlet
@@ -117,6 +117,7 @@ class Absences:
         self._ending = True
         self._cancel([*self._retries.values(), *self._graces])
         self._retries.clear()
+        self._stand = self._settle = self._wake = nothing
 
     @staticmethod
     def _cancel(timers: list[Timer]) -> None:

@@ -112,6 +112,7 @@ class Intake:
         if self._clock is not None:
             self._clock.cancel()
         self.source.close(reset=reset)
+        self.source.unwire()
         if self._mapped is not None:
             self._mapped.close()
             self._mapped = None

@@ -19,7 +19,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from relay.endpoints.base import Sink, Source
+from relay.endpoints.base import Sink, Source, nothing
 from relay.endpoints.broadcast import Broadcast
 from relay.endpoints.digest import sidecar_line
 from relay.endpoints.file import FileSink
@@ -67,7 +67,7 @@ class Pipeline:
         *,
         persistent: bool,
         on_over: Callable[[SessionRecord], None],
-        on_closed: Callable[[], None] = lambda: None,
+        on_closed: Callable[[], None] = nothing,
         patience: float = 0.0,
         spill: Spilling | None = None,
         quiet: bool = False,
@@ -169,7 +169,7 @@ class Pipeline:
         record = self._turn_over()
         if not self.persistent or self._ending:
             self.close()
-        self._on_over(record)
+        self._tell(record)
 
     def _go_on(self) -> None:
         self.c.paused = 0
@@ -209,7 +209,7 @@ class Pipeline:
         record = self._turn_over()
         self.close()
         if not between:
-            self._on_over(record)
+            self._tell(record)
 
     @property
     def source(self) -> Source | None:
@@ -398,8 +398,8 @@ class Pipeline:
         record = self._turn_over() if self.source is not None else None
         if not self.persistent or self._ending:
             self.close()
-        if record is not None:  # last, so that whoever hears it finds the pipeline as it will stay
-            self._on_over(record)
+        if record is not None:
+            self._tell(record)
 
     def _turn_over(self) -> SessionRecord:
         harmless = all(outlet.harmless for outlet in self.chain.outlets) and not self._error
@@ -434,6 +434,7 @@ class Pipeline:
         self._closed = True
         self._absences.close()
         self._stragglers.close()
+        self._wait.close()
         self.engine.forget(self.c)
         self.engine.forget_token(self.c.token)
         self.crossing.close()
@@ -445,4 +446,13 @@ class Pipeline:
                 outlet.sink.close()
                 outlet.sink.unwire()
         self.chain.close()
-        self._on_closed()
+        # whoever was told holds it no more: it is freed with its last user, and not when the collector looks
+        tell, self._on_closed = self._on_closed, nothing
+        tell()
+
+    def _tell(self, record: SessionRecord) -> None:
+        """Last of all in a turn, so that whoever hears it finds the pipeline as it will stay."""
+        tell = self._on_over
+        if self._closed:
+            self._on_over = nothing
+        tell(record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+from relay.endpoints.base import nothing
 from relay.engine import Engine, Timer
 from relay.pipeline.outlet import Outlet
 
@@ -44,6 +45,13 @@ class SinkWait:
             late = ", ".join(self._late())
             log.warning("%s: goes on without %s after %.1f s", self._route, late, self._seconds)
             self._end(self._timer)
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._go_on = nothing
 
     def _end(self, timer: Timer) -> None:
         timer.cancel()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+from relay.endpoints.base import nothing
 from relay.endpoints.options import OnSlow
 from relay.endpoints.socket import GRACE
 from relay.engine import Engine, Timer
@@ -78,6 +79,7 @@ class Stragglers:
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
+        self._wake = nothing
 
 
 def _receives(outlet: Outlet) -> bool:

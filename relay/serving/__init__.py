@@ -10,6 +10,7 @@ introductions             proxies that have yet to say for whom they connect
 names, redial             what resolvers say; a source that connects again
 resumption                logs of an earlier run, which go on first
 spilling                  which sinks read through a log
+heap                      its memory, in the long run
 vigil, notify             what is done by the clock: signs of life, the end of an idle relay; the service manager
 running, welcome          a route from words instead of YAML; what is said when all is ready
 """

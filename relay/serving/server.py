@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ from relay.journal import logs
 from relay.journal.record import SessionRecord
 from relay.news import News
 from relay.serving.fleet import Fleet, NotExchanged
+from relay.serving.heap import Heap
 from relay.serving.names import Found, Names
 from relay.serving.route import RunningRoute
 from relay.serving.vigil import Vigil
@@ -69,7 +69,7 @@ class Server:
 
     `again` reads the configuration once more, for SIGHUP; without it only files are opened anew. Without
     `signals` it runs on any thread, and `end` ends it. `on_progress` is called every `interval` seconds, `on_reopen`,
-    on the main thread, when files are opened anew.
+    on the main thread, when files are opened anew, `compact` when memory is given back after many sessions.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class Server:
         interval: float = 0.2,
         vigil: Vigil | None = None,
         confinement: Confinement | None = None,
+        compact: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._once = once
@@ -98,6 +99,10 @@ class Server:
         self._interval = interval
         self.on_reopen: Callable[[], None] = lambda: None
         self._news: News[Callable[[], None]] = News()
+        self._heap: Heap | None = None
+        if signals and not once:  # the process is this server's
+            self._heap = Heap(self._news.tell, compact)
+            self._on_record = self._heap.watched(self._on_record)
         self._names = Names(self._news.tell)
         self._reload_asked = False
         self._ready = False
@@ -121,8 +126,8 @@ class Server:
                 found, lambda: bool(self._interrupted), self._confinement.close
             ):
                 return self._not_opened()
-            if self._signals and not self._once:  # the process is this server's
-                _keep_small()
+            if self._heap is not None:
+                self._heap.own()
             for engine in engines:
                 engine.start()
             self._vigil.begin(engines)
@@ -244,9 +249,11 @@ class Server:
             if self._on_progress is not None:
                 self._on_progress(list(self._fleet))
                 left = self._interval if left is None else min(left, self._interval)
-            due = self._vigil.due
-            left = left if due is None else due if left is None else min(left, due)
+            dues = (left, self._vigil.due, None if self._heap is None else self._heap.due)
+            left = min((due for due in dues if due is not None), default=None)
             news = self._news.wait(left)
+            if self._heap is not None:
+                self._heap.look()
             if self._vigil.look(self._fleet) and not self.signalled:
                 self._told_to_end("SIGTERM", why="nobody has needed relay for long enough")
             if news is not None:
@@ -362,14 +369,6 @@ class Server:
         count = sum(len(route.bound) for route in routes)
         names = "1 route" if len(routes) == 1 else f"{len(routes)} routes"
         self._vigil.notifier.ready(f"{names}, listening on {count} addresses{more}")
-
-
-def _keep_small() -> None:
-    """The collector leaves alone what is there by now, which stays to the end. So it soon has looked at what streams
-    leave behind, and can do that often: otherwise some ten thousand of them wait for it in memory."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(700, 10, 4)
 
 
 def _place(config: Config, error: NotExchanged) -> Place:
