@@ -271,7 +271,7 @@ def _command(name: str, callback: Callable[..., Any]) -> Iterator[str]:
             option = names[0] if names else f"--{key.replace('_', '-')}"
             options.append(option)
             rows.append(f"| `{option}` | {_piped(_takes(kind, info))} | {default} | {words} |")
-    yield "```\n" + " ".join(["relay", name, *arguments, *(["[OPTIONS]"] if options else [])]) + "\n```"
+    yield "```text\n" + " ".join(["relay", name, *arguments, *(["[OPTIONS]"] if options else [])]) + "\n```"
     yield "\n\n".join(
         text.replace("\n", " ") for text in inspect.cleandoc(callback.__doc__ or "").split("\n\n")
     )

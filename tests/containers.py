@@ -97,14 +97,16 @@ def image() -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another test run may be building
         if podman("image", "exists", BASE, check=False).returncode:
             _make_base(env)
-        _run(
-            [
-                *("buildah", "bud", "--runtime", "runc", "--isolation", "oci", "--pull-never", "--layers"),
-                *("--network=host", "--format", "docker", *_pip(), "-t", TAG, str(ROOT)),
-            ],
-            env,
-        )
+        _run(building(), env)
     return TAG
+
+
+def building() -> list[str]:
+    """The command that builds the image of this tree from what is there of it."""
+    return [
+        *("buildah", "bud", "--runtime", "runc", "--isolation", "oci", "--pull-never", "--layers"),
+        *("--network=host", "--format", "docker", *_pip(), "-t", TAG, str(ROOT)),
+    ]
 
 
 def _run(argv: Sequence[str], env: dict[str, str]) -> None:

@@ -4,15 +4,28 @@ An HTML comment right before a fence says what the fence is for:
 
     <!-- run -->                  run it; it must succeed
     <!-- run within 5s -->        the same, again and again until it succeeds, for so long
+    <!-- run in the clone -->     the same in a directory that has what a clone of the repository has
+    <!-- run if NAME -->          the same where Python has a module NAME; in the end the document counts as skipped
+    <!-- run with A for B, C for D -->  the same with these words in place of those, which must be there: a shorter
+                                  time, fewer of many. Only what would take minutes is shortened, and only so
     <!-- start NAME: TEXT -->     run it in a terminal of its own, and go on when that has said TEXT; NAME and TEXT may
                                   be left out: without TEXT it goes on at once
     <!-- file: NAME -->           save it as NAME
     <!-- says -->                 what the fence before it printed: these lines, in this order, with others in between;
                                   `...` is any text within a line
 
-`<!-- stop NAME -->` alone is Ctrl-C in that terminal, until it has ended. The fences of a document share a scratch
-directory and, where this user may make one, a network of their own, so that their ports are free. Terminals are closed
-in the end by SIGTERM.
+These stand alone, for what the reader has and a test has to make:
+
+    <!-- stop NAME -->            Ctrl-C in that terminal, until it has ended
+    <!-- before: COMMAND -->      run it, in a network of the document's own: an address, an interface
+    <!-- beside NAME until TEXT: COMMAND -->  run it in a terminal of its own until that has said TEXT: another machine
+    <!-- on a machine with systemd -->  all of the document, on such a machine (booted.py)
+
+The order is: in the clone, within, if, with. The fences of a document share a scratch directory and, where this user
+may make one, a network of their own, so that their ports are free. Terminals are closed in the end by SIGTERM.
+
+Every fence is marked, or says by its language that it is nothing to type (DATA). Those of README that .ci/run runs have
+markers of its own (OF_CI).
 """
 
 from __future__ import annotations
@@ -30,65 +43,124 @@ import termios
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+from booted import booted
+
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PATIENCE = 50.0  # seconds for one command
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "deploy").rglob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+]
+DATA = ("yaml", "json", "text")  # languages of fences that are nothing to type
+OF_CI = ("install", "watch", "send", "test")  # markers of README whose fences .ci/run runs
+PATIENCE = 120.0  # seconds for one command
 CLOSING = 20.0  # seconds for a terminal to end after SIGTERM
 MARKER = re.compile(
-    r"<!-- (?:(?P<plain>run|says)|run within (?P<seconds>\d+)s|start(?: (?P<name>\w+))?(?:: (?P<awaited>.+?))?"
-    r"|stop (?P<stopped>\w+)|file: (?P<file>[\w.-]+)) -->"
+    r"<!-- (?:(?P<says>says)|file: (?P<file>[\w.-]+)"
+    r"|run(?P<clone> in the clone)?(?: within (?P<seconds>\d+)s)?(?: if (?P<module>\w+))?(?: with (?P<changes>.+))?"
+    r"|start(?: (?P<name>\w+))?(?:: (?P<awaited>.+?))?) -->"
 )
+ALONE = re.compile(
+    r"<!-- (?:stop (?P<stop>\w+)|before: (?P<before>.+)|(?P<systemd>on a machine with systemd)"
+    r"|beside (?P<beside>\w+) until (?P<until>[^:]+): (?P<command>.+)) -->"
+)
+FENCE = re.compile(r"\s*(`{3,}|~{3,})\s*(\w*)")
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and the like, which a terminal does not show
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 
 
 class Block(NamedTuple):
-    """A marked fence: what to do with `text`; `what` is the text to wait for or the seconds to try, `name` that of a
-    terminal or a file."""
+    """A marked fence, or a marker alone: what to do with `text`; `what` is the text to wait for or the seconds to try,
+    `name` that of a terminal or a file, `module` of what Python has to have; `clone`: in a clone."""
 
     line: int
     kind: str
     text: str
     what: str = ""
     name: str = ""
+    module: str = ""
+    clone: bool = False
 
 
-def marked_blocks(text: str) -> list[Block]:
-    """The marked fences of a document; ValueError for a marker without a fence or a fence without an end."""
+class Fence(NamedTuple):
+    """Any fence, marked or not: `comment` is the line before it, `line` its own."""
+
+    line: int
+    language: str
+    text: str
+    comment: str
+
+
+def fences(text: str) -> list[Fence]:
+    """All fences of a document, those in lists too; ValueError for one without an end."""
     lines = text.splitlines()
-    blocks: list[Block] = []
+    found: list[Fence] = []
     number = 0
     while number < len(lines):
-        fence = re.match(r"(`{3,})", lines[number])
-        marker = MARKER.fullmatch(lines[number])
-        if marker and marker["stopped"]:
-            blocks.append(Block(number + 1, "stop", "", name=marker["stopped"]))
-        elif marker:
-            number += 1
-            fence = re.match(r"(`{3,})", lines[number]) if number < len(lines) else None
-            if fence is None:
-                raise ValueError(f"line {number}: no fence after {marker[0]}")
-        if fence:
+        if fence := FENCE.match(lines[number]):
             start = number + 1
             while (number := number + 1) < len(lines) and lines[number].strip() != fence[1]:
                 pass
             if number == len(lines):
                 raise ValueError(f"line {start}: a fence without an end")
-            if marker:
-                blocks.append(_block(start - 1, marker, "\n".join(lines[start:number]) + "\n"))
+            comment = lines[start - 2] if start > 1 else ""
+            found.append(Fence(start, fence[2], "\n".join(lines[start:number]) + "\n", comment))
         number += 1
+    return found
+
+
+def marked_blocks(text: str) -> list[Block]:
+    """What a document has to be run, in order; ValueError for a marker without a fence, or words to replace that are
+    not there."""
+    blocks: list[Block] = []
+    all_fences = {fence.line: fence for fence in fences(text)}
+    inside = {
+        line
+        for fence in all_fences.values()
+        for line in range(fence.line, fence.line + fence.text.count("\n"))
+    }
+    for number, line in enumerate(text.splitlines(), 1):
+        if number - 1 in inside:
+            continue
+        if marker := ALONE.fullmatch(line):
+            blocks.append(_alone(number, marker))
+        elif marker := MARKER.fullmatch(line):
+            if number + 1 not in all_fences:
+                raise ValueError(f"line {number}: no fence after {marker[0]}")
+            blocks.append(_block(number, marker, all_fences[number + 1].text))
     return blocks
 
 
+def _alone(line: int, marker: re.Match[str]) -> Block:
+    if marker["stop"]:
+        return Block(line, "stop", "", name=marker["stop"])
+    if marker["before"]:
+        return Block(line, "before", marker["before"] + "\n")
+    if marker["systemd"]:
+        return Block(line, "systemd", "")
+    return Block(line, "start", marker["command"] + "\n", marker["until"], marker["beside"])
+
+
 def _block(line: int, marker: re.Match[str], text: str) -> Block:
-    if marker["plain"] or marker["seconds"]:
-        return Block(line, marker["plain"] or "run", text, marker["seconds"] or "")
+    if marker["says"]:
+        return Block(line, "says", text)
     if marker["file"]:
         return Block(line, "file", text, name=marker["file"])
-    return Block(line, "start", text, marker["awaited"] or "", marker["name"] or "")
+    if marker[0].startswith("<!-- start"):
+        return Block(line, "start", text, marker["awaited"] or "", marker["name"] or "")
+    for change in filter(None, (marker["changes"] or "").split(", ")):
+        new, _, old = change.partition(" for ")
+        if not old or old not in text:
+            raise ValueError(f"line {line}: there is nothing to replace by {change!r}")
+        text = text.replace(old, new)
+    module, clone = marker["module"] or "", bool(marker["clone"])
+    return Block(line, "run", text, marker["seconds"] or "", module=module, clone=clone)
 
 
 class Terminal:
@@ -161,12 +233,26 @@ class Terminal:
 
 
 def run_blocks(blocks: list[Block], scratch: Path, env: dict[str, str]) -> None:
-    """Does what `blocks` say, in order, in `scratch`; AssertionError tells the first that fails."""
-    said, named = "", dict[str, Terminal]()
-    with own_network() as prefix, contextlib.ExitStack() as terminals:
+    """Does what `blocks` say, in order, in `scratch`; AssertionError tells the first that fails.
+
+    Skips in the end when some of it could not be done, and says what was missing.
+    """
+    said, named, missing = "", dict[str, Terminal](), ""
+    with contextlib.ExitStack() as terminals:
+        if any(block.kind == "systemd" for block in blocks):
+            prefix = terminals.enter_context(booted(scratch))
+        else:
+            prefix = terminals.enter_context(own_network())
         for block in blocks:
             argv = [*prefix, "bash", "-euo", "pipefail", "-c", block.text]
-            if block.kind == "file":
+            if block.clone:
+                argv = [*prefix, "bash", "-euo", "pipefail", "-c", f"cd {clone(scratch)}\n{block.text}"]
+            if block.kind == "before" and not prefix:
+                missing = "root is missing: a network of its own takes it"
+                break
+            if block.module and find_spec(block.module) is None:
+                missing = f"{block.module} is missing: pip install {block.module}"
+            elif block.kind == "file":
                 (scratch / block.name).write_text(block.text)
             elif block.kind == "says":
                 check_said(block, said)
@@ -177,8 +263,21 @@ def run_blocks(blocks: list[Block], scratch: Path, env: dict[str, str]) -> None:
                 terminals.callback(terminal.close)
                 terminal.wait_for(block.what)
                 said = terminal.said
-            else:
+            elif block.kind != "systemd":
                 said = _run(block, argv, scratch, env)
+    if missing:
+        pytest.skip(missing)
+
+
+def clone(scratch: Path) -> Path:
+    """A directory that has what this repository has, and in which nothing is written but beside that."""
+    place = scratch / ".clone"
+    if not place.exists():
+        place.mkdir()
+        for path in ROOT.iterdir():
+            if not path.name.startswith("."):
+                (place / path.name).symlink_to(path)
+    return place
 
 
 def _run(block: Block, argv: list[str], scratch: Path, env: dict[str, str]) -> str:
@@ -233,7 +332,8 @@ def commands(scratch: Path) -> dict[str, str]:
     """The environment of a terminal in which relay is installed: that of these tests, or else this tree's."""
     here = Path(sys.executable).parent
     path = f"{here}:{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "RELAY_ADMIN": "", "XDG_RUNTIME_DIR": str(scratch)}
+    given = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    env = given | {"PATH": path, "RELAY_ADMIN": "", "XDG_RUNTIME_DIR": str(scratch)}
     if not (here / "relay").exists():
         made = scratch.parent / f"{scratch.name}-bin"
         made.mkdir()

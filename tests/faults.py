@@ -62,6 +62,15 @@ def strace_prefix(*rules: str) -> list[str]:
     return [program("strace"), *options, *injections]
 
 
+def strace_trace(calls: Sequence[str], into: Path) -> list[str]:
+    """The words to put in front of a command so that its `calls`, those of its threads and of its children are written
+    to the file `into`, in the order in which they were made."""
+    refusal = _strace_refusal()
+    if refusal:
+        pytest.skip(refusal)
+    return [program("strace"), "-f", "-qq", "-o", str(into), "-e", f"trace={','.join(calls)}"]
+
+
 def strace_inject(argv: Sequence[str | Path], *rules: str) -> list[str]:
     """`argv` with `rules` in force; see strace_prefix."""
     return [*strace_prefix(*rules), *map(str, argv)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import threading
 import time
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from admins import asked
 from peers import PATIENCE, eventually
+from relays import serving
 
 from relay.admin import listeners
 from relay.admin.listeners import Client, Listeners
@@ -127,3 +130,49 @@ def test_what_a_client_still_sends_does_not_take_its_answer_back(tmp_path: Path)
                 with contextlib.suppress(OSError):
                     sock.sendall(b"x" * 100_000)
                 assert sock.recv(100) == b"too much"
+
+
+@pytest.mark.parametrize("confined", [False, True])
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_socket_whose_file_is_gone_is_bound_anew(tmp_path: Path, how: str, confined: bool) -> None:
+    """Somebody removed the admin socket's file, or put a stale one there: SIGHUP makes it anew, for its owner alone; at
+    the end it goes."""
+    place = tmp_path / "run"
+    place.mkdir()
+    path = place / "admin.sock"
+    text = "confine: {}\n" if confined else ""
+    text += (
+        f"admin: {{socket: 'unix://{path}'}}\nroutes: {{r: {{source: 'tcp://127.0.0.1:0', sink: 'null:'}}}}\n"
+    )
+    with serving(text, tmp_path) as served:
+        served.said("ready")
+        path.unlink()
+        if how == "replaced":
+            with socket.socket(socket.AF_UNIX) as stale:
+                stale.bind(str(path))
+        served.signal(signal.SIGHUP)
+        served.until(lambda: [line.get("event") for line in served.lines].count("admin") == 2)
+        assert asked(path, "/livez")[0] == 200
+        assert path.stat().st_mode & 0o777 == 0o600
+        served.signal(signal.SIGTERM)
+        assert served.wait() == 0
+    assert not path.exists()
+
+
+def test_a_socket_whose_path_somebody_took_is_left_to_them(tmp_path: Path) -> None:
+    """Another program listens at the admin socket's path: relay says so and has it when it is free."""
+    path = tmp_path / "admin.sock"
+    text = (
+        f"admin: {{socket: 'unix://{path}'}}\nroutes: {{r: {{source: 'tcp://127.0.0.1:0', sink: 'null:'}}}}\n"
+    )
+    with serving(text, tmp_path) as served:
+        served.said("ready")
+        path.unlink()
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(path))
+            other.listen(1)
+            served.signal(signal.SIGHUP)
+            served.said("EADDRINUSE")
+        served.signal(signal.SIGHUP)
+        served.until(lambda: [line.get("event") for line in served.lines].count("admin") == 2)
+        assert asked(path, "/readyz")[0] == 200

@@ -373,9 +373,11 @@ def test_a_reload_that_needs_a_low_port_is_refused_once_relay_is_no_longer_root(
 
 def test_what_the_kernel_cannot_do_is_told_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Landlock `files: true` is an error, and where it is merely wished for relay says that it is not so."""
+    from relay.confinement import confinement
     from relay.confinement.confinement import Confinement
     from relay.errors import KernelError
 
+    monkeypatch.setattr(confinement, "_threads", lambda: 1)  # the tests' own have nothing to lose here
     monkeypatch.setattr(kernel, "landlock_version", lambda: 0)
     monkeypatch.setattr(kernel, "no_new_privileges", lambda: None)
     routes = {"r": {"source": "null:", "sink": "null:"}}

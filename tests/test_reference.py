@@ -98,12 +98,12 @@ def test_a_message_that_relay_does_not_say_is_found() -> None:
 
 
 def parts(document: Path) -> Iterator[tuple[str, str]]:
-    """What a document consists of: fences with their language ("sh", or "" for none), and the text between ("text")."""
-    kind, lines = "text", list[str]()
+    """What a document consists of: fences with their language ("sh", or "" for none), and the text between, "prose"."""
+    kind, lines = "prose", list[str]()
     for line in document.read_text().splitlines():
         if fence := re.match(r" *```(\w*)", line):
             yield kind, "\n".join(lines)
-            kind, lines = (fence[1] if kind == "text" else "text"), []
+            kind, lines = (fence[1] if kind == "prose" else "prose"), []
         else:
             lines.append(line)
     yield kind, "\n".join(lines)
@@ -115,7 +115,7 @@ def told(document: Path) -> Iterator[list[str]]:
     for kind, text in parts(document):
         if kind in ("sh", ""):
             said += text.replace("\\\n", " ").splitlines()
-        elif kind == "text":
+        elif kind == "prose":
             for paragraph in text.split("\n\n"):
                 said += re.findall(r"`([^`]+)`", paragraph)
     for line in said:
@@ -142,8 +142,11 @@ def test_a_document_names_commands_and_options_that_there_are(document: Path) ->
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_documents_configurations_are_ones_that_relay_takes(document: Path) -> None:
+def test_a_documents_configurations_are_ones_that_relay_takes(
+    document: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every configuration in a document, and every part of one, is right."""
+    monkeypatch.setenv("REDIS_PASSWORD", "as one that is set")
     keys, top = set(Route.keys()), set(Config.keys())
     for kind, text in parts(document):
         data = yaml.safe_load(text) if kind == "yaml" else None

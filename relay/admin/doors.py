@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from relay.admin.ledger import Ledger
@@ -45,10 +46,11 @@ def opened(server: Server, ledger: Ledger, config: str, owner: tuple[int, int] =
     if owner != (-1, -1):  # whom relay will be may not be able to read it any more
         from relay.admin import conversation, desk  # noqa: F401 - so that a client's thread has them
     desks = _Desks(server, ledger, config, remote=admin is not None and admin.remote)
-    listeners = Listeners(bounds, desks.talk)
+    listeners = Listeners(bounds, desks.talk, partial(_anew, owner))
     listeners.start()
     for address in listeners.addresses:
         log.info("admin: listening on %s", address, extra={"event": "admin", "address": address})
+    server.on_reopen = listeners.rebind
     try:
         yield
     finally:
@@ -73,6 +75,11 @@ class _Desks:
             if self._desk is None:
                 self._desk = desk.Desk(*self._made_of, began=self._began, remote=self._remote)
         conversation.Conversation(client, self._desk)
+
+
+def _anew(owner: tuple[int, int], bound: Bound) -> list[Bound]:
+    """Listens once more where a unix socket's file was."""
+    return unix.bind(Address("unix", path=bound.key[1]), mode=MODE, owner=owner[0], group=owner[1])
 
 
 def _named(admin: Admin, owner: tuple[int, int]) -> list[Bound]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from relay.endpoints.listening import Bound
+from relay.errors import EndpointError
 from relay.needs import CLIENTS
 
 log = logging.getLogger("relay.admin")
@@ -66,12 +67,20 @@ class Listeners:
     """Owns listening sockets, their thread and their clients, from `start` to `close`.
 
     `talk(client)` runs on the client's own thread; its socket is closed when that returns. `local` are the sockets
-    that only this machine's users reach by a path.
+    that only this machine's users reach by a path. `anew(bound)` listens once more where a unix socket did; it raises
+    EndpointError.
     """
 
-    def __init__(self, bounds: Sequence[Bound], talk: Callable[[Client], None]) -> None:
+    def __init__(
+        self,
+        bounds: Sequence[Bound],
+        talk: Callable[[Client], None],
+        anew: Callable[[Bound], Sequence[Bound]] = lambda _bound: (),
+    ) -> None:
         self._bounds = list(bounds)
         self._talk = talk
+        self._anew = anew
+        self._to_rebind = False
         self._lock = threading.Lock()
         self._clients: dict[Client, threading.Thread] = {}
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -86,6 +95,12 @@ class Listeners:
     def start(self) -> None:
         """Accepts from now on."""
         self._thread.start()
+
+    def rebind(self) -> None:
+        """A unix socket whose file was removed or replaced is bound anew, so that people find it again. From any
+        thread, which does not wait for it."""
+        self._to_rebind = True
+        self._nudge()
 
     def close(self) -> None:
         """Closes the sockets, cuts the clients off and waits a moment for their threads. Safe to call again."""
@@ -116,6 +131,10 @@ class Listeners:
         numbers = {bound.sock.fileno(): bound for bound in self._bounds}
         paused_until = 0.0
         while not self._closing:
+            if self._to_rebind:
+                self._to_rebind = False
+                self._rebind()
+                numbers = {bound.sock.fileno(): bound for bound in self._bounds}
             now = time.monotonic()
             left = self._cut_the_late(now)
             poll = select.poll()
@@ -131,6 +150,23 @@ class Listeners:
                         os.eventfd_read(self._wake)
                 elif number in numbers and not self._accept(numbers[number]):
                     paused_until = time.monotonic() + AGAIN
+
+    def _rebind(self) -> None:
+        for old in [bound for bound in self._bounds if not bound.reachable]:
+            try:
+                fresh = self._anew(old)
+            except EndpointError as error:  # somebody else listens there by now: it is tried again next time
+                log.error("admin: %s", error, extra={"event": "error"})
+                continue
+            self._bounds.remove(old)
+            self._bounds += fresh
+            old.close()
+            for bound in fresh:
+                log.info(
+                    "admin: listening on %s",
+                    bound.address,
+                    extra={"event": "admin", "address": bound.address},
+                )
 
     def _cut_the_late(self, now: float) -> float:
         """Cuts off who is over its time; seconds until the next may be."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import shlex
 import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from errno import errorcode
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -19,6 +21,7 @@ from relay.config.document import Document, Spot, Unreadable, parse
 from relay.config.models import Config
 from relay.config.pending import refusals
 from relay.errors import ConfigError, ConfigErrors
+from relay.journal import secrets
 from relay.settings import Place, Problem, problems_of, said
 from relay.units import show
 
@@ -76,6 +79,7 @@ def load_with_places(path: str | os.PathLike[str], *, to_run: bool = False) -> L
             _trusted(name, status, to_run=to_run)
             size = status.st_size  # before a byte is read; 0 for a pipe, which is read up to the limit
             raw = file.read(LARGEST + 1) if size <= LARGEST else b""
+            open_to_all = to_run and stat.S_ISREG(status.st_mode) and bool(status.st_mode & stat.S_IROTH)
     except OSError as error:
         code = errorcode.get(error.errno or 0, "error")
         raise _refusal(
@@ -86,7 +90,11 @@ def load_with_places(path: str | os.PathLike[str], *, to_run: bool = False) -> L
     if size > LARGEST or len(raw) > LARGEST:
         mib = f"{size / (1 << 20):.0f} MiB" if size else "more than that"
         raise _refusal(name, f"larger than a configuration may be: the limit is 4 MiB, this is {mib}")
-    return _loaded(_decoded(raw, name), name, to_run=to_run)
+    text = _decoded(raw, name)
+    loaded = _loaded(text, name, to_run=to_run)
+    if open_to_all:
+        _secretless(text, loaded)
+    return loaded
 
 
 def loads(text: str, name: str = "<text>", *, to_run: bool = False) -> Config:
@@ -114,6 +122,45 @@ def _trusted(name: str, status: os.stat_result, *, to_run: bool) -> None:
     """A root that does what anybody wrote would be anybody's: refuses such a file."""
     if to_run and os.geteuid() == 0 and stat.S_ISREG(status.st_mode) and status.st_mode & stat.S_IWOTH:
         raise _refusal(name, "anybody may write it, and relay is root", hint=f"chmod o-w {shlex.quote(name)}")
+
+
+class _Nothing(Mapping[str, str]):
+    """An environment that has every variable, and nothing in it: what is left is what the file says itself."""
+
+    def __getitem__(self, _name: str) -> str:
+        return ""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def _secretless(text: str, loaded: Loaded) -> None:
+    """What anybody may read holds no password: refuses such a file, at the check that says it. From the environment it
+    may come."""
+    if "send" not in text:
+        return
+    hint = f"chmod o-r {shlex.quote(loaded.name)}, or take it from the environment: ${{NAME}}"
+    found = []
+    for place, question in _said_by_checks(parse(text.removeprefix("\ufeff"), _Nothing()).data, ()):
+        if secrets.has_credentials(question):
+            line, column = loaded.document.spot(Problem("", place))
+            message = said(place, Problem("a password, and anybody may read the file", place))
+            found.append(ConfigError(message, file=loaded.name, line=line, column=column, hint=hint))
+    if found:
+        raise ConfigErrors(found)
+
+
+def _said_by_checks(data: Any, place: Place) -> Iterator[tuple[Place, str]]:
+    """Every `send` of a `health`, with its place."""
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in inner:
+        if key == "send" and place[-1:] == ("health",) and isinstance(value, str):
+            yield (*place, key), value
+        else:
+            yield from _said_by_checks(value, (*place, key))
 
 
 def default_text() -> str:

@@ -1,8 +1,9 @@
 """Least privilege: what relay gives up, in which order, and what a reload may still ask for.
 
-    begin    before any thread is started: no new privileges, Landlock. It holds for all threads that come later.
-    close    when every address is bound and nothing else is open: the user, then the filter of system calls, both for
-             all threads at once.
+    begin    before any thread is started: no new privileges, Landlock, the filter of system calls. They hold for all
+             threads that come later. Where relay has a user to become, the filter leaves the calls that takes.
+    close    when every address is bound and nothing else is open: the user, then a second filter that takes those calls
+             away, both for all threads at once.
 
 None of it can be taken back, so a reload that needs more is refused, with its place in the file and the reason.
 """
@@ -14,6 +15,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from relay.config.models import Config, Confine
 from relay.confinement.account import Account
@@ -111,6 +113,14 @@ def _unallowable(wanted: list[Want], confine: Confine) -> Iterator[str]:
             yield want.path
 
 
+def _threads() -> int:
+    """How many threads there are, of libraries, too."""
+    try:
+        return len(list(Path("/proc/self/task").iterdir()))
+    except OSError:
+        return threading.active_count()
+
+
 class Confinement:
     """What relay has given up for `config`, which was read from the file `source` (None, "-": from none).
 
@@ -132,20 +142,22 @@ class Confinement:
         self._ports: set[tuple[int, int]] | None = None
         self._scoped = 0
         self._lacks: list[str] = []
+        self._began = False
+        self._filter: Literal["none", "first", "last"] = "none"
 
     @property
     def owner(self) -> tuple[int, int]:
         """The user and the group that relay will be, by number; -1 for as it is."""
-        if self._account is None or self._account.ours:
+        if self._account is None or not self._becomes:
             return (-1, -1)
         return (self._account.user, self._account.group)
 
     def begin(self) -> None:
-        """Before any thread is started: no new privileges, and Landlock. Raises KernelError."""
+        """Before any thread is started: no new privileges, Landlock, and the filter. Raises KernelError."""
         confine = self._confine
         if confine is None:
             return
-        if threading.active_count() > 1:
+        if _threads() > 1:
             raise RelayBug("rights are given up when threads are there already")
         machine()  # looks at the system as it is
         if confine.user is not None:
@@ -163,6 +175,22 @@ class Confinement:
         kernel.no_new_privileges()
         if version:
             kernel.enter(kernel.Rules(self._paths, self._ports, self._scoped))
+        known = kernel.can_filter()
+        if self._possible("calls", confine.calls, known, "the system calls of this processor are not known"):
+            self._filter_calls("first" if self._becomes else "last")
+        self._began = True
+
+    @property
+    def _becomes(self) -> bool:
+        return self._account is not None and not self._account.ours
+
+    def _filter_calls(self, which: Literal["first", "last"]) -> None:
+        assert self._confine is not None
+        try:
+            kernel.filter_calls(becoming=which == "first")
+            self._filter = which
+        except KernelError as error:
+            self._possible("calls", self._confine.calls, False, str(error))
 
     def _possible(self, key: str, asked: bool | str, possible: bool, why: str) -> bool:
         if asked is False:
@@ -180,7 +208,7 @@ class Confinement:
         for want in wanted:
             if want.make and not os.path.lexists(want.path) and Path(want.path).parent.is_dir():
                 Path(want.path).mkdir(mode=want.make)
-                if self._account is not None and not self._account.ours:
+                if self._account is not None and self._becomes:
                     os.chown(want.path, self._account.user, self._account.group)
         assert self._confine is not None
         for path in _unallowable(wanted, self._confine):
@@ -205,11 +233,12 @@ class Confinement:
         return {(want.port, kinds[want.kind]) for want in wanted if want.kind in kinds}
 
     def close(self) -> None:
-        """When every address is bound: the user, and the filter of system calls. Raises KernelError."""
-        confine = self._confine
-        if confine is None:
+        """When every address is bound: the user, and the calls that becoming it took. Raises KernelError."""
+        if not self._began:
+            if self._confine is not None:
+                log.warning("not confined: the process is not relay's own", extra={"event": "not_confined"})
             return
-        if self._account is not None and not self._account.ours:
+        if self._account is not None and self._becomes:
             for path in _unreadable(self._account):
                 log.warning(
                     "%s cannot read %s, where Python looks for modules: what is needed later fails; %s",
@@ -219,23 +248,17 @@ class Confinement:
                 )
             self._account.become()
             self._became = True
-        calls = False
-        known = kernel.can_filter()
-        if self._possible("calls", confine.calls, known, "the system calls of this processor are not known"):
-            try:
-                kernel.filter_calls()
-                calls = True
-            except KernelError as error:
-                self._possible("calls", confine.calls, False, str(error))
-        self._tell(calls)
+        if self._filter == "first":
+            self._filter_calls("last")
+        self._tell()
 
-    def _tell(self, calls: bool) -> None:
+    def _tell(self) -> None:
         done = [f"user {self._account.name}"] if self._account is not None else []
         done += ["no new privileges"]
         done += [f"files beneath {len(self._paths)} paths"] if self._paths is not None else []
         if self._ports is not None:
             done += [f"{len(self._ports)} tcp ports"]
-        done += ["system calls"] if calls else []
+        done += ["system calls"] if self._filter == "last" else []
         log.info("confined: %s", ", ".join(done), extra={"event": "confined", "to": done})
         for lack in self._lacks:
             log.warning("not confined: %s", lack, extra={"event": "not_confined"})

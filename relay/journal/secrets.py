@@ -2,7 +2,8 @@
 
 A configuration may take anything from the environment, and what is wrong in it is shown to whoever runs relay. So the
 values of variables that are named like secrets, and that a configuration used, are blotted out of whatever leaves:
-lines of the log, errors, answers of the admin sockets.
+lines of the log, errors, answers of the admin sockets. And what a configuration has relay say to others may hold a
+password, by which a protocol begins: such a file is nobody else's to read.
 """
 
 from __future__ import annotations
@@ -13,6 +14,15 @@ from html import escape
 
 NAMED = re.compile(
     r"PASS(WORD|WD|PHRASE)?($|_)|SECRET|TOKEN|CREDENTIAL|PRIVATE|(API|ACCESS|AUTH|SIGNING)_?KEY|_KEY$"
+)
+CREDENTIALS = re.compile(
+    r"""^(?:
+        (?:AUTH|PASS)[ \t]+\S | AUTH\r?\n\$\d+\r?\n\S | HELLO[ ]+\d+[ ]+AUTH[ ]+\S+[ ]+\S    # redis, mail, ftp
+        | \S+[ ]+LOGIN[ ]+\S+[ ]+\S                                                       # imap
+        | (?:Proxy-)?Authorization:[ \t]*\S+[ \t]+\S | (?:Cookie|X-[\w-]*(?:Key|Token|Secret)):[ \t]*\S
+        | (?:GET|HEAD|POST)[ ]\S*(?:[?&][\w-]*(?:token|key|secret|password)=[^\s&] | //[^\s/@]+:[^\s/@]+@)
+    )""",
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 LEAST = 4  # letters: a shorter value would blot out half of what is said
 BLOT = "***"
@@ -31,6 +41,11 @@ def note(name: str, value: str) -> None:
         ):
             _values.add(form)
         _values.add(repr(value)[1:-1])
+
+
+def has_credentials(said: str) -> bool:
+    """Whether what is said to a server tells it a password or a key, in one of the protocols that checks speak."""
+    return CREDENTIALS.search(said) is not None
 
 
 def hidden(text: str) -> str:

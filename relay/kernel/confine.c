@@ -5,6 +5,8 @@
  * - SECCOMP_FILTER_FLAG_TSYNC puts every thread of the process under the filter, or none. Landlock holds for the
  *   calling thread and whatever it starts later.
  * - Neither can be taken back. Both want no_new_privs first.
+ * - Threads begin under the filters of the one that starts them. A filter that comes later is asked besides the earlier
+ *   ones, and the strictest answer counts.
  *
  * The structs and numbers of Landlock are written out: not every libc's headers have them. */
 #ifndef _GNU_SOURCE
@@ -83,10 +85,20 @@ static const struct relay_call allowed[] = {
 #endif
 };
 
+static const struct relay_call becoming[] = {
+    CALL(seccomp), CALL(setgroups), CALL(setresgid), CALL(setresuid),
+};
+
 const struct relay_call *relay_calls(int *count)
 {
     *count = (int)(sizeof allowed / sizeof allowed[0]);
     return allowed;
+}
+
+const struct relay_call *relay_calls_becoming(int *count)
+{
+    *count = (int)(sizeof becoming / sizeof becoming[0]);
+    return becoming;
 }
 
 uint32_t relay_arch(void)

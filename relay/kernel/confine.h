@@ -16,6 +16,8 @@ struct relay_step {
 
 /* The system calls that relay makes, as this processor numbers them; `count` gets how many. */
 const struct relay_call *relay_calls(int *count);
+/* Those that it makes besides, once, to become another user and then to do without them. */
+const struct relay_call *relay_calls_becoming(int *count);
 /* Which processor's numbers these are, as seccomp says it. */
 uint32_t relay_arch(void);
 /* Nothing that this thread starts gets more rights than it has. */

@@ -136,20 +136,25 @@ _FAMILIES = (1, 2, 10, 16)  # unix, IPv4, IPv6, netlink (which the resolver asks
 _SPARE = 64  # numbers above the highest that is known here, which a newer libc may try first
 
 
-def calls() -> dict[str, int]:
-    """The system calls that relay makes, by name, with their numbers here."""
-    count = ffi.new("int *")
-    table = lib.relay_calls(count)
-    return {ffi.string(table[i].name).decode(): int(table[i].number) for i in range(count[0])}
+def calls(*, becoming: bool = False) -> dict[str, int]:
+    """The system calls that relay makes, by name, with their numbers here; `becoming`: those besides that become
+    another user, and that filter what is left."""
+    found: dict[str, int] = {}
+    for table_of in (lib.relay_calls, lib.relay_calls_becoming)[: 1 + becoming]:
+        count = ffi.new("int *")
+        table = table_of(count)
+        found |= {ffi.string(table[i].name).decode(): int(table[i].number) for i in range(count[0])}
+    return found
 
 
-def filter_calls() -> None:
+def filter_calls(*, becoming: bool = False) -> None:
     """From now on, and for every thread, only the calls that relay makes are there; others are EPERM.
 
     New threads may be started, new processes not; sockets are unix, IPv4, IPv6 or netlink. What is not known yet is
-    ENOSYS, so that a newer libc does without. Raises KernelError.
+    ENOSYS, so that a newer libc does without. `becoming` leaves what becoming another user takes, and the next filter,
+    which is without. Raises KernelError.
     """
-    steps = _program(calls(), int(lib.relay_arch()))
+    steps = _program(calls(becoming=becoming), int(lib.relay_arch()))
     made = ffi.new("struct relay_step[]", len(steps))
     for number, (code, yes, no, value) in enumerate(steps):
         made[number].code, made[number].yes, made[number].no, made[number].value = code, yes, no, value

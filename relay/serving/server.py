@@ -68,8 +68,8 @@ class Server:
     """All routes of a configuration at work. `run` returns the exit code; it is called on the main thread.
 
     `again` reads the configuration once more, for SIGHUP; without it only files are opened anew. Without
-    `signals` it runs on any thread, and `end` ends it. `on_progress` is called every `interval` seconds, `compact` when
-    memory is given back after many sessions.
+    `signals` it runs on any thread, and `end` ends it. `on_progress` is called every `interval` seconds, `on_reopen`,
+    on the main thread, when files are opened anew, `compact` when memory is given back after many sessions.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Server:
         self._signals = signals
         self._on_progress = on_progress
         self._interval = interval
+        self.on_reopen: Callable[[], None] = lambda: None
         self._news: News[Callable[[], None]] = News()
         self._heap: Heap | None = None
         if signals and not once:  # the process is this server's
@@ -300,7 +301,9 @@ class Server:
             log.info("SIGHUP: relay is draining, nothing is reloaded")
             self._vigil.notifier.stopping("draining", self._config.drain)
             self._settled(ENDING_OUTCOME)
-        elif self._again is None:
+            return
+        self.on_reopen()
+        if self._again is None:
             self._fleet.reopen(tuple(self._fleet.at_work))
             self._say_ready()
             said = "files are opened anew; there is no configuration file to read again"
