@@ -35,6 +35,7 @@ import fcntl
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -275,7 +276,9 @@ def clone(scratch: Path) -> Path:
     if not place.exists():
         place.mkdir()
         for path in ROOT.iterdir():
-            if not path.name.startswith("."):
+            if path.name == "docs":  # pages that a command writes into
+                shutil.copytree(path, place / path.name)
+            elif not path.name.startswith("."):
                 (place / path.name).symlink_to(path)
     return place
 
