@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conformance import connected
 from descriptors import Descriptors
 from line import File, Line
-from peers import PATIENCE, assert_same, payload, send_all
+from peers import PATIENCE, assert_same, connected, payload, send_all
 from relays import Relay
 
 from relay.engine import Engine

@@ -318,6 +318,9 @@ def test_what_subscribers_got_counts_on(serve: Make) -> None:
                 eventually(lambda: sink().given == 1000 * number, "it is counted")  # noqa: B023 - asked at once
             eventually(lambda: sink().subscribers == 0, "it has left")
             assert sink().given == 1000 * number
+    for _ in range(20):  # the session ends meanwhile
+        assert sink().bytes == 3000
+    eventually(lambda: asked.desk._inquiry.look().routes[0].sessions["delivered"] == 1, "the session is over")
     assert sink().bytes == 3000
 
 

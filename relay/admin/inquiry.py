@@ -50,6 +50,7 @@ SLICE = 0.0005  # seconds that an engine looks at a time
 DETAILS = 8  # streams of a route that are told one by one
 
 REFUSED = "\0refused"  # beside the names of sinks
+GROWING = ("bytes", "dropped", "lost", "twice", "reconnects", "blocked_seconds")  # of a sink
 RESULTS = ("delivered", "partial", "failed")
 
 
@@ -151,8 +152,11 @@ class Inquiry:
             name = route.name
             status = _route(look, totals.get(name) if name not in told else None)
             told.add(name)
+            before = self._before.get(route)
             if look.facts is None or not done <= (answered | second.answered):
-                status = replace(self._before.get(route, status), unanswered=True)
+                status = replace(before or status, unanswered=True)
+            elif before is not None and len([other for other in running if other.name == name]) == 1:
+                status = _at_least(status, before)
             routes.append(status)
         self._before = dict(zip(running, routes, strict=True))
         self._count(running, routes)
@@ -306,6 +310,22 @@ def _route(look: Look, totals: RouteTotals | None) -> RouteStatus:
         resumed=facts.resumed if facts else 0,
         failed=facts.failed if facts else "",
     )
+
+
+def _at_least(status: RouteStatus, before: RouteStatus) -> RouteStatus:
+    """What only grows is no less than it was `before`: a session that has just ended is not in the ledger yet, and no
+    longer at work."""
+    earlier = {sink.sink: sink for sink in before.sinks}
+    sinks = tuple(
+        replace(
+            sink, **{name: max(getattr(sink, name), getattr(earlier[sink.sink], name)) for name in GROWING}
+        )
+        if sink.sink in earlier
+        else sink
+        for sink in status.sinks
+    )
+    back = status.bytes_back if before.bytes_back is None else max(status.bytes_back or 0, before.bytes_back)
+    return replace(status, bytes=max(status.bytes, before.bytes), bytes_back=back, sinks=sinks)
 
 
 def _stages(running: RunningRoute) -> Iterator[StageStatus]:
