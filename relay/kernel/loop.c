@@ -50,7 +50,7 @@ int relay_unwatch(struct relay_engine *e, struct relay_end *end)
 
 void relay_ready(struct relay_engine *e, struct relay_pipeline *p)
 {
-    if (p->queued)
+    if (p->queued || p->forgotten)
         return;
     p->queued = 1;
     p->ready_next = NULL;
@@ -96,6 +96,7 @@ static void set_timed(struct relay_engine *e, struct relay_pipeline *p)
 
 void relay_forget(struct relay_engine *e, struct relay_pipeline *p)
 {
+    p->forgotten = 1;
     p->wake_ns = 0;
     set_timed(e, p);
     if (!p->queued)

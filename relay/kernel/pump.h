@@ -267,6 +267,7 @@ struct relay_pipeline {
     int sample;                /* its number: not 0 while anything is measured */
     /* the engine's */
     int queued, timed, retry;
+    int forgotten;             /* it may be freed at any time: it goes on no list any more */
     int64_t wake_ns;
     struct relay_pipeline *ready_next;
     struct relay_pipeline *timed_next, *timed_prev;
