@@ -370,6 +370,7 @@ class Rig:
         count = core.lib.relay_sweep(self.engine, self.pipeline, self._out, EVENTS)
         more, wake = bool(self.pipeline.queued), int(self.pipeline.wake_ns)
         core.lib.relay_forget(self.engine, self.pipeline)
+        self.pipeline.forgotten = 0  # this one goes on
         got = [(NAMES[e.what], self.names[e.token], e.error) for e in self._out[0:count]]
         asked = self.model.calls
         events, expected_more = self.model.sweep(int(self.engine.now_ns))

@@ -202,6 +202,7 @@ def test_an_event_is_heard_by_both_ways(engine: Engine, fds: Descriptors) -> Non
     back = Line(engine, fds, there, [other.fileno()])
     for line in (forth, back):
         line.close()
+        line.c.forgotten = 0  # it has other ends now
     end, reply = core.new_end(here.fileno()), core.new_end(there.fileno())
     end.is_socket = reply.is_socket = 1
     end.reads, end.writes, reply.reads, reply.writes = forth.c, back.c, back.c, forth.c
