@@ -6,7 +6,9 @@ import logging
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from weakref import WeakSet
 
 from relay.endpoints.base import hint
 from relay.endpoints.options import OnSlow
@@ -38,7 +40,10 @@ class Spills:
         self._directories: dict[str, SpillDirectory] = {}
         self._readers: dict[str, Engine] = {}
         self._claimed: set[tuple[str, str]] = set()
-        self._lent: dict[tuple[str, str], tuple[str, Log]] = {}  # whose log it is, by where it lies
+        self._lent: dict[tuple[str, str], Log] = {}  # those on disk, by where they lie
+        self._made: defaultdict[str, WeakSet[Log]] = defaultdict(
+            WeakSet
+        )  # all that sinks write, by their routes
 
     def claim(self, path: str) -> SpillDirectory:
         """The directory at `path`, locked. Raises SinkError when it cannot be used."""
@@ -69,14 +74,14 @@ class Spills:
         if slow.policy != "spill":
             rejoins = standing and sink.verb == "connect"
             delivery = Delivery(
-                engine, turn.route, kept := Log(largest=slow.buffer), outlet.branch, sink, ways, turn,
+                engine, turn.route, kept := self._note(turn, Log(largest=slow.buffer)), outlet.branch, sink, ways, turn,
                 broken="rejoin" if rejoins else "fail", in_place=standing,
             )  # fmt: skip
             return SpillSink(
                 engine, str(sink.address), kept, delivery, drain=drain, copy=copy, rejoins=rejoins
             )
         if slow.directory is None:
-            kept, reader = Log(largest=slow.max or 0), engine
+            kept, reader = self._note(turn, Log(largest=slow.max or 0)), engine
         else:
             kept = self._log(
                 slow.directory,
@@ -117,7 +122,7 @@ class Spills:
                     ) from error
             key = (str(directory.path), name)
             lent = self._lent.get(key)
-            if lent is not None and not lent[1].closed.is_set():
+            if lent is not None and not lent.closed.is_set():
                 raise SinkError(
                     str(directory.path / name), "opening the log in", 0,
                     "give each of them a directory of its own", reason="another sink of this relay uses it",
@@ -131,8 +136,9 @@ class Spills:
                 key = (str(directory.path), directory.free_name(name))
                 kept = directory.log(key[1], largest=largest)
             self._claimed.add(key)
-            self._lent = {where: one for where, one in self._lent.items() if not one[1].closed.is_set()}
-            self._lent[key] = (turn.route, kept)
+            self._lent = {where: one for where, one in self._lent.items() if not one.closed.is_set()}
+            self._lent[key] = kept
+        self._note(turn, kept)
         if persistent:
             kept.go_on()
             if left := kept.end - max(kept.acknowledged, kept.start):
@@ -143,8 +149,13 @@ class Spills:
         """Waits until every log that sinks of the route wrote is closed; False when that takes too long."""
         deadline = time.monotonic() + patience
         with self._lock:
-            lent = [kept for owner, kept in self._lent.values() if owner == route]
-        return all(kept.closed.wait(max(0.0, deadline - time.monotonic())) for kept in lent)
+            made = list(self._made[route])
+        return all(kept.closed.wait(max(0.0, deadline - time.monotonic())) for kept in made)
+
+    def _note(self, turn: Turn, kept: Log) -> Log:
+        with self._lock:
+            self._made[turn.route].add(kept)
+        return kept
 
     def _reader(self, route: str) -> Engine:
         """The engine that reads the route's logs: reading a disk may wait, and then the chains should not."""
