@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from duplexes import Duplex, connected, direct, in_background, listener, outcome, relayed, reset
-from peers import PATIENCE, accept, assert_same, payload, receive_exactly
+from peers import PATIENCE, accept, assert_same, eventually, payload, receive_exactly
 from stories import MIXES, RESETS, SHAPES, STORIES, Ends, play
 
 from relay.endpoints.pacing import paced
@@ -126,8 +127,10 @@ def test_the_method_of_each_direction(tmp_path: Path) -> None:
     """Unless told otherwise bulk is spliced into tcp and copied into unix; the record says what happened."""
     with relayed("tcp", "unix", tmp_path) as (client, server, duplex):
         for from_, to in ((client, server), (server, client)):
-            sender = in_background(from_.sendall, bytes(8 << 20))
-            assert len(receive_exactly(to, 8 << 20)) == 8 << 20
+            sender = in_background(from_.sendall, bytes(32 << 20))
+            # a reader that is late makes bulk of it, however slow the sender is
+            eventually(lambda: not select.select([], [from_], [], 0)[1], "all buffers are full")  # noqa: B023
+            assert len(receive_exactly(to, 32 << 20)) == 32 << 20
             sender.join(PATIENCE)
         client.close()
         server.close()

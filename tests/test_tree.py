@@ -86,8 +86,11 @@ class Tree:
         return [struct.unpack_from("<Q", cursor.read_bytes(), 8)[0] for cursor in cursors]
 
     def received(self, host: str) -> int:
-        """Bytes that a leaf has in its files."""
-        return sum(path.stat().st_size for path in self.got(host))
+        """Bytes that a leaf has in its files; -1 while one of them gets its name."""
+        try:
+            return sum(path.stat().st_size for path in self.got(host))
+        except FileNotFoundError:
+            return -1
 
 
 def middle_name(number: int) -> str:
