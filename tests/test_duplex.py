@@ -127,10 +127,12 @@ def test_the_method_of_each_direction(tmp_path: Path) -> None:
     """Unless told otherwise bulk is spliced into tcp and copied into unix; the record says what happened."""
     with relayed("tcp", "unix", tmp_path) as (client, server, duplex):
         for from_, to in ((client, server), (server, client)):
-            sender = in_background(from_.sendall, bytes(32 << 20))
-            # a reader that is late makes bulk of it, however slow the sender is
-            eventually(lambda: not select.select([], [from_], [], 0)[1], "all buffers are full")  # noqa: B023
-            assert len(receive_exactly(to, 32 << 20)) == 32 << 20
+            sender = in_background(from_.sendall, bytes(64 << 20))
+            to.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
+            for _ in range(40):  # a reader that is late makes bulk of it, however slow the sender is
+                eventually(lambda: not select.select([], [from_], [], 0)[1], "all buffers are full")  # noqa: B023
+                receive_exactly(to, 1 << 20)
+            assert len(receive_exactly(to, 24 << 20)) == 24 << 20
             sender.join(PATIENCE)
         client.close()
         server.close()
