@@ -125,11 +125,20 @@ def references(found: Found, directory: Path) -> Found:
     """
     if found.result == "denied" or found.to == "process" or found.source == "file":
         return found
+    held = _held(found, directory)
+    for _ in range(2):
+        if not held or found.result == "shared":
+            break
+        held = _held(found, directory)  # on a busy machine the kernel lets go of a packet late
+    return found.agreeing(held)
+
+
+def _held(found: Found, directory: Path) -> bool | None:
     with contextlib.ExitStack() as undo:
         bench = _Bench(found.source, found.to, directory, undo, sealed=True)
         bench.fill()
         bench.move(found.way)
-        return found.agreeing(bench.held())
+        return bench.held()
 
 
 def _from_process(way: str, seconds: float) -> Found:
