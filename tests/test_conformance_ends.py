@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conformance import check_clogged, route_of
-from givers import SOURCES
+from givers import SOURCES, Giver
 from peers import accept, assert_same, connected, eventually, payload, receive_all, receive_exactly
 from relays import Relay
-from takers import SINKS, SocketTaker
+from takers import SINKS, SocketTaker, Taker
 
 CLOGGABLE = [
     name for name in SINKS if name not in ("file", "fd-file", "fd-append") and "broadcast" not in name
 ]
 
 
+@contextlib.contextmanager
+def beside_another(directory: Path, sink: str) -> Iterator[tuple[Giver, Taker, Taker]]:
+    """Who gives, who takes at a sink of that kind, and who takes at a tcp sink beside it."""
+    other = directory / "beside"
+    other.mkdir()
+    with (
+        SOURCES["tcp4"](directory) as giver,
+        SINKS[sink](directory) as taker,
+        SINKS["tcp4"](other) as sibling,
+    ):
+        yield giver, taker, sibling
+
+
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("sink", CLOGGABLE)
 def test_a_clogged_sink_holds_the_source_and_loses_nothing(tmp_path: Path, sink: str) -> None:
     """Under policy block a reader that stalls holds the source, not for ever, and gets every byte."""
-    beside = tmp_path / "beside"
-    beside.mkdir()
-    with (
-        SOURCES["tcp4"](tmp_path) as giver,
-        SINKS[sink](tmp_path) as clogged,
-        SINKS["tcp4"](beside) as sibling,
-    ):
+    with beside_another(tmp_path, sink) as (giver, clogged, sibling):
         check_clogged(giver, clogged, sibling, 16 << 20)
 
 
@@ -46,13 +55,7 @@ def test_a_clogged_sink_holds_the_source_and_loses_nothing(tmp_path: Path, sink:
 def test_a_lossy_policy_frees_the_sibling(tmp_path: Path, sink: str, policy: str) -> None:
     """Under drop and disconnect a sink that reads nothing costs its sibling nothing but a moment."""
     data = payload(12, 64 << 20)  # more than pipes hold in large fragments
-    beside = tmp_path / "beside"
-    beside.mkdir()
-    with (
-        SOURCES["tcp4"](tmp_path) as giver,
-        SINKS[sink](tmp_path) as clogged,
-        SINKS["tcp4"](beside) as sibling,
-    ):
+    with beside_another(tmp_path, sink) as (giver, clogged, sibling):
         on_slow = {"policy": policy, "after": "50ms"}
         with Relay(route_of(giver, [clogged, sibling], on_slow)) as relay:
             sibling.start(relay)
@@ -111,12 +114,8 @@ def test_a_source_that_resets_fails_the_stream(tmp_path: Path, source: str, sink
 def test_a_sink_that_resets_fails_alone(tmp_path: Path, sink: str) -> None:
     """A receiver that breaks off is reported with its errno; its sibling gets everything."""
     data = payload(13, 4 << 20)
-    beside = tmp_path / "beside"
-    beside.mkdir()
     with (
-        SOURCES["tcp4"](tmp_path) as giver,
-        SINKS[sink](tmp_path) as broken,
-        SINKS["tcp4"](beside) as sibling,
+        beside_another(tmp_path, sink) as (giver, broken, sibling),
         Relay(route_of(giver, [broken, sibling])) as relay,
     ):
         broken.start(relay)
