@@ -5,14 +5,13 @@ Facts (CPython's Modules/gcmodule.c and Objects/obmalloc.c; kernel/heap.c for th
   only when those have grown by a quarter. What is frozen it never looks at.
 - Small objects lie in arenas of 1 MiB, and one is given back when nothing in it is alive: a few hundred objects that
   were made in a crowd of connections keep all of the crowd's memory. Such are the free tuples and the like that are
-  kept for use (a full collection empties these lists), names in the cache of attributes (cleared by itself only when
-  it is full), and records of the last sessions (put together by being made anew).
+  kept for use (a full collection empties these lists) and records of the last sessions (put together by being made
+  anew).
 """
 
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Callable
 
@@ -81,6 +80,5 @@ class Heap:
         self._next_look = None
         self._before, self._asked = self._ended, False
         self._compact()
-        sys._clear_type_cache()
         gc.collect()
         core.lib.relay_trim_heap()
