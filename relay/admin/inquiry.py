@@ -147,6 +147,7 @@ class Inquiry:
         answered = homes.answered & (second.answered | (homes.answered - second.asked))
         routes = []
         told = set()
+        named_so = Counter(route.name for route in running)  # two, while a reload replaces one
         for look in looks:
             route, done = look.running, look.engines | {look.running.home}
             name = route.name
@@ -155,7 +156,7 @@ class Inquiry:
             before = self._before.get(route)
             if look.facts is None or not done <= (answered | second.answered):
                 status = replace(before or status, unanswered=True)
-            elif before is not None and len([other for other in running if other.name == name]) == 1:
+            elif before is not None and named_so[name] == 1:
                 status = _at_least(status, before)
             routes.append(status)
         self._before = dict(zip(running, routes, strict=True))
