@@ -108,6 +108,17 @@ class _Meter:
         return lasted >= self._seconds and now.bytes - first.bytes >= LEAST
 
 
+@dataclass(frozen=True)
+class Span:
+    """How long one cell is measured, in seconds, and what goes before that; `filed` bytes at most are written to files.
+    `alone`: it has a route of its own, so that `auto` knows nothing of what others before it measured."""
+
+    seconds: float
+    warm: float
+    filed: int = MOST_FILED
+    alone: bool = False
+
+
 class Bench:
     """What all cells share: the engine, a file and memory to be read over and over, which CPUs who has.
 
@@ -120,7 +131,7 @@ class Bench:
         self.pinned = len(here) > 1
         self._load = frozenset(here[1:]) if self.pinned else None
         self._directory = directory
-        self._seconds = seconds
+        self._span = Span(seconds, max(0.005, seconds / 4))
         self._stopped = stopped
         self._undo = contextlib.ExitStack()
         self._number = 0
@@ -142,37 +153,39 @@ class Bench:
         """Ends the engine; no cell may be at work. Safe to call again."""
         self._undo.close()
 
-    def run(self, place: Place, method: Method) -> Outcome:
-        """One cell. Raises Interrupted, KernelError when it cannot be set up, RelayError when bytes went astray."""
+    def run(self, place: Place, method: Method, span: Span | None = None) -> Outcome:
+        """One cell, as long as `span` says, or as all. Raises Interrupted, KernelError when it cannot be set up,
+        RelayError when bytes went astray."""
         if refused := _refused(place, method):
             return Denied(refused)
         self._number += 1
         directory = self._directory / str(self._number)
         directory.mkdir()
         try:
-            return self._run(place, method, directory)
+            return self._run(place, method, directory, span or self._span)
         finally:
             directory.rmdir()
 
-    def _run(self, place: Place, method: Method, directory: Path) -> Outcome:
+    def _run(self, place: Place, method: Method, directory: Path, span: Span) -> Outcome:
         with contextlib.ExitStack() as undo:
             receivers = Receivers(place.to, place.sinks, directory, self._load)
             undo.callback(receivers.close)
-            cell = _Cell(self._engine, place, method, receivers)
+            route = f"bench-{self._number}" if span.alone else "bench"
+            cell = _Cell(self._engine, place, method, receivers, route)
             undo.callback(cell.close)
             feeds = self._source(cell, place, directory, undo)
             receivers.connect()
             receivers.start()
             if feeds is not None:
                 feeds.start()
-            most = MOST_FILED // place.sinks if place.to == "file" else 0
-            cell.measure(max(0.005, self._seconds / 4), self._seconds, most, feeds)
-            record = self._wait(cell)
+            most = span.filed // place.sinks if place.to == "file" else 0
+            cell.measure(span.warm, span.seconds, most, feeds)
+            record = self._wait(cell, span.seconds)
             fed = None if feeds is None else feeds.feed.moved
             return cell.outcome(record, fed, receivers.counts())
 
-    def _wait(self, cell: _Cell) -> SessionRecord:
-        patience = DEADLINE + 2 * self._seconds
+    def _wait(self, cell: _Cell, seconds: float) -> SessionRecord:
+        patience = DEADLINE + 2 * seconds
         until = time.monotonic() + patience
         while True:
             try:
@@ -234,13 +247,16 @@ class Bench:
 class _Cell:
     """The pipeline of one cell, from `begin` (on the engine's thread) to its record in `over`."""
 
-    def __init__(self, engine: Engine, place: Place, method: Method, receivers: Receivers) -> None:
+    def __init__(
+        self, engine: Engine, place: Place, method: Method, receivers: Receivers, route: str
+    ) -> None:
         self.place = place
         self.method = method
         self.name = f"{place.hop} to {place.sinks}, {place.size} bytes, {method}"
         self.over: queue.Queue[SessionRecord] = queue.Queue()
         self._engine = engine
         self._receivers = receivers
+        self._route = route
         self._source: Source | None = None
         self._pipeline: Pipeline | None = None
         self._meter: _Meter | None = None
@@ -254,7 +270,7 @@ class _Cell:
         stages = tuple(TeeSettings(to=sink) for sink in tees)
         ways = Ways(machine(), self.method)
         self._pipeline = Pipeline(
-            self._engine, "bench", stages, last, ways,
+            self._engine, self._route, stages, last, ways,
             persistent=False, making=Making(in_place=True), quiet=True, on_over=self.over.put,
         )  # fmt: skip
         source.open()
@@ -263,7 +279,7 @@ class _Cell:
         if isinstance(source, LoopedFile | LoopedMemory):
             source.begin_loop()
         self._pipeline.open()
-        self._pipeline.begin(source, Turn(route="bench", id="0", time="", peer=source.peer))
+        self._pipeline.begin(source, Turn(route=self._route, id="0", time="", peer=source.peer))
 
     def _not_opened(self, error: EndpointError) -> None:
         self._failed = error
@@ -310,6 +326,7 @@ class _Cell:
             calls_made=last.calls - first.calls,
             moved=moved,
             used=used,
+            measured=record.measured,
         )
 
     def close(self) -> None:
