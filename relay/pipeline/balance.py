@@ -29,6 +29,9 @@ REST: Final = 7 * OWN  # between two of them, once there are enough: measuring c
 TRIAL: Final = 8 * MIB  # bytes of a sample of the other one,
 TRIAL_DEAR: Final = MIB  # of one that costs at least
 DEAR: Final = 2.0  # times as much
+TELLING: Final = (
+    10e6  # CPU nanoseconds of the way in force that tell as much as OWN bytes: small messages cost many
+)
 SETTLES: Final = MIB // 2  # bytes after a change that are not measured: they fill pipes, windows and caches
 SHARE: Final = 0.02  # of a stream may go the other way for samples
 RARE: Final = 0.001  # at the least, and for a dear way at the most
@@ -55,6 +58,7 @@ class Balance:
 
     way: Way
     expected: float
+    least: int = MIB  # bytes of a sample, however much CPU they take
     changes: int = 0
     tried: int = 0
     samples: dict[Way, int] = field(default_factory=lambda: {"chain": 0, "ring": 0})
@@ -72,19 +76,21 @@ class Balance:
         """The way to measure next, and over how many bytes; `fed` have come so far."""
         own = self._costs[self.way]
         if fed < self._not_before:
-            return self.way, OWN
+            return self.way, self.own
         if self._streak:  # in pairs: what else the machine does weighs on both alike
-            return (other(self.way), self.trial) if self._last == self.way else (self.way, OWN)
+            return (other(self.way), self.trial) if self._last == self.way else (self.way, self.own)
         size = self.trial
         share = min(self._share, RARE) if self.expected >= DEAR else self._share
         if len(own) >= ENOUGH and self.tried + size + SETTLES <= share * fed:
             return other(self.way), size
-        return self.way, OWN
+        return self.way, self.own
 
     @property
     def pause(self) -> int:
         """Bytes that need not be measured before the next sample of the way in force."""
-        return SETTLES if self._streak or len(self._costs[self.way]) < ENOUGH else REST
+        if self._streak or len(self._costs[self.way]) < ENOUGH:
+            return SETTLES
+        return REST * self.own // OWN
 
     @property
     def trying(self) -> bool:
@@ -92,9 +98,19 @@ class Balance:
         return self._streak > 0
 
     @property
+    def own(self) -> int:
+        """Bytes of a sample of the way in force."""
+        return max(self._less(OWN), min(self.least, OWN))
+
+    @property
     def trial(self) -> int:
         """Bytes of a sample of the other way."""
-        return TRIAL_DEAR if self.expected >= DEAR else TRIAL
+        return TRIAL_DEAR if self.expected >= DEAR else max(self._less(TRIAL), min(self.least, TRIAL))
+
+    def _less(self, size: int) -> int:
+        """So many bytes, or fewer where they cost so much that fewer tell as much."""
+        found = self._costs[self.way]
+        return min(size, int(size * TELLING / (OWN * median(found)))) if found and median(found) else size
 
     def spent(self, size: int) -> None:
         """So many bytes went the other way that is not in force."""
