@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from relay.bench.cell import GIB, MIB, Failed, Figures, Method, Place, catalogue, hops
+from relay.bench.cell import GIB, MIB, Failed, Figures, Method, Outcome, Place, catalogue, hops
 from relay.bench.report import size_name
 from relay.bench.trial import Bench, Span
 from relay.errors import RelayError
@@ -42,6 +42,7 @@ DEAR: Final = 1.05  # what auto may cost of the best fixed method
 OUT: Final = 1.5  # of the cheapest: whoever takes more in LOOKS rounds is not the best, and left out
 LOOKS: Final = 2
 SURE: Final = 0.9  # of the intervals hold the true median
+HOPS: Final[tuple[str, ...]] = ()  # of the page's table: all
 WAYS: Final = {"zero-copy": "splice", "copy": "copy"}  # a session record's words, and the methods'
 HEAD: Final = [
     "hop, sinks, pieces",
@@ -211,42 +212,50 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return found[inner], found[-1 - inner]
 
 
-def compared(
-    place: Place, run: Callable[[Place, Method, Span], Any], span: Span, rounds: int, most: int, long: Span
-) -> Compared:
-    """All of one cell; `run` is that of a Bench."""
+Run = Callable[[Place, Method, Span], Outcome]
+
+
+def compared(place: Place, run: Run, span: Span, long: Span, rounds: int, most: int) -> Compared:
+    """All of one cell, at least `rounds` and at most `most`; `run` is that of a Bench."""
     cell = Compared(place)
     methods: list[Method] = ["auto", *place.methods]
     while len(cell.rounds) < rounds or (cell.straddles and len(cell.rounds) + MORE <= most):
         for _ in range(rounds if len(cell.rounds) < rounds else MORE):
-            turn = len(cell.rounds) % len(methods)
-            found: dict[Method, Figures] = {}
-            for method in [*methods[turn:], *methods[:turn]]:
-                try:
-                    outcome = run(place, method, span)
-                except RelayError as error:
-                    outcome = Failed(str(error))
-                if isinstance(outcome, Figures):
-                    found[method] = outcome
-                elif isinstance(outcome, Failed) or method == "auto":
-                    cell.failure = f"failed: {method}: {outcome.reason}"
-                    return cell
-            methods = [m for m in methods if m in found]
-            cell.rounds.append({m: found[m] for m in methods})
-            dropped = cell.dropped
-            methods = [m for m in methods if m not in dropped]
-            if len(methods) == 1:
+            methods = _round(cell, methods, run, span)
+            if cell.failure or len(methods) == 1:
                 return cell
     if cell.measures:
-        try:
-            outcome = run(place, "auto", long)
-        except RelayError as error:
-            outcome = Failed(str(error))
-        if isinstance(outcome, Figures):
-            cell.long = outcome
-        else:
-            cell.failure = f"failed: auto, a long stream: {outcome.reason}"
+        outcome = _tried(run, place, "auto", long)
+        cell.long = outcome if isinstance(outcome, Figures) else None
     return cell
+
+
+def _round(cell: Compared, methods: list[Method], run: Run, span: Span) -> list[Method]:
+    """All methods once, beginning with another one than the last round; those that the next one is for."""
+    turn = len(cell.rounds) % len(methods)
+    found: dict[Method, Figures] = {}
+    for method in [*methods[turn:], *methods[:turn]]:
+        outcome = _tried(run, cell.place, method, span)
+        if isinstance(outcome, Figures):
+            found[method] = outcome
+        elif isinstance(outcome, Failed):
+            cell.failure = f"failed: {method}: {outcome.reason}"
+            return methods
+    cell.rounds.append({method: found[method] for method in methods if method in found})
+    dropped = cell.dropped
+    return [method for method in cell.rounds[-1] if method not in dropped]
+
+
+def _tried(run: Run, place: Place, method: Method, span: Span) -> Outcome:
+    """One run; once more where it failed, which a connection on a busy machine does now and then."""
+    try:
+        return run(place, method, span)
+    except RelayError:
+        pass
+    try:
+        return run(place, method, span)
+    except RelayError as error:
+        return Failed(str(error))
 
 
 def table(cells: Sequence[Compared], span: Span) -> str:
@@ -303,19 +312,18 @@ def measured(
     directory: Path,
     only: Sequence[str],
     span: Span,
+    long: Span,
     rounds: int,
     most: int,
-    long: Span,
     say: Callable[[str], None],
 ) -> list[Compared]:
-    """All cells, or those of the hops in `only`."""
+    """All cells of the hops in `only`, or of all; `say` is told of each."""
     places = catalogue(only)
     bench = Bench(directory, span.seconds, lambda: False)
     try:
         cells = []
         for number, place in enumerate(places, start=1):
-            cell = compared(place, bench.run, span, rounds, most, long)
-            cells.append(cell)
+            cells.append(cell := compared(place, bench.run, span, long, rounds, most))
             said = f"{cell.ratio:.2f} of {cell.best}" if cell.judged else cell.failure
             say(f"auto: {number} of {len(places)}: {cell.name}: {said}")
         return cells
@@ -349,7 +357,7 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="relay-bench-", dir=options.directory) as own:
             print(f"Machine: {machine.line(machine.description(Path(own)))}\n", flush=True)
             cells = measured(
-                Path(own), options.only, span, options.runs, options.most, long,
+                Path(own), options.only, span, long, options.runs, options.most,
                 lambda text: print(text, file=sys.stderr, flush=True),
             )  # fmt: skip
         text = table(cells, span)

@@ -114,9 +114,9 @@ class Ways:
         if self.forced != "auto":
             return Choice("splice", f"asked for by method: {self.forced}")
         if "file" in sinks:
-            if source == "file":
-                return Choice("splice", "pages move by reference up to the file; what it costs is measured")
             return Choice("copy", STRAIGHT_TO_FILE)
+        if source == "file" and len(sinks) > 1 and set(sinks) == {"tcp"}:
+            return Choice("copy", "into memory that all sinks are sent from: fewer, larger sends")
         if source == "unix" and list(sinks) == ["null"]:
             return Choice(
                 "copy", "into one piece of memory, which costs less than references that nobody takes"
@@ -137,7 +137,9 @@ class Ways:
         are filled by copying in any case, and out of pipes page by page.
         """
         if "file" in sinks:
-            ring = 1.5 if source == "file" else 0.7 if source in ("tcp", "unix") else 0.85
+            ring = 0.7 if source in ("tcp", "unix") else 0.85
+        elif source == "file" and len(sinks) > 1 and set(sinks) == {"tcp"}:
+            ring = 0.9
         elif source == "unix" and list(sinks) == ["null"]:
             ring = 0.7
         elif "tcp" in sinks:

@@ -9,12 +9,13 @@ stream is too short for a pair it is compared with the one before it. An engine 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from relay.engine import Engine
-from relay.pipeline.balance import MIB, OWN, Balance, Way
+from relay.pipeline.balance import COPY, LEAST, MIB, OWN, Balance, Way
 
 WAITS: Final = (
     256 * MIB
@@ -42,8 +43,9 @@ class Experience:
         they begin by `way`, and that the other one is `expected` to cost so many times as much."""
         key = (Experience, route, source, tuple(sinks))
         # the threads that write files tell by whole loads, of which it takes some
-        least = OWN if "file" in sinks else MIB
-        found: Experience = engine.shared.setdefault(key, cls(Balance(way, expected, least)))
+        least = OWN if "file" in sinks else LEAST
+        usual = COPY * (1 + len(sinks)) if way == "chain" else math.inf
+        found: Experience = engine.shared.setdefault(key, cls(Balance(way, expected, least, usual)))
         return found
 
     def begins(self, who: object) -> Way:
