@@ -119,7 +119,7 @@ class Ways:
             return Choice("copy", "into memory that all sinks are sent from: fewer, larger sends")
         if source == "unix" and list(sinks) == ["null"]:
             return Choice(
-                "copy", "into one piece of memory, which costs less than references that nobody takes"
+                "copy", "into one piece of memory: that costs less than references that nobody takes"
             )
         return Choice("splice", "pages move by reference; what that costs is measured as they do")
 

@@ -70,23 +70,35 @@ class _Look:
         return cls(time.monotonic_ns(), cpu, calls, sum(moved) // max(1, len(moved)))
 
 
+@dataclass(frozen=True)
+class Span:
+    """How long one cell is measured, in seconds, and what goes before that; longer (LONGEST) until `least` bytes went,
+    and no longer than `filed` bytes were written to files. `alone`: it has a route of its own, so that `auto` knows
+    nothing of what others before it measured."""
+
+    seconds: float
+    warm: float
+    filed: int = MOST_FILED
+    least: int = LEAST
+    alone: bool = False
+
+
 class _Meter:
-    """Two looks at a stream, `warm` and then `seconds` apart; then `then()`. Lives on the engine's thread."""
+    """Two looks at a stream, as far apart as `span` says; then `then()`. Lives on the engine's thread."""
 
     def __init__(
         self,
         engine: Engine,
         pipeline: Pipeline,
-        warm: float,
-        seconds: float,
+        span: Span,
         most: int,
         then: Callable[[], None],
     ) -> None:
         self._engine, self._pipeline = engine, pipeline
-        self._warm, self._seconds, self._most, self._then = warm, seconds, most, then
+        self._span, self._most, self._then = span, most, then
         self.first: _Look | None = None
         self.last: _Look | None = None
-        engine.later(warm, self._look)
+        engine.later(span.warm, self._look)
 
     def _look(self) -> None:
         if self.last is not None or self._pipeline.closed:
@@ -94,7 +106,7 @@ class _Meter:
         now = _Look.now(self._engine, self._pipeline)
         if self.first is None:
             self.first = now if now.bytes else None
-            self._engine.later(self._seconds if now.bytes and not self._most else STEP, self._look)
+            self._engine.later(self._span.seconds if now.bytes and not self._most else STEP, self._look)
         elif not self._enough(now, self.first):
             self._engine.later(STEP, self._look)
         else:
@@ -103,20 +115,9 @@ class _Meter:
 
     def _enough(self, now: _Look, first: _Look) -> bool:
         lasted = (now.at - first.at) / 1e9
-        if lasted >= max(LONGEST, self._seconds) or (self._most and now.bytes >= self._most):
+        if lasted >= max(LONGEST, self._span.seconds) or (self._most and now.bytes >= self._most):
             return now.bytes > first.bytes
-        return lasted >= self._seconds and now.bytes - first.bytes >= LEAST
-
-
-@dataclass(frozen=True)
-class Span:
-    """How long one cell is measured, in seconds, and what goes before that; `filed` bytes at most are written to files.
-    `alone`: it has a route of its own, so that `auto` knows nothing of what others before it measured."""
-
-    seconds: float
-    warm: float
-    filed: int = MOST_FILED
-    alone: bool = False
+        return lasted >= self._span.seconds and now.bytes - first.bytes >= self._span.least
 
 
 class Bench:
@@ -179,7 +180,7 @@ class Bench:
             if feeds is not None:
                 feeds.start()
             most = span.filed // place.sinks if place.to == "file" else 0
-            cell.measure(span.warm, span.seconds, most, feeds)
+            cell.measure(span, most, feeds)
             record = self._wait(cell, span.seconds)
             fed = None if feeds is None else feeds.feed.moved
             return cell.outcome(record, fed, receivers.counts())
@@ -284,7 +285,7 @@ class _Cell:
     def _not_opened(self, error: EndpointError) -> None:
         self._failed = error
 
-    def measure(self, warm: float, seconds: float, most: int, feeds: Feeder | None) -> None:
+    def measure(self, span: Span, most: int, feeds: Feeder | None) -> None:
         """Lets it flow, looks at the clocks, and has the stream end; at `most` bytes (0: any) it has lasted enough."""
         source, pipeline, engine = self._source, self._pipeline, self._engine
         assert source is not None
@@ -298,7 +299,7 @@ class _Cell:
                 engine.ready(pipeline.c)
 
         def begin() -> None:
-            self._meter = _Meter(engine, pipeline, warm, seconds, most, enough)
+            self._meter = _Meter(engine, pipeline, span, most, enough)
 
         engine.call(begin)
 

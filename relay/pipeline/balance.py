@@ -39,6 +39,7 @@ LEAST: Final = (
     2 * MIB
 )  # though not of fewer: what is read ahead and held back in bulk is not there from the start
 SETTLES: Final = MIB // 2  # bytes after a change that are not measured: they fill pipes, windows and caches
+OVER: Final = 2 * MIB  # by so much a trial is longer than it was meant to be: until nothing is under way
 SHARE: Final = 0.02  # of a stream may go the other way for samples
 RARE: Final = 0.001  # at the least, and for a dear way at the most
 MARGIN: Final = 0.07  # by so much the other way must be cheaper,
@@ -87,8 +88,9 @@ class Balance:
         if self._streak:  # in pairs: what else the machine does weighs on both alike
             return (other(self.way), self.trial) if self._last == self.way else (self.way, self.own)
         size = self.trial
-        share = min(self._share, RARE) if self.expected >= DEAR else self._share
-        if len(own) >= ENOUGH and self.tried + size + SETTLES <= share * fed:
+        dear = self.expected >= DEAR
+        share = min(self._share, RARE) if dear else self._share
+        if len(own) >= ENOUGH and self.tried + size + SETTLES + OVER * dear <= share * fed:
             return other(self.way), size
         return self.way, self.own
 
