@@ -78,14 +78,10 @@ class Ways:
         return Choice("splice", "pages move into the pipe by reference")
 
     def straight(self, scheme: str) -> Choice | None:
-        """How a socket's bytes reach a file when nothing else is on the way; None where they go through a pipe.
-
-        From unix sockets splice is faster (3.1 against 1.6 GiB/s): their pages come as the peer wrote them, and
-        nobody can be made to wake relay more seldom.
-        """
+        """How a socket's bytes reach a file when nothing else is on the way; None where they go through a pipe."""
         if reason := self._copies("splice"):
             return Choice("copy", reason)
-        if self.forced != "auto" or scheme != "tcp":
+        if self.forced != "auto" or scheme not in ("tcp", "unix"):
             return None
         return Choice("copy", STRAIGHT_TO_FILE)
 
@@ -118,9 +114,12 @@ class Ways:
         if self.forced != "auto":
             return Choice("splice", f"asked for by method: {self.forced}")
         if "file" in sinks:
-            straight = self.straight(source)
-            return straight or Choice(
-                "splice", "pages move by reference up to the file; what it costs is measured"
+            return Choice("copy", STRAIGHT_TO_FILE)
+        if source == "file" and len(sinks) > 1 and set(sinks) == {"tcp"}:
+            return Choice("copy", "into memory that all sinks are sent from: fewer, larger sends")
+        if source == "unix" and list(sinks) == ["null"]:
+            return Choice(
+                "copy", "into one piece of memory: that costs less than references that nobody takes"
             )
         return Choice("splice", "pages move by reference; what that costs is measured as they do")
 
@@ -138,7 +137,11 @@ class Ways:
         are filled by copying in any case, and out of pipes page by page.
         """
         if "file" in sinks:
-            ring = 0.65 if source == "tcp" else 1.2
+            ring = 0.7 if source in ("tcp", "unix") else 0.85
+        elif source == "file" and len(sinks) > 1 and set(sinks) == {"tcp"}:
+            ring = 0.9
+        elif source == "unix" and list(sinks) == ["null"]:
+            ring = 0.7
         elif "tcp" in sinks:
             ring = 1.9 if len(sinks) > 1 else 1.3
         else:

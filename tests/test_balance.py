@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from relay.pipeline.balance import DEAR, OWN, RARE, SETTLES, Balance, Way, other
+from relay.pipeline.balance import DEAR, OWN, RARE, SETTLES, TRIAL, Balance, Way, other
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -21,7 +21,7 @@ def flow(balance: Balance, cost: Costs, total: int, noise: float = 0.0, seed: in
     went: dict[Way, int] = {"chain": 0, "ring": 0}
     way, fed = balance.way, 0
     while fed < total:
-        size = OWN if way == balance.way else balance.trial
+        size = balance.own if way == balance.way else balance.trial
         before = fed
         fed += size
         went[way] += size
@@ -146,3 +146,35 @@ def test_what_cannot_be_tried_now_is_put_off() -> None:
             asked += 1
             balance.gave_up(fed)
     assert 3 <= asked <= 32
+
+
+def test_small_messages_are_found_out_early() -> None:
+    """Where a byte costs much, as in small messages, far fewer tell which way is cheaper: less than 192 MiB."""
+    balance = Balance("chain", 1.9)
+    flow(balance, lambda way, _at: 6.0 if way == "chain" else 4.0, 192 * MIB, 0.05)
+    assert (balance.way, balance.changes) == ("ring", 1)
+
+
+def test_samples_of_a_stream_to_files_are_whole() -> None:
+    """Where threads write loads, a sample has as many of them, whatever a byte costs."""
+    balance = Balance("ring", 1.3, least=OWN)
+    balance.measured("ring", 50.0)
+    assert (balance.own, balance.trial) == (OWN, TRIAL)
+
+
+def test_nothing_is_expected_of_references_that_cost_more_than_copies() -> None:
+    """Copying is thought to cost eight times as much as references, but not as those of small messages: there it is
+    tried soon."""
+    bulk, small = Balance("chain", 8.0, usual=0.5), Balance("chain", 8.0, usual=0.5)
+    flow(bulk, lambda way, _at: 0.05 if way == "chain" else 0.4, GIB, 0.05)
+    flow(small, lambda way, _at: 5.0 if way == "chain" else 3.0, GIB, 0.05)
+    assert bulk.samples["ring"] == 0
+    assert (small.way, small.changes) == ("ring", 1)
+
+
+def test_what_was_measured_counts_for_more_than_what_is_usual() -> None:
+    """Small messages whose copies cost twice as much all the same: after one look next to nothing is spent on more."""
+    balance = Balance("chain", 8.0, usual=0.5)
+    went = flow(balance, lambda way, _at: 1.0 if way == "chain" else 2.5, 8 * GIB, 0.05)
+    assert balance.changes == 0
+    assert went["ring"] <= 0.004 * 8 * GIB

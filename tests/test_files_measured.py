@@ -150,3 +150,25 @@ def test_auto_measures_a_stream_to_files(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(told["bytes"].values()) == len(data)
     most = "copy" if told["bytes"]["copy"] > told["bytes"]["zero-copy"] else "splice"
     assert {sink.method for sink in record.sinks} == {most}
+
+
+@pytest.mark.parametrize(("size", "all_of_them"), [(512, False), (32768, True)])
+def test_of_small_sweeps_only_some_are_measured(fds: Descriptors, size: int, all_of_them: bool) -> None:
+    """The clock is not looked at for each small message, which would cost as much as moving it; for each large one."""
+    source, chain, sink = fds.pipe(), fds.pipe(), fds.pipe()
+    end, out_end = core.new_end(source.r), core.new_end(sink.w)
+    node = core.new("node", pipe_r=chain.r, pipe_w=chain.w, capacity=65536, left=-1, align=1, sink=out_end)
+    engine = core.new("engine", epoll=-1, budget=1 << 20)
+    pipeline = core.new("pipeline", head=node, nodes=1, source=end, gauge_until=1 << 40, sample=1)
+    out = core.ffi.new("struct relay_event[]", 64)
+    count = 400
+    for _ in range(count):
+        os.write(source.w, bytes(size))
+        end.readable = out_end.writable = 1
+        pipeline.queued = 0
+        engine.ready_first = engine.ready_last = core.ffi.NULL
+        core.lib.relay_sweep(engine, pipeline, out, 64)
+        assert len(os.read(sink.r, 65536)) == size
+    assert pipeline.fed == count * size
+    assert (pipeline.gauged == pipeline.fed) == all_of_them
+    assert pipeline.fed / 32 < pipeline.gauged <= (pipeline.fed if all_of_them else pipeline.fed / 2)

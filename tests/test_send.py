@@ -6,6 +6,8 @@ import contextlib
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -216,3 +218,21 @@ def test_a_failing_sink_is_told_before_a_wrong_checksum(data: Path) -> None:
     wrong = "crc32c=00000000"
     assert send([str(data)], [refused_address()], checksum=wrong) == 5
     assert send([str(data)], [refused_address(), "null:"], checksum=wrong) == 6
+
+
+def test_a_file_that_is_lent_does_not_stay_mapped(tmp_path: Path) -> None:
+    """What was lent of a file is not held in relay's memory: it holds some 16 MiB of it, however long the file is."""
+    (tmp_path / "long").touch()
+    os.truncate(tmp_path / "long", 192 * MIB)
+    argv = [sys.executable, "-m", "relay", "send", "--method", "vmsplice", str(tmp_path / "long")]
+    with tcp_listener() as (listener, address):
+        with subprocess.Popen([*argv, "--to", address], stdout=subprocess.DEVNULL) as sending:
+            with accept(listener) as sock:
+                came = 0
+                while came < 176 * MIB:
+                    came += len(sock.recv(MIB))
+                status = Path(f"/proc/{sending.pid}/status").read_text()
+                receive_all(sock)
+            assert sending.wait(PATIENCE) == 0
+    (held,) = re.findall(r"RssFile:\s*(\d+) kB", status)
+    assert int(held) < 96 * 1024

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 Kind = Literal["pipe", "unix", "tcp", "file", "memory", "null"]
@@ -54,7 +54,7 @@ class Figures:
 
     `cpu` is seconds of the engine's thread and of the threads that write files for it; `calls` are their system calls
     for payload, and the engine's waits. `bytes` in `seconds` were measured; `moved` went through in all, to each sink.
-    `used` is the method by which they went in truth.
+    `used` is the method by which they went in truth, `measured` what the session's record says of auto's two ways.
     """
 
     bytes: int
@@ -63,6 +63,7 @@ class Figures:
     calls_made: int
     moved: int
     used: str
+    measured: dict[str, Any] = field(default_factory=dict)
 
     @property
     def gib_s(self) -> float:

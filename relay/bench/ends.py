@@ -25,9 +25,8 @@ from relay.kernel.arena import Arena
 from relay.kernel.feed import Drain, Feed
 from relay.kernel.pipe import LARGEST_CAPACITY, enlarge
 
-LOOP = (
-    16 * MIB
-)  # bytes of the file and of the memory that are read over and over: more than caches near the CPU hold
+LOOP = 64 * MIB  # bytes of the file and of the memory that are read over and over: more than caches hold
+FED = 16 * MIB  # bytes of the file that pipes are fed from: what was written just now may lie in a cache
 MERGED = 4 * KIB  # smaller writes to a pipe share pages; as references each would take a slot
 PATIENCE = 10.0  # seconds for a connection on this machine
 
@@ -115,7 +114,7 @@ class Feeder:
 def feeder(fd: int, place: Place, file: int, cpus: frozenset[int] | None) -> Feeder:
     """A feeder for `fd`: pipes get references to the pages of `file` where pieces are pages, sockets are written to."""
     by_reference = place.source == "pipe" and place.size >= MERGED
-    feed = Feed(fd, place.size, file=file, file_size=LOOP) if by_reference else Feed(fd, place.size)
+    feed = Feed(fd, place.size, file=file, file_size=FED) if by_reference else Feed(fd, place.size)
     return Feeder(fd, feed, cpus)
 
 

@@ -70,23 +70,35 @@ class _Look:
         return cls(time.monotonic_ns(), cpu, calls, sum(moved) // max(1, len(moved)))
 
 
+@dataclass(frozen=True)
+class Span:
+    """How long one cell is measured, in seconds, and what goes before that; longer (LONGEST) until `least` bytes went,
+    and no longer than `filed` bytes were written to files. `alone`: it has a route of its own, so that `auto` knows
+    nothing of what others before it measured."""
+
+    seconds: float
+    warm: float
+    filed: int = MOST_FILED
+    least: int = LEAST
+    alone: bool = False
+
+
 class _Meter:
-    """Two looks at a stream, `warm` and then `seconds` apart; then `then()`. Lives on the engine's thread."""
+    """Two looks at a stream, as far apart as `span` says; then `then()`. Lives on the engine's thread."""
 
     def __init__(
         self,
         engine: Engine,
         pipeline: Pipeline,
-        warm: float,
-        seconds: float,
+        span: Span,
         most: int,
         then: Callable[[], None],
     ) -> None:
         self._engine, self._pipeline = engine, pipeline
-        self._warm, self._seconds, self._most, self._then = warm, seconds, most, then
+        self._span, self._most, self._then = span, most, then
         self.first: _Look | None = None
         self.last: _Look | None = None
-        engine.later(warm, self._look)
+        engine.later(span.warm, self._look)
 
     def _look(self) -> None:
         if self.last is not None or self._pipeline.closed:
@@ -94,7 +106,7 @@ class _Meter:
         now = _Look.now(self._engine, self._pipeline)
         if self.first is None:
             self.first = now if now.bytes else None
-            self._engine.later(self._seconds if now.bytes and not self._most else STEP, self._look)
+            self._engine.later(self._span.seconds if now.bytes and not self._most else STEP, self._look)
         elif not self._enough(now, self.first):
             self._engine.later(STEP, self._look)
         else:
@@ -103,9 +115,9 @@ class _Meter:
 
     def _enough(self, now: _Look, first: _Look) -> bool:
         lasted = (now.at - first.at) / 1e9
-        if lasted >= max(LONGEST, self._seconds) or (self._most and now.bytes >= self._most):
+        if lasted >= max(LONGEST, self._span.seconds) or (self._most and now.bytes >= self._most):
             return now.bytes > first.bytes
-        return lasted >= self._seconds and now.bytes - first.bytes >= LEAST
+        return lasted >= self._span.seconds and now.bytes - first.bytes >= self._span.least
 
 
 class Bench:
@@ -120,7 +132,7 @@ class Bench:
         self.pinned = len(here) > 1
         self._load = frozenset(here[1:]) if self.pinned else None
         self._directory = directory
-        self._seconds = seconds
+        self._span = Span(seconds, max(0.005, seconds / 4))
         self._stopped = stopped
         self._undo = contextlib.ExitStack()
         self._number = 0
@@ -142,37 +154,39 @@ class Bench:
         """Ends the engine; no cell may be at work. Safe to call again."""
         self._undo.close()
 
-    def run(self, place: Place, method: Method) -> Outcome:
-        """One cell. Raises Interrupted, KernelError when it cannot be set up, RelayError when bytes went astray."""
+    def run(self, place: Place, method: Method, span: Span | None = None) -> Outcome:
+        """One cell, as long as `span` says, or as all. Raises Interrupted, KernelError when it cannot be set up,
+        RelayError when bytes went astray."""
         if refused := _refused(place, method):
             return Denied(refused)
         self._number += 1
         directory = self._directory / str(self._number)
         directory.mkdir()
         try:
-            return self._run(place, method, directory)
+            return self._run(place, method, directory, span or self._span)
         finally:
             directory.rmdir()
 
-    def _run(self, place: Place, method: Method, directory: Path) -> Outcome:
+    def _run(self, place: Place, method: Method, directory: Path, span: Span) -> Outcome:
         with contextlib.ExitStack() as undo:
             receivers = Receivers(place.to, place.sinks, directory, self._load)
             undo.callback(receivers.close)
-            cell = _Cell(self._engine, place, method, receivers)
+            route = f"bench-{self._number}" if span.alone else "bench"
+            cell = _Cell(self._engine, place, method, receivers, route)
             undo.callback(cell.close)
             feeds = self._source(cell, place, directory, undo)
             receivers.connect()
             receivers.start()
             if feeds is not None:
                 feeds.start()
-            most = MOST_FILED // place.sinks if place.to == "file" else 0
-            cell.measure(max(0.005, self._seconds / 4), self._seconds, most, feeds)
-            record = self._wait(cell)
+            most = span.filed // place.sinks if place.to == "file" else 0
+            cell.measure(span, most, feeds)
+            record = self._wait(cell, span.seconds)
             fed = None if feeds is None else feeds.feed.moved
             return cell.outcome(record, fed, receivers.counts())
 
-    def _wait(self, cell: _Cell) -> SessionRecord:
-        patience = DEADLINE + 2 * self._seconds
+    def _wait(self, cell: _Cell, seconds: float) -> SessionRecord:
+        patience = DEADLINE + 2 * seconds
         until = time.monotonic() + patience
         while True:
             try:
@@ -234,13 +248,16 @@ class Bench:
 class _Cell:
     """The pipeline of one cell, from `begin` (on the engine's thread) to its record in `over`."""
 
-    def __init__(self, engine: Engine, place: Place, method: Method, receivers: Receivers) -> None:
+    def __init__(
+        self, engine: Engine, place: Place, method: Method, receivers: Receivers, route: str
+    ) -> None:
         self.place = place
         self.method = method
         self.name = f"{place.hop} to {place.sinks}, {place.size} bytes, {method}"
         self.over: queue.Queue[SessionRecord] = queue.Queue()
         self._engine = engine
         self._receivers = receivers
+        self._route = route
         self._source: Source | None = None
         self._pipeline: Pipeline | None = None
         self._meter: _Meter | None = None
@@ -254,7 +271,7 @@ class _Cell:
         stages = tuple(TeeSettings(to=sink) for sink in tees)
         ways = Ways(machine(), self.method)
         self._pipeline = Pipeline(
-            self._engine, "bench", stages, last, ways,
+            self._engine, self._route, stages, last, ways,
             persistent=False, making=Making(in_place=True), quiet=True, on_over=self.over.put,
         )  # fmt: skip
         source.open()
@@ -263,12 +280,12 @@ class _Cell:
         if isinstance(source, LoopedFile | LoopedMemory):
             source.begin_loop()
         self._pipeline.open()
-        self._pipeline.begin(source, Turn(route="bench", id="0", time="", peer=source.peer))
+        self._pipeline.begin(source, Turn(route=self._route, id="0", time="", peer=source.peer))
 
     def _not_opened(self, error: EndpointError) -> None:
         self._failed = error
 
-    def measure(self, warm: float, seconds: float, most: int, feeds: Feeder | None) -> None:
+    def measure(self, span: Span, most: int, feeds: Feeder | None) -> None:
         """Lets it flow, looks at the clocks, and has the stream end; at `most` bytes (0: any) it has lasted enough."""
         source, pipeline, engine = self._source, self._pipeline, self._engine
         assert source is not None
@@ -282,7 +299,7 @@ class _Cell:
                 engine.ready(pipeline.c)
 
         def begin() -> None:
-            self._meter = _Meter(engine, pipeline, warm, seconds, most, enough)
+            self._meter = _Meter(engine, pipeline, span, most, enough)
 
         engine.call(begin)
 
@@ -310,6 +327,7 @@ class _Cell:
             calls_made=last.calls - first.calls,
             moved=moved,
             used=used,
+            measured=record.measured,
         )
 
     def close(self) -> None:

@@ -122,6 +122,7 @@ class Source(End):
 
     failure = SourceError
     quiet = False
+    rings = True  # whether it may be read past the chain
 
     def __init__(self, engine: Engine, address: str) -> None:
         super().__init__(engine, address)

@@ -2,6 +2,9 @@
 #include "pass.h"
 
 #include <string.h>
+#include <sys/mman.h>
+
+#define MAPPED (16 << 20)       /* bytes of a mapped file that are entered at once, and one piece */
 
 /* The prefix goes in before anything else: feeders wait while it lasts. */
 int fill_prefix(struct pass *s, struct relay_node *n)
@@ -181,6 +184,16 @@ int source_gives(struct pass *s)
     return source->readable && (source->fd >= 0 || source->memory);
 }
 
+/* What is lent of a mapped file stays entered in this process's page tables, and counts as its memory, until it is told
+ * that it needs it no more; whoever has pages by reference keeps them. */
+static void unmap_behind(const struct relay_end *source, int64_t moved)
+{
+    int64_t from = source->offset - source->offset % MAPPED, until = source->offset + moved;
+    until -= until % MAPPED;
+    if (until > from)
+        madvise(source->memory + from, (size_t)(until - from), MADV_DONTNEED);
+}
+
 int fill_from_source(struct pass *s)
 {
     struct relay_pipeline *p = s->p;
@@ -239,8 +252,11 @@ int fill_from_source(struct pass *s)
         moved = fill_from_memory(s, head, most);
     } else if (source->method == RELAY_VMSPLICE) {
         moved = call_lend(head->pipe_w, source->memory + source->offset, most);
-        if (moved > 0)
+        if (moved > 0) {
+            if (source->fd >= 0)
+                unmap_behind(source, moved);
             source->offset += moved;
+        }
     } else if (source->offset >= 0) {
         offset = source->offset;
         moved = call_splice(source->fd, &offset, head->pipe_w, most, 0);

@@ -265,6 +265,8 @@ struct relay_pipeline {
     int64_t gauged, cpu_ns;    /* the bytes they read, and what they took of the engine's thread's CPU time; once told,
                                   the time of the threads that wrote those bytes to files is in it, too */
     int sample;                /* its number: not 0 while anything is measured */
+    int sweeps;                /* that were measured for it */
+    unsigned chance;           /* which of many small ones are */
     /* the engine's */
     int queued, timed, retry;
     int forgotten;             /* it may be freed at any time: it goes on no list any more */

@@ -9,13 +9,15 @@ times in a row, each time than the sample just before it: what else the machine 
 makes the next one need a larger margin, so two ways that cost the same do not take turns for ever. What may be
 spent on trying is a share of the stream: SHARE at first, half of it after each trial that did not pay, and never more
 than RARE of it for a way that costs, or is expected to cost, twice as much. When what the way in force costs has
-changed a good deal, sizes or sinks have: it is looked at again as at the beginning.
+changed a good deal, sizes or sinks have: it is looked at again as at the beginning. Nor is anything expected of a
+stream whose references cost more than copies would: its messages are small.
 
 Pure: what is measured is told to it, it answers what to do.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +31,15 @@ REST: Final = 7 * OWN  # between two of them, once there are enough: measuring c
 TRIAL: Final = 8 * MIB  # bytes of a sample of the other one,
 TRIAL_DEAR: Final = MIB  # of one that costs at least
 DEAR: Final = 2.0  # times as much
+COPY: Final = 0.15  # CPU nanoseconds that a copy of a byte takes, more or less
+TELLING: Final = (
+    20e6  # CPU nanoseconds of the way in force that tell as much as OWN bytes: of small messages,
+)
+LEAST: Final = (
+    2 * MIB
+)  # though not of fewer: what is read ahead and held back in bulk is not there from the start
 SETTLES: Final = MIB // 2  # bytes after a change that are not measured: they fill pipes, windows and caches
+OVER: Final = 2 * MIB  # by so much a trial is longer than it was meant to be: until nothing is under way
 SHARE: Final = 0.02  # of a stream may go the other way for samples
 RARE: Final = 0.001  # at the least, and for a dear way at the most
 MARGIN: Final = 0.07  # by so much the other way must be cheaper,
@@ -55,6 +65,8 @@ class Balance:
 
     way: Way
     expected: float
+    least: int = LEAST  # bytes of a sample, however much CPU they take
+    usual: float = math.inf  # CPU nanoseconds a byte; what costs more is not what `expected` was thought of
     changes: int = 0
     tried: int = 0
     samples: dict[Way, int] = field(default_factory=lambda: {"chain": 0, "ring": 0})
@@ -72,19 +84,22 @@ class Balance:
         """The way to measure next, and over how many bytes; `fed` have come so far."""
         own = self._costs[self.way]
         if fed < self._not_before:
-            return self.way, OWN
+            return self.way, self.own
         if self._streak:  # in pairs: what else the machine does weighs on both alike
-            return (other(self.way), self.trial) if self._last == self.way else (self.way, OWN)
+            return (other(self.way), self.trial) if self._last == self.way else (self.way, self.own)
         size = self.trial
-        share = min(self._share, RARE) if self.expected >= DEAR else self._share
-        if len(own) >= ENOUGH and self.tried + size + SETTLES <= share * fed:
+        dear = self.expected >= DEAR
+        share = min(self._share, RARE) if dear else self._share
+        if len(own) >= ENOUGH and self.tried + size + SETTLES + OVER * dear <= share * fed:
             return other(self.way), size
-        return self.way, OWN
+        return self.way, self.own
 
     @property
     def pause(self) -> int:
         """Bytes that need not be measured before the next sample of the way in force."""
-        return SETTLES if self._streak or len(self._costs[self.way]) < ENOUGH else REST
+        if self._streak or len(self._costs[self.way]) < ENOUGH:
+            return SETTLES
+        return REST * self.own // OWN
 
     @property
     def trying(self) -> bool:
@@ -92,9 +107,19 @@ class Balance:
         return self._streak > 0
 
     @property
+    def own(self) -> int:
+        """Bytes of a sample of the way in force."""
+        return max(self._less(OWN), min(self.least, OWN))
+
+    @property
     def trial(self) -> int:
         """Bytes of a sample of the other way."""
-        return TRIAL_DEAR if self.expected >= DEAR else TRIAL
+        return TRIAL_DEAR if self.expected >= DEAR else max(self._less(TRIAL), min(self.least, TRIAL))
+
+    def _less(self, size: int) -> int:
+        """So many bytes, or fewer where they cost so much that fewer tell as much."""
+        found = self._costs[self.way]
+        return min(size, int(size * TELLING / (OWN * median(found)))) if found and median(found) else size
 
     def spent(self, size: int) -> None:
         """So many bytes went the other way that is not in force."""
@@ -107,6 +132,8 @@ class Balance:
         self._last = way
         if way == self.way:
             own = median(self._costs[way])
+            if own > self.usual and not self.samples[other(way)]:
+                self.expected = min(self.expected, DEAR - 0.1)
             if self._then and not self._then / CHANGED < own < self._then * CHANGED:
                 self._share, self._then, self.expected = SHARE, 0.0, min(self.expected, DEAR - 0.1)
             return

@@ -115,7 +115,7 @@ class Crossing:
         """Whether this stream could go through a ring, as its ends turned out to be."""
         assert self._intake is not None
         source, choice = self._intake.source, self._intake.choice
-        if source.scheme not in READ or source.c.waits or choice.method in ("sendfile", "vmsplice"):
+        if source.scheme not in READ or not source.rings or choice.method in ("sendfile", "vmsplice"):
             return False
         sinks = [outlet.sink for outlet in self._chain.outlets]
         if self._pipeline.keep and "file" in self._schemes:
@@ -235,7 +235,8 @@ class Crossing:
 
     def _sample(self) -> None:
         balance = self._experience.balance if self._experience is not None else None
-        self._measure(OWN if balance is None or self.way == balance.way else balance.trial)
+        size = OWN if balance is None else balance.own if self.way == balance.way else balance.trial
+        self._measure(size)
 
     def _too_long(self) -> None:
         if self._experience is not None and self.way == self._experience.balance.way:

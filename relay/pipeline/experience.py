@@ -9,12 +9,13 @@ stream is too short for a pair it is compared with the one before it. An engine 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from relay.engine import Engine
-from relay.pipeline.balance import MIB, OWN, Balance, Way
+from relay.pipeline.balance import COPY, LEAST, MIB, OWN, Balance, Way
 
 WAITS: Final = (
     256 * MIB
@@ -41,7 +42,10 @@ class Experience:
         """What is known on `engine` of streams of that route from and to ends of those schemes; at first only that
         they begin by `way`, and that the other one is `expected` to cost so many times as much."""
         key = (Experience, route, source, tuple(sinks))
-        found: Experience = engine.shared.setdefault(key, cls(Balance(way, expected)))
+        # the threads that write files tell by whole loads, of which it takes some
+        least = OWN if "file" in sinks else LEAST
+        usual = COPY * (1 + len(sinks)) if way == "chain" else math.inf
+        found: Experience = engine.shared.setdefault(key, cls(Balance(way, expected, least, usual)))
         return found
 
     def begins(self, who: object) -> Way:
@@ -58,9 +62,9 @@ class Experience:
         if way == self.balance.way:
             return way, size
         if not self._may(who):
-            return self.balance.way, OWN
+            return self.balance.way, self.balance.own
         self._tries(who)
-        return (way, size) if self._last is who else (self.balance.way, OWN)
+        return (way, size) if self._last is who else (self.balance.way, self.balance.own)
 
     def measured(self, who: object, way: Way, cost: float, size: int) -> None:
         """`who` measured, in CPU nanoseconds a byte; `size` bytes of it went that way meanwhile."""

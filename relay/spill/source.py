@@ -19,6 +19,8 @@ class LogSource(Source):
     The pump reads what `left` says; then it is dry, and `refill` looks for what was appended since.
     """
 
+    rings = False
+
     def __init__(self, engine: Engine, kept: Log, position: int) -> None:
         super().__init__(engine, "log")
         self.scheme = "file"
