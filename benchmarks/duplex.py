@@ -24,110 +24,17 @@ from pathlib import Path
 
 from . import machine
 from .cell import GIB, MIB, cpus
-from .contender import RELAY, SOCAT, Tool, environment
+from .contender import environment
 from .load import SOURCE, BenchmarkError, Process, compiled
+from .proxies import METHODS, PROXIES, Proxy
 from .table import aligned
 from .trial import ATTEMPTS, free_port
 
 DEADLINE = 60.0
-TALK = SOURCE.with_name("talk.c")
-HAPROXY = Tool("HAProxy", "haproxy", ("haproxy", "-v"), r"HAProxy version (\S+)")
-NGINX = Tool("nginx", "nginx-light libnginx-mod-stream", ("nginx", "-v"), r"nginx/(\S+)")
-STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
-
-
-@dataclass(frozen=True)
-class Proxy:
-    """A contender: how it is started in a directory to relay port `listen` to port `to`, both of 127.0.0.1."""
-
-    name: str
-    tool: Tool | None
-    start: Callable[[Path, int, int], list[str]]
-    bulk_only: bool = False
-
-    def version(self) -> str | None:
-        """What it says of itself; None where it is not installed."""
-        if self.tool is not None:
-            return self.tool.version() if self.tool is not NGINX or STREAM.exists() else None
-        done = subprocess.run(
-            [*RELAY, "--version"], capture_output=True, text=True, check=False, env=environment()
-        )
-        return done.stdout.strip() or None
-
-
-def _relay(*more: str) -> Callable[[Path, int, int], list[str]]:
-    def start(directory: Path, listen: int, to: int) -> list[str]:
-        route = [
-            "routes:",
-            "  proxy:",
-            f'    source: {{listen: "tcp://127.0.0.1:{listen}"}}',
-            "    duplex: true",
-            f'    sink: {{connect: "tcp://127.0.0.1:{to}"}}',
-            *(f"    {line}" for line in more),
-        ]
-        config = directory / "relay.yaml"
-        config.write_text("\n".join(route) + "\n")
-        return [*RELAY, "serve", "--log-format", "json", str(config)]
-
-    return start
-
-
-def _haproxy(directory: Path, listen: int, to: int) -> list[str]:
-    config = directory / "haproxy.cfg"
-    config.write_text(
-        f"""global
-    nbthread 1
-    maxconn 8000
-    maxpipes 500
-defaults
-    mode tcp
-    timeout connect 10s
-    timeout client 1h
-    timeout server 1h
-    option splice-auto
-listen proxy
-    bind 127.0.0.1:{listen}
-    server one 127.0.0.1:{to}
-"""
-    )
-    return ["haproxy", "-db", "-f", str(config)]
-
-
-def _nginx(directory: Path, listen: int, to: int) -> list[str]:
-    config = directory / "nginx.conf"
-    config.write_text(
-        f"""load_module {STREAM};
-daemon off;
-worker_processes 1;
-worker_rlimit_nofile 20000;
-pid {directory}/nginx.pid;
-error_log {directory}/nginx.log;
-events {{ worker_connections 16000; }}
-stream {{
-    server {{
-        listen 127.0.0.1:{listen} backlog=4096;
-        proxy_pass 127.0.0.1:{to};
-        proxy_buffer_size 64k;
-        proxy_timeout 1h;
-    }}
-}}
-"""
-    )
-    return ["nginx", "-p", str(directory), "-c", str(config)]
-
-
-def _socat(_directory: Path, listen: int, to: int) -> list[str]:
-    source = f"TCP4-LISTEN:{listen},bind=127.0.0.1,reuseaddr,fork"
-    return ["socat", "-b", "1048576", source, f"TCP4:127.0.0.1:{to}"]
-
-
-PROXIES = (
-    Proxy("relay", None, _relay()),
-    Proxy("HAProxy splice-auto", HAPROXY, _haproxy),
-    Proxy("nginx stream", NGINX, _nginx),
-    Proxy("socat -b 1M", SOCAT, _socat, bulk_only=True),
+LEFT_OVER = (
+    40_000  # connections in TIME_WAIT: the kernel, and who tracks connections, have room for some 100,000
 )
-METHODS = (Proxy("relay, method: zero-copy", None, _relay("method: zero-copy"), bulk_only=True),)
+TALK = SOURCE.with_name("talk.c")
 
 
 @dataclass(frozen=True)
@@ -262,6 +169,8 @@ class Trials:
             listen = free_port()
             if job.kind == "bulk":
                 return self._bulk(job, proxy, listen, stack, complaints)
+            if job.kind == "connects":
+                _rest()
             to = free_port()
             words = [job.kind, listen, to, job.connections, job.size]
             words += [] if job.kind == "idle" else [self._milliseconds]
@@ -312,6 +221,21 @@ class Trials:
         return {"rate": gib / ((last - first) / 1e9), "cpu": (running.cpu() - before) / gib}
 
 
+def _rest() -> None:
+    """Until the connections of runs before are forgotten (TIME_WAIT, a minute; include/net/tcp.h): where tables for
+    them are full new ones fail, whoever relays them. Raises BenchmarkError."""
+    deadline = time.monotonic() + 2 * DEADLINE
+    while _left_over() > LEFT_OVER:
+        if time.monotonic() > deadline:
+            raise BenchmarkError(f"{_left_over()} connections are in TIME_WAIT: somebody else makes many")
+        select.select([], [], [], 0.5)
+
+
+def _left_over() -> int:
+    words = Path("/proc/net/sockstat").read_text().split()
+    return int(words[words.index("tw") + 1])
+
+
 def _line(ends: subprocess.Popen[str], first: str, last: str = "") -> list[str]:
     """The words of the next line, which begins and ends with those given; what is between them."""
     assert ends.stdout is not None
@@ -332,12 +256,12 @@ def _go_on(ends: subprocess.Popen[str]) -> None:
 Figures = dict[str, list[dict[str, float]]]
 
 
-def _report(job: Job, found: Figures, versions: dict[str, str]) -> str:
-    """One table: medians, least and greatest, and relay's figure by each peer's."""
+def report(job: Job, found: Figures, versions: dict[str, str]) -> list[str]:
+    """The lines of one table: medians, least and greatest, and relay's figure by each peer's."""
     head = ["contender", *(title for _key, title, _show in job.columns), "relay by this"]
     rows = []
     for name, runs in found.items():
-        row = [f"{name} ({versions[name]})" if versions[name] else name]
+        row = [f"{name} ({versions[name]})" if versions.get(name) else name]
         ratios = []
         for key, _title, show in job.columns:
             values = [run[key] for run in runs]
@@ -345,7 +269,7 @@ def _report(job: Job, found: Figures, versions: dict[str, str]) -> str:
             ours = statistics.median(run[key] for run in found["relay"])
             ratios.append(f"{ours / max(statistics.median(values), 1e-9):.2f}")
         rows.append([*row, "" if name == "relay" else ", ".join(ratios[:2])])
-    return "\n".join([f"### {job.title} (`{job.name}`)", "", *aligned(head, rows), ""])
+    return aligned(head, rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -378,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
         for job in JOBS:
             if options.only and job.name not in options.only:
                 continue
-            here = [p for p in proxies if p.name in versions and (job.kind == "bulk" or not p.bulk_only)]
+            here = [p for p in proxies if p.name in versions and p.runs(job.kind)]
             found: Figures = {proxy.name: [] for proxy in here}
             for number in range(options.runs):
                 for proxy in here:
@@ -389,7 +313,8 @@ def main(arguments: list[str] | None = None) -> int:
                         print(f"{job.name}: {proxy.name}: {error}", file=sys.stderr)
                 print(f"{job.name}: round {number + 1} of {options.runs} done", file=sys.stderr)
             kept = {name: runs for name, runs in found.items() if runs}
-            parts.append(_report(job, kept, versions))
+            lines = report(job, kept, versions)
+            parts.append("\n".join([f"### {job.title} (`{job.name}`)", "", *lines, ""]))
             print(parts[-1], flush=True)
             raw[job.name] = kept
         about = machine.description(Path(name))

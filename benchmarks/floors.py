@@ -19,6 +19,7 @@ from .catalogue import catalogue
 from .cell import GIB, MIB, Cell
 from .contender import Contender, Place, Tool, one
 from .load import SOURCE, BenchmarkError, compiled
+from .proxies import Proxy
 from .series import Result, measured
 from .table import aligned
 from .trial import Trial, room
@@ -117,9 +118,7 @@ def pings(
     bare: Path, load: Path, talk: Path, directory: Path, runs: int, milliseconds: int
 ) -> Iterator[list[str]]:
     """The rows of conversations."""
-    proxy = duplex.Proxy(
-        "bare", None, lambda _own, listen, to: [str(bare), "proxy", f"tcp:{listen}", f"tcp:{to}"]
-    )
+    proxy = Proxy("bare", None, lambda _own, listen, to: [str(bare), "proxy", f"tcp:{listen}", f"tcp:{to}"])
     trials = duplex.Trials(load, talk, directory, milliseconds)
     for job in duplex.JOBS:
         if job.name not in PINGS:

@@ -21,6 +21,7 @@ from . import auto, duplex, floors, machine, table
 from .catalogue import catalogue
 from .cell import GIB, MIB, Cell
 from .load import BenchmarkError, compiled
+from .proxies import PROXIES, TELLING, THREADS, Proxy
 from .series import Result, measured
 from .table import aligned, put
 from .trial import Trial, room
@@ -86,15 +87,21 @@ class Run:
                 say(f"{name}: {result.contender.name}: {result.failure}")
         return cell, size, results
 
-    def jobs(self, jobs: tuple[duplex.Job, ...], *, pinned: bool) -> Iterator[tuple[duplex.Job, Found]]:
+    def jobs(
+        self,
+        jobs: tuple[duplex.Job, ...],
+        *,
+        pinned: bool,
+        among: tuple[Proxy, ...] = PROXIES,
+    ) -> Iterator[tuple[duplex.Job, Found]]:
         """All proxies of each job, in turn; `found` is by the proxy's name."""
         trials = duplex.Trials(self.load, self.talk, self.directory, self.milliseconds, pinned=pinned)
         for job in jobs:
             size = min(job.size, self.size or job.size) if job.kind == "bulk" else job.size
             found: Found = {}
             for _number in range(self.runs):
-                for proxy in duplex.PROXIES:
-                    if proxy.version() is None or (proxy.bulk_only and job.kind != "bulk"):
+                for proxy in among:
+                    if not proxy.runs(job.kind):
                         continue
                     try:
                         found.setdefault(proxy.name, []).append(trials.run(replace(job, size=size), proxy))
@@ -102,7 +109,8 @@ class Run:
                         self.failed = True
                         say(f"{job.name}: {proxy.name}: {error}")
             say(f"{job.name}: done")
-            self.raw[job.name if pinned else f"{job.name}-unpinned"] = found
+            kind = "" if among is PROXIES else "-in-all"
+            self.raw[(job.name if pinned else f"{job.name}-unpinned") + kind] = found
             yield job, {name: runs for name, runs in found.items() if runs}
 
 
@@ -163,7 +171,7 @@ def _escaped(result: Result) -> str:
 
 def _both_ways(jobs: tuple[duplex.Job, ...], *, pinned: bool) -> Callable[[Run], str]:
     def made(run: Run) -> str:
-        here = [proxy for proxy in duplex.PROXIES if proxy.version() is not None]
+        here = [proxy for proxy in PROXIES if proxy.version() is not None]
         names = [f"{proxy.name} ({proxy.version()})" if proxy.tool else proxy.name for proxy in here]
         rows = []
         for job, found in run.jobs(jobs, pinned=pinned):
@@ -181,6 +189,17 @@ def _both_ways(jobs: tuple[duplex.Job, ...], *, pinned: bool) -> Callable[[Run],
             row += _ratios(medians["relay"], peers) if "relay" in medians else ["failed", "failed"]
             rows.append(row)
         return "\n".join(aligned(["job", *names, "CPU (or memory) by the best", "rate by the best"], rows))
+
+    return made
+
+
+def _each(job: str, among: tuple[Proxy, ...], *, pinned: bool) -> Callable[[Run], str]:
+    """One job, a row a contender."""
+
+    def made(run: Run) -> str:
+        wanted = tuple(one for one in duplex.JOBS if one.name == job)
+        (found,) = (found for _job, found in run.jobs(wanted, pinned=pinned, among=among))
+        return "\n".join(duplex.report(wanted[0], found, {}))
 
     return made
 
@@ -226,6 +245,10 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "auto": chosen,
     "unpinned": unpinned,
     "both-ways-unpinned": _both_ways(JOBS_UNPINNED, pinned=False),
+    "connects-told": _each("connects", TELLING, pinned=True),
+    "threads-1": _each("ping-1-64", THREADS, pinned=False),
+    "threads-100": _each("ping-100-64", THREADS, pinned=False),
+    "threads-1000": _each("ping-1000-64", THREADS, pinned=False),
 }
 
 

@@ -19,7 +19,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as command
-from benchmarks import contender, duplex, floors, memory, page, table
+from benchmarks import contender, duplex, floors, memory, page, proxies, table
 from benchmarks import trial as trial_module
 from benchmarks.catalogue import catalogue
 from benchmarks.cell import GIB, MIB, Cell
@@ -291,7 +291,7 @@ def test_conversations_through_relay_are_counted(load: Path, tmp_path: Path, nam
     if job.kind == "bulk":
         job = replace(job, connections=1, size=64 * MIB)
     with compiled(duplex.TALK) as talk:
-        figures = duplex.Trials(load, talk, tmp_path, 100).run(job, duplex.PROXIES[0])
+        figures = duplex.Trials(load, talk, tmp_path, 100).run(job, proxies.PROXIES[0])
     assert {key for key, _title, _show in job.columns} <= figures.keys()
     assert all(figures[key] > 0 for key in figures if key != "rss")
 
