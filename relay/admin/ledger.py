@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from relay.admin.status import SessionStatus  # loaded when somebody asks
 
 RECENT = 100  # sessions that are remembered
+TOGETHER = 64  # sessions that are counted at once, if nobody asks before
 SECONDS = (0.001, 0.01, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0, 300.0, 1800.0, 3600.0, 21600.0, 86400.0)
 CONNECTING = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -125,30 +126,38 @@ class Ledger:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._fresh: deque[tuple[float, SessionRecord]] = deque()  # over, and not part of the sums yet
         self._routes: dict[str, RouteTotals] = {}
         self._recent: deque[tuple[float, SessionRecord]] = deque(maxlen=RECENT)
 
     def add(self, record: SessionRecord) -> None:
         """A session is over."""
-        reason = record.reason
-        if not reason and record.result != "delivered":
-            reason = next((sink.reason for sink in record.sinks if sink.reason), "")
-        kind = reason_class(reason)
-        with self._lock:
+        self._fresh.append((time.time(), record))
+        if len(self._fresh) >= TOGETHER:
+            with self._lock:
+                self._count()
+
+    def _count(self) -> None:
+        """Under the lock: those that are over since the last time become part of the sums."""
+        fresh = self._fresh
+        for at, record in [fresh.popleft() for _ in range(len(fresh))]:
+            self._recent.append((at, record))
+            reason = record.reason
+            if not reason and record.result != "delivered":
+                reason = next((sink.reason for sink in record.sinks if sink.reason), "")
             totals = self._routes.get(record.route)
             if totals is None:
                 totals = self._routes[record.route] = RouteTotals()
             totals.bytes += record.bytes
             totals.back += record.back or 0
             totals.back_lost += record.back_lost
-            totals.ends[record.result, record.ended_by, kind] += 1
+            totals.ends[record.result, record.ended_by, reason_class(reason)] += 1
             totals.durations.add(record.seconds)
             for sink in record.sinks:
                 of_sink = totals.sinks.get(sink.sink)
                 if of_sink is None:
                     of_sink = totals.sinks[sink.sink] = SinkTotals()
                 of_sink.add(sink)
-            self._recent.append((time.time(), record))
 
     def compact(self) -> None:
         """Makes what is kept of the last sessions anew, side by side.
@@ -156,16 +165,19 @@ class Ledger:
         Each was made among what its session left behind, and keeps the memory around it from being given back.
         """
         with self._lock:
+            self._count()
             self._recent = deque(pickle.loads(pickle.dumps(list(self._recent))), maxlen=RECENT)
 
     def totals(self, routes: Iterable[str]) -> dict[str, RouteTotals]:
         """Those of the routes of these names, as they are now."""
         with self._lock:
+            self._count()
             return {name: self._routes[name].copy() for name in set(routes) if name in self._routes}
 
     def recent(self) -> tuple[SessionStatus, ...]:
         """The last sessions, the latest first."""
         with self._lock:
+            self._count()
             kept = list(self._recent)
         return tuple(_told(at, record) for at, record in reversed(kept))
 

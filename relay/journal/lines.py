@@ -42,17 +42,19 @@ class LineWriter:
         self._lost = 0
         self._writing = False
         self._idle = False  # nobody has to be woken
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # a signal may be logged meanwhile; taken through the Condition it costs thrice as much
+        self._changed = threading.Condition(self._lock)
         threading.Thread(target=self._run, name="log-lines", daemon=True).start()
 
     def put(self, line: str) -> None:
         """Queues a line; one that does not fit is counted instead."""
-        raw = line.encode(errors="backslashreplace") + b"\n"
-        with self._changed:
+        raw = f"{line}\n".encode("utf-8", "backslashreplace")
+        with self._lock:
             if self._waiting + len(raw) > self._most:
                 self._lost += 1
                 return
-            self._confess()
+            if self._lost:
+                self._confess()
             self._add(raw)
 
     def flush(self, patience: float = PATIENCE) -> bool:

@@ -11,10 +11,11 @@ import logging
 import os
 import sys
 import time
+from functools import lru_cache
 from typing import Any, Literal
 
 from relay.journal.lines import Lines, handler_for
-from relay.journal.record import SessionRecord
+from relay.journal.record import SessionRecord, quoted
 from relay.journal.repeats import Repeats
 from relay.journal.secrets import hidden
 
@@ -24,6 +25,7 @@ log = logging.getLogger("relay")
 _sessions = logging.getLogger("relay.session")
 
 _PLAIN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+_LEVELS = {logging.INFO: "info", logging.WARNING: "warning"}
 _COLOURS = {"WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
 
 
@@ -34,7 +36,13 @@ def _rfc3339(at: float) -> str:
     thousands of these strings for good, each on a page of its own.
     """
     seconds, milliseconds = divmod(int(at * 1000), 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{milliseconds:03d}+00:00"
+    return f"{_to_the_second(seconds)}.{milliseconds:03d}+00:00"
+
+
+@lru_cache(2)
+def _to_the_second(seconds: int) -> str:
+    """Thousands of lines may be of one second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 class JsonLines(logging.Formatter):
@@ -113,12 +121,8 @@ def _put(record: SessionRecord, level: int) -> bool:
     handler = handlers[0]
     if not isinstance(handler, Lines) or not isinstance(handler.formatter, JsonLines):
         return False
-    at = _rfc3339(time.time())
     line = (
-        f'{{"time": "{at}", "level": "{logging.getLevelName(level).lower()}", "event": "session", '
-        f'"message": {_quoted(record.as_text())}, {record.as_json()}}}'
+        f'{{"time": "{_rfc3339(time.time())}", "level": "{_LEVELS[level]}", "event": "session", '
+        f'"message": {quoted(record.as_text())}, {record.as_json()}}}'
     )
     return handler.put(hidden(line))
-
-
-_quoted = json.JSONEncoder(ensure_ascii=False).encode

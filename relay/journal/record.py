@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from functools import lru_cache
+from json.encoder import encode_basestring as quoted
 from typing import Any
 
 from relay.units import show_size
@@ -152,30 +153,45 @@ class SessionRecord:
     def as_json(self) -> str:
         """The inside of `as_dict` as JSON, for a duplex session without stages: a template costs a tenth of it."""
         sink = self.sinks[0]
-        ends = _ends(self.route, self.source, sink.sink, sink.address)
-        why = f', "why_method": {_quoted(self.why_method)}' if self.why_method else ""
-        reason = f', "reason": {_quoted(self.reason)}' if self.reason else ""
-        via = f', "via": "{self.via}"' if self.via else ""
-        more = _upstream(sink)
-        more += f', "connect_seconds": {sink.connects[-1]:.6f}' if sink.connects else ""
+        route, source, where, upstream = _ends(
+            self.route, self.source, sink.sink, sink.address, sink.upstream
+        )
+        took = f"{self.seconds:.6f}"
+        sink_took = took if sink.seconds == self.seconds else f"{sink.seconds:.6f}"
+        if sink.tries:
+            upstream += f', "tries": {sink.tries}'
+        if sink.passed_over:
+            passed = [{"upstream": name, "why": why} for name, why in sink.passed_over]
+            upstream += f', "passed_over": {_ENCODER.encode(passed)}'
+        if sink.connects:
+            upstream += f', "connect_seconds": {sink.connects[-1]:.6f}'
+        more = f', "via": "{self.via}"' if self.via else ""
+        if self.reason:
+            more += f', "reason": {quoted(self.reason)}'
+        if self.why_method:
+            more += f', "why_method": {quoted(self.why_method)}'
         return (
-            f'{ends[0]}, "id": "{self.id}", {ends[1]}, "peer": "{self.peer}", "bytes": {self.bytes}, '
-            f'"seconds": {self.seconds:.6f}, "method": "{self.method}", "ended_by": "{self.ended_by}", '
-            f'"result": "{self.result}", "sinks": [{{{ends[2]}, "bytes": {sink.bytes}, "lost": {sink.lost}, '
-            f'"dropped": 0, "reconnects": 0, "seconds": {sink.seconds:.6f}, "method": "{sink.method}", '
-            f'"result": "{sink.result}"{more}}}], "bytes_back": {self.back}, "lost_back": {self.back_lost}, '
-            f'"method_back": "{self.back_method}"{via}{reason}{why}'
+            f'{route}, "id": "{self.id}", {source}, "peer": "{self.peer}", "bytes": {self.bytes}, '
+            f'"seconds": {took}, "method": "{self.method}", "ended_by": "{self.ended_by}", '
+            f'"result": "{self.result}", "sinks": [{{{where}, "bytes": {sink.bytes}, "lost": {sink.lost}, '
+            f'"dropped": 0, "reconnects": 0, "seconds": {sink_took}, "method": "{sink.method}", '
+            f'"result": "{sink.result}"{upstream}}}], "bytes_back": {self.back}, "lost_back": {self.back_lost}, '
+            f'"method_back": "{self.back_method}"{more}'
         )
 
     def as_text(self) -> str:
         """One line for people."""
         if self.back is not None:
+            whom = self._whom if self.via or not self.peer else self.peer
             said = (
-                f"{self.route} #{self.id} from {self._whom}: {self.bytes} B there and {self.back} B back in "
+                f"{self.route} #{self.id} from {whom}: {self.bytes} B there and {self.back} B back in "
+                f"{self.seconds:.2f} s, {self.result}, ended by {self.ended_by}"
             )
-            said += f"{self.seconds:.2f} s, {self.result}, ended by {self.ended_by}"
-            said = "; ".join([said, *([self.reason] if self.reason else [])])
-            said += "".join(_passed(sink) for sink in self.sinks)
+            if self.reason:
+                said = f"{said}; {self.reason}"
+            for sink in self.sinks:
+                if sink.passed_over:
+                    said += _passed(sink)
             return "; ".join([said, *self._parts()]) if len(self.sinks) > 1 or self.stages else said
         rate = show_size(self.bytes / self.seconds) if self.seconds > 0 else "0 B"
         parts = [
@@ -214,33 +230,21 @@ class SessionRecord:
         return parts
 
 
-def _upstream(sink: SinkRecord) -> str:
-    """The part of a duplex session's JSON that says where it went: see SinkRecord.as_dict."""
-    found = f', "upstream": {_quoted(sink.upstream)}' if sink.upstream else ""
-    if sink.tries:
-        found += f', "tries": {sink.tries}'
-    if sink.passed_over:
-        passed = [{"upstream": name, "why": why} for name, why in sink.passed_over]
-        found += f', "passed_over": {_quoted(passed)}'
-    return found
-
-
 def _passed(sink: SinkRecord) -> str:
     """For people: which upstream it was, where others were passed over."""
-    if not sink.passed_over:
-        return ""
     passed = ", ".join(f"{name} ({why})" for name, why in sink.passed_over)
     return f"; {f'to {sink.upstream}, ' if sink.upstream else ''}passed over: {passed}"
 
 
-_quoted = json.JSONEncoder(ensure_ascii=False).encode
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 @lru_cache(256)
-def _ends(route: str, source: str, sink: str, address: str) -> tuple[str, str, str]:
-    """What is the same in the JSON of every session of a duplex route."""
+def _ends(route: str, source: str, sink: str, address: str, upstream: str) -> tuple[str, str, str, str]:
+    """What is the same in the JSON of every session of a duplex route that went to that upstream."""
     return (
-        f'"route": {_quoted(route)}',
-        f'"source": {_quoted(source)}',
-        f'"sink": {_quoted(sink)}, "address": {_quoted(address)}',
+        f'"route": {quoted(route)}',
+        f'"source": {quoted(source)}',
+        f'"sink": {quoted(sink)}, "address": {quoted(address)}',
+        f', "upstream": {quoted(upstream)}' if upstream else "",
     )
