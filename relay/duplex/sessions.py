@@ -116,9 +116,8 @@ class Sessions:
     def begin(self, clients: Sequence[Client]) -> None:
         """New sessions for accepted connections, which are this object's from here."""
         now, methods = self._engine.now, self._codes()
-        for client in clients:
-            self._fresh.append(self._made(client, now, methods))
-        self._dial_fresh()
+        self._fresh.extend([self._made(client, now, methods) for client in clients])
+        self._dial_fresh(now)
 
     def go_on(self, clients: Sequence[tuple[Client, Begun | None]]) -> None:
         """As `begin`, for clients whose connects were begun elsewhere, or (None) could not be."""
@@ -129,7 +128,7 @@ class Sessions:
                 self._fresh.append(session)
             else:
                 self._adopt(session, begun, now)
-        self._dial_fresh()
+        self._dial_fresh(now)
 
     def _made(self, client: Client, came: float, methods: tuple[int, int]) -> Session:
         """A new session; one that could not be registered is over."""
@@ -145,9 +144,13 @@ class Sessions:
             self._name_peer(session, fd, local)
         return session
 
-    def _dial_fresh(self) -> None:
+    def _dial_fresh(self, now: float) -> None:
         while self._fresh:
-            self._upstreams.ready(self._engine, partial(self._dial, self._fresh.popleft()))
+            session = self._fresh.popleft()
+            if self._upstreams.known(now):
+                self._dial(session, now)
+            else:
+                self._upstreams.ready(self._engine, partial(self._dial, session))
         self._patrol.look_soon()
 
     def _adopt(self, session: Session, begun: Begun, now: float) -> None:
@@ -188,26 +191,28 @@ class Sessions:
 
     # -- connecting
 
-    def _dial(self, session: Session) -> None:
+    def _dial(self, session: Session, now: float | None = None) -> None:
         """The upstreams are known: the first that is chosen is tried."""
         if session.slot >= 0:
-            session.until = self._engine.now + self._timeout
-            self._next(session)
+            now = self._engine.now if now is None else now
+            session.until = now + self._timeout
+            self._next(session, now)
 
-    def _next(self, session: Session) -> None:
-        """Tries one upstream after another until a connect does not fail at once."""
+    def _next(self, session: Session, now: float | None = None) -> None:
+        """Tries one upstream after another until a connect does not fail at once. `now`: the time, if it is known."""
         most = min(self._tries, len(self._upstreams))
         while session.slot >= 0:
+            now = self._engine.now if now is None else now
             attempt = None
-            if session.tries < most and (not session.tries or self._engine.now < session.until):
+            if session.tries < most and (not session.tries or now < session.until):
                 attempt = self._upstreams.pick(session.peer, session.tried)
             if attempt is None:
                 self._not_to_be_connected(session)
                 return
             upstream = attempt.upstream
             self._tries_at(session, attempt)
-            left = max(0.0, session.until - self._engine.now)
-            share = int(left * 1e9 / (most - session.tries + 1))
+            share = int(max(0.0, session.until - now) * 1e9 / (most - session.tries + 1))
+            now = None
             error = lib.relay_duplex_dial(self._engine.c, session.c, upstream.dial, share)
             while error in SHORT and self._make_room(-error):
                 error = lib.relay_duplex_dial(self._engine.c, session.c, upstream.dial, share)
@@ -220,7 +225,8 @@ class Sessions:
     def _tries_at(self, session: Session, attempt: Attempt) -> None:
         session.attempt = attempt
         session.tries += 1
-        self._passed(session, attempt.passed)
+        if attempt.passed:
+            self._passed(session, attempt.passed)
         session.c.sides[0].method = self._gauge.method(0, attempt.upstream.scheme)
 
     def _make_room(self, code: int) -> bool:
@@ -244,8 +250,7 @@ class Sessions:
 
     def _passed(self, session: Session, those: list[tuple[str, str]]) -> None:
         """Why upstreams did not get it: the latest word on each."""
-        if those:
-            session.passed = tuple({**dict(session.passed), **dict(those)}.items())
+        session.passed = tuple({**dict(session.passed), **dict(those)}.items())
 
     def _not_to_be_connected(self, session: Session) -> None:
         """All that may be tried were. A unix listener's backlog that was full may have room soon: nothing tells."""

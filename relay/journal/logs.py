@@ -29,20 +29,15 @@ _LEVELS = {logging.INFO: "info", logging.WARNING: "warning"}
 _COLOURS = {"WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
 
 
-def _rfc3339(at: float) -> str:
-    """UTC, to the millisecond.
+@lru_cache(2)
+def _rfc3339(milliseconds: int) -> str:
+    """UTC. Of one millisecond there may be many lines.
 
     datetime with a time zone looks `utcoffset` up by a name that it makes anew, and CPython's cache of attributes keeps
     thousands of these strings for good, each on a page of its own.
     """
-    seconds, milliseconds = divmod(int(at * 1000), 1000)
-    return f"{_to_the_second(seconds)}.{milliseconds:03d}+00:00"
-
-
-@lru_cache(2)
-def _to_the_second(seconds: int) -> str:
-    """Thousands of lines may be of one second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    seconds, rest = divmod(milliseconds, 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:03d}+00:00"
 
 
 class JsonLines(logging.Formatter):
@@ -51,7 +46,7 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record with its extra fields."""
         fields: dict[str, Any] = {
-            "time": _rfc3339(record.created),
+            "time": _rfc3339(int(record.created * 1000)),
             "level": record.levelname.lower(),
             "event": "log",
             "message": record.getMessage(),
@@ -122,7 +117,7 @@ def _put(record: SessionRecord, level: int) -> bool:
     if not isinstance(handler, Lines) or not isinstance(handler.formatter, JsonLines):
         return False
     line = (
-        f'{{"time": "{_rfc3339(time.time())}", "level": "{_LEVELS[level]}", "event": "session", '
+        f'{{"time": "{_rfc3339(int(time.time() * 1000))}", "level": "{_LEVELS[level]}", "event": "session", '
         f'"message": {quoted(record.as_text())}, {record.as_json()}}}'
     )
     return handler.put(hidden(line))

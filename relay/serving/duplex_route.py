@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from relay.duplex.begun import Beginnings, Begun
+from relay.duplex.begun import Beginnings, Begun, Client
 from relay.duplex.health import Checks
 from relay.duplex.sessions import Common, Sessions
 from relay.duplex.upstreams import Upstreams
@@ -39,7 +39,7 @@ class DuplexRoute(RunningRoute):
         self._told = False
         self.upstreams = Upstreams(self.name, self.route.sink, self.home)
         self._beginnings = Beginnings(self.upstreams, self.route.sink)
-        self._unready: deque[tuple[float, list[tuple[Engine, Introduced]]]] = deque()  # when they came
+        self._unready: deque[tuple[float, list[tuple[Engine, Client]]]] = deque()  # when they came
         self._checks: Checks | None = None
         self._replaced = False
 
@@ -78,22 +78,23 @@ class DuplexRoute(RunningRoute):
 
     def _crowd(self, connections: list[tuple[int, str]]) -> None:
         """On the home engine: some connections came at once."""
-        came = []
+        came: list[Client] = []
         for fd, peer in connections:
             if self._introductions is not None and self._introductions.expects(peer):
                 self._introductions.take(fd, peer)
             else:
-                came.append(Introduced(fd, peer, "", ""))
+                came.append((fd, peer, "", ""))
         self._let_in(came)
 
     def _introduced(self, who: Introduced) -> None:
         self._let_in([who])
 
-    def _let_in(self, connections: list[Introduced]) -> None:
-        came: list[tuple[Engine, Introduced]] = []
+    def _let_in(self, connections: Sequence[Client]) -> None:
+        came: list[tuple[Engine, Client]] = []
         for who in connections:
-            if (self._once and self._under_way) or not self._admission.admit(who.peer):
-                core.lib.relay_refuse(who.fd)
+            fd, peer, _local, _via = who
+            if (self._once and self._under_way) or not self._admission.admit(peer):
+                core.lib.relay_refuse(fd)
                 continue
             self._under_way += 1
             came.append((next(self._spread), who))
@@ -111,11 +112,11 @@ class DuplexRoute(RunningRoute):
         """The upstreams are known: connects begin for the crowd that has waited longest."""
         if self._unready:
             came, crowd = self._unready.popleft()
-            begun = self._beginnings.begin([who.peer for _engine, who in crowd], came, self.home.now)
+            begun = self._beginnings.begin([peer for _engine, (_fd, peer, _local, _via) in crowd], came, self.home.now)
             self._share_out(crowd, begun)
 
-    def _share_out(self, crowd: Sequence[tuple[Engine, Introduced]], begun: Sequence[Begun | None]) -> None:
-        shares: dict[Engine, list[tuple[Introduced, Begun | None]]] = {}
+    def _share_out(self, crowd: Sequence[tuple[Engine, Client]], begun: Sequence[Begun | None]) -> None:
+        shares: dict[Engine, list[tuple[Client, Begun | None]]] = {}
         for (engine, who), one in zip(crowd, begun, strict=True):
             shares.setdefault(engine, []).append((who, one))
         for engine, share in shares.items():
