@@ -117,7 +117,7 @@ def test_histograms_count_as_prometheus_does() -> None:
     """A value that is a bound belongs to it; one beyond all bounds to the last."""
     histogram = Histogram((1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 2.0, 3.0):
-        histogram.add(value)
+        histogram.add([value])
     assert (histogram.counts, histogram.sum) == ([2, 2, 1], 8.0)
 
 

@@ -98,9 +98,10 @@ def set_up(form: Format = "auto", level: str = "info", *, records: bool = False)
 def session(record: SessionRecord) -> None:
     """The line of a finished session."""
     level = logging.INFO if record.result == "delivered" else logging.WARNING
-    if record.plain and _put(record, level):
+    if not _sessions.isEnabledFor(level):
         return
-    _sessions.log(level, "%s", record.as_text(), extra={"event": "session", **record.as_dict()})
+    if not (record.plain and _put(record, level)):
+        _sessions.log(level, "%s", record.as_text(), extra={"event": "session", **record.as_dict()})
 
 
 def _put(record: SessionRecord, level: int) -> bool:
@@ -108,16 +109,16 @@ def _put(record: SessionRecord, level: int) -> bool:
 
     False where they do not: the logger takes them as any other.
     """
-    if not _sessions.isEnabledFor(level):
-        return True
     handlers = log.handlers
     if len(handlers) != 1 or _sessions.handlers:
         return False
     handler = handlers[0]
     if not isinstance(handler, Lines) or not isinstance(handler.formatter, JsonLines):
         return False
-    line = (
-        f'{{"time": "{_rfc3339(int(time.time() * 1000))}", "level": "{_LEVELS[level]}", "event": "session", '
-        f'"message": {quoted(record.as_text())}, {record.as_json()}}}'
+    at = _rfc3339(int(time.time() * 1000))
+    return handler.put(
+        hidden(
+            f'{{"time": "{at}", "level": "{_LEVELS[level]}", "event": "session", '
+            f'"message": {quoted(record.as_text())}, {record.as_json()}}}'
+        )
     )
-    return handler.put(hidden(line))
