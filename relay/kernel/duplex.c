@@ -104,6 +104,16 @@ static int over(struct relay_engine *e, struct relay_duplex *d)
     return 1;
 }
 
+/* Both streams were passed on whole: whoever is at the other ends need not wait until Python has told of it. */
+static int parted(struct relay_engine *e, struct relay_duplex *d)
+{
+    for (int k = 0; k < 2; k++) {
+        hang_up(d->sides[k].fd, 0);
+        d->sides[k].fd = -1;
+    }
+    return over(e, d);
+}
+
 /* Whether nothing is left to be done, after ends were passed on. */
 static int settled(struct relay_engine *e, struct relay_duplex *d)
 {
@@ -112,7 +122,7 @@ static int settled(struct relay_engine *e, struct relay_duplex *d)
         int a_done = a->ended && !waits(a), b_done = b->ended && !waits(b);
         struct relay_side *deaf = a_done ? b : a;
         if (a_done && b_done)
-            return over(e, d);
+            return parted(e, d);
         if ((a_done || b_done) && !deaf->shut) {
             deaf->shut = 1;
             d->last_ns = e->now_ns; /* it wants an answer, too */
@@ -135,7 +145,7 @@ static int settled(struct relay_engine *e, struct relay_duplex *d)
     return 0;
 }
 
-/* What became of a connect: 1, 0 while it goes on, or -errno. */
+/* What became of a connect: 1, 0 while it goes on, or -errno. Of a failure epoll tells beside EPOLLOUT. */
 static int connected(struct relay_side *side)
 {
     struct sockaddr_storage here, there;
@@ -143,7 +153,7 @@ static int connected(struct relay_side *side)
     int error = 0;
     if (!side->writable)
         return 0;
-    if (getsockopt(side->fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0)
+    if (side->hung && getsockopt(side->fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0)
         return -errno;
     if (error)
         return -error;
