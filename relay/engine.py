@@ -280,7 +280,10 @@ class Engine:
         for token, what, error, mask in EVENT.iter_unpack(self._told[: count * EVENT.size]):
             target = self._targets.get(token)
             if target is not None:
-                self._call(target, what, error, mask)
+                try:
+                    target(what, error, mask)
+                except Exception as failed:
+                    self._complain(failed)
         self._run_due()
         while self._posted:
             self._call(self._posted.popleft())
@@ -299,11 +302,14 @@ class Engine:
             if timer.action is not None:
                 self._call(timer.action)
 
-    def _call(self, action: Callable[..., None], *arguments: int) -> None:
+    def _call(self, action: Callable[[], None]) -> None:
         try:
-            action(*arguments)
+            action()
         except Exception as error:
-            log.exception("%s", RelayBug(f"{type(error).__name__} in a callback of {self.name}: {error}"))
+            self._complain(error)
+
+    def _complain(self, error: Exception) -> None:
+        log.exception("%s", RelayBug(f"{type(error).__name__} in a callback of {self.name}: {error}"))
 
     def _woken(self, _mask: int) -> None:
         with contextlib.suppress(BlockingIOError):

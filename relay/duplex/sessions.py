@@ -335,7 +335,7 @@ class Sessions:
             self._close(session, reason, "relay")
 
     def _close(self, session: Session, reason: str, ended_by: str, *, source_failed: bool = False) -> None:
-        """Closes both descriptors, with resets if there is a `reason`, and tells of it."""
+        """Closes both descriptors unless C has, with resets if there is a `reason`, and tells of it."""
         slot, c = session.slot, session.c
         a, b = c.sides[0], c.sides[1]
         to, back = a.given, b.given
@@ -344,7 +344,8 @@ class Sessions:
         back_method = "splice" if b.spliced * 2 > back else "copy"
         connected = c.connected_ns / 1e9
         measured = self._gauge.over(session) if c.gauges else {}
-        lib.relay_duplex_close(self._engine.c, c, bool(reason))
+        if a.fd >= 0:
+            lib.relay_duplex_close(self._engine.c, c, bool(reason))
         session.slot = -1
         del self._live[slot]
         self._exchange.give_back(slot)
@@ -362,7 +363,8 @@ class Sessions:
         sink = SinkRecord(self._sink, address, to, seconds, method, result)
         sink.lost, sink.upstream, sink.tries, sink.passed_over = lost, upstream, session.tries, session.passed
         if connected:
-            sink.connects = (max(connected - session.began, 1e-6),)
+            took = connected - session.began
+            sink.connects = (took if took > 1e-6 else 1e-6,)
         record = SessionRecord(
             self._name, str(session.id), self._source, session.peer, to + lost, seconds, method, ended_by, result
         )

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from relay.journal.lines import Lines, handler_for
-from relay.journal.record import SessionRecord, quoted
+from relay.journal.record import SessionRecord
 from relay.journal.repeats import Repeats
 from relay.journal.secrets import hidden
 
@@ -118,7 +118,6 @@ def _put(record: SessionRecord, level: int) -> bool:
     at = _rfc3339(int(time.time() * 1000))
     return handler.put(
         hidden(
-            f'{{"time": "{at}", "level": "{_LEVELS[level]}", "event": "session", '
-            f'"message": {quoted(record.as_text())}, {record.as_json()}}}'
+            f'{{"time": "{at}", "level": "{_LEVELS[level]}", "event": "session", {record.as_json()}}}'
         )
     )

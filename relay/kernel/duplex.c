@@ -104,16 +104,6 @@ static int over(struct relay_engine *e, struct relay_duplex *d)
     return 1;
 }
 
-/* Both streams were passed on whole: whoever is at the other ends need not wait until Python has told of it. */
-static int parted(struct relay_engine *e, struct relay_duplex *d)
-{
-    for (int k = 0; k < 2; k++) {
-        hang_up(d->sides[k].fd, 0);
-        d->sides[k].fd = -1;
-    }
-    return over(e, d);
-}
-
 /* Whether nothing is left to be done, after ends were passed on. */
 static int settled(struct relay_engine *e, struct relay_duplex *d)
 {
@@ -121,8 +111,10 @@ static int settled(struct relay_engine *e, struct relay_duplex *d)
     if (d->state == RELAY_TURNING) {
         int a_done = a->ended && !waits(a), b_done = b->ended && !waits(b);
         struct relay_side *deaf = a_done ? b : a;
-        if (a_done && b_done)
-            return parted(e, d);
+        if (a_done && b_done) {
+            relay_duplex_close(e, d, 0); /* whoever is at the ends need not wait until Python has told of it */
+            return 1;
+        }
         if ((a_done || b_done) && !deaf->shut) {
             deaf->shut = 1;
             d->last_ns = e->now_ns; /* it wants an answer, too */
