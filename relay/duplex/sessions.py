@@ -335,7 +335,7 @@ class Sessions:
             self._close(session, reason, "relay")
 
     def _close(self, session: Session, reason: str, ended_by: str, *, source_failed: bool = False) -> None:
-        """Closes both descriptors unless C has, with resets if there is a `reason`, and tells of it."""
+        """Closes both descriptors, with resets if there is a `reason`, and tells of it."""
         slot, c = session.slot, session.c
         a, b = c.sides[0], c.sides[1]
         to, back = a.given, b.given
@@ -344,8 +344,7 @@ class Sessions:
         back_method = "splice" if b.spliced * 2 > back else "copy"
         connected = c.connected_ns / 1e9
         measured = self._gauge.over(session) if c.gauges else {}
-        if a.fd >= 0:
-            lib.relay_duplex_close(self._engine.c, c, bool(reason))
+        lib.relay_duplex_close(self._engine.c, c, bool(reason))
         session.slot = -1
         del self._live[slot]
         self._exchange.give_back(slot)

@@ -111,10 +111,8 @@ static int settled(struct relay_engine *e, struct relay_duplex *d)
     if (d->state == RELAY_TURNING) {
         int a_done = a->ended && !waits(a), b_done = b->ended && !waits(b);
         struct relay_side *deaf = a_done ? b : a;
-        if (a_done && b_done) {
-            relay_duplex_close(e, d, 0); /* whoever is at the ends need not wait until Python has told of it */
-            return 1;
-        }
+        if (a_done && b_done)
+            return over(e, d);
         if ((a_done || b_done) && !deaf->shut) {
             deaf->shut = 1;
             d->last_ns = e->now_ns; /* it wants an answer, too */

@@ -440,8 +440,7 @@ void relay_dial(struct relay_dialing *those, int count);
 /* It may move again: Python has put pipes or buffers there, or changed its mind. */
 void relay_duplex_ready(struct relay_engine *e, struct relay_duplex *d);
 /* Closes both descriptors, with resets where `reset`, takes it off every list and gives back what it borrowed: its
- * struct may be used for another one. A pipe that still holds bytes is closed, not given back. One whose streams were
- * both passed on whole is closed already when RELAY_OVER tells of it. */
+ * struct may be used for another one. A pipe that still holds bytes is closed, not given back. */
 void relay_duplex_close(struct relay_engine *e, struct relay_duplex *d, int reset);
 /* Which sides have not acknowledged all that was sent to them: 1 and 2, added. tcp only. */
 int relay_duplex_outstanding(const struct relay_duplex *d);
