@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from struct import Struct
 from typing import Any, TypeVar
 
 from relay.errors import KernelError, RelayBug
@@ -38,7 +37,6 @@ Answer = TypeVar("Answer")
 SCRATCH = 1 << 20  # bytes a copying hop may read at once; shared by all pipelines of an engine
 BUDGET = 4 << 20  # bytes one pipeline may read before the others have their turn
 EVENTS = 16384  # room for 4 events a node: pipelines of up to 4,000 nodes
-EVENT = Struct("=QiiI4x")  # struct relay_event: read whole it costs a quarter of what its fields do one by one
 TIMERS = 1024  # so many are kept, cancelled ones among them, before these are looked for
 
 # What to do when epoll cannot watch one more descriptor.
@@ -277,7 +275,7 @@ class Engine:
             raise KernelError(
                 f"epoll_wait: {os.strerror(-count)}", hint="the engine's descriptors were closed under it"
             )
-        for token, what, error, mask in EVENT.iter_unpack(self._told[: count * EVENT.size]):
+        for token, what, error, mask in core.EVENT.iter_unpack(self._told[: count * core.EVENT.size]):
             target = self._targets.get(token)
             if target is not None:
                 try:

@@ -17,7 +17,19 @@ from relay.journal import logs, secrets
 from relay.journal.lines import Lines
 from relay.journal.record import SessionRecord, SinkRecord
 
-ODD = ["", 'quoted "', "back\\slash", "tab\t", "line\nbreak", "ümlaut", "\u2028", "😀", "\x00", "{brace}", "%s"]
+ODD = [
+    "",
+    'quoted "',
+    "back\\slash",
+    "tab\t",
+    "line\nbreak",
+    "ümlaut",
+    "\u2028",
+    "😀",
+    "\x00",
+    "{brace}",
+    "%s",
+]
 
 
 def text(chance: random.Random) -> str:

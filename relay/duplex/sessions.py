@@ -364,8 +364,9 @@ class Sessions:
         if connected:
             took = connected - session.began
             sink.connects = (took if took > 1e-6 else 1e-6,)
+        name, ident, moved = self._name, str(session.id), to + lost
         record = SessionRecord(
-            self._name, str(session.id), self._source, session.peer, to + lost, seconds, method, ended_by, result
+            name, ident, self._source, session.peer, moved, seconds, method, ended_by, result
         )
         record.reason, record.why_method, record.sinks = reason, why, [sink]
         record.source_failed, record.measured, record.via = source_failed, measured, session.via

@@ -42,7 +42,8 @@ class LineWriter:
         self._lost = 0
         self._writing = False
         self._idle = False  # nobody has to be woken
-        self._lock = threading.RLock()  # a signal may be logged meanwhile; taken through the Condition it costs thrice as much
+        # reentrant: a signal's handler may log meanwhile; taken through its condition it costs thrice as much
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         threading.Thread(target=self._run, name="log-lines", daemon=True).start()
 

@@ -117,7 +117,5 @@ def _put(record: SessionRecord, level: int) -> bool:
         return False
     at = _rfc3339(int(time.time() * 1000))
     return handler.put(
-        hidden(
-            f'{{"time": "{at}", "level": "{_LEVELS[level]}", "event": "session", {record.as_json()}}}'
-        )
+        hidden(f'{{"time": "{at}", "level": "{_LEVELS[level]}", "event": "session", {record.as_json()}}}')
     )

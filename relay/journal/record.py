@@ -174,10 +174,10 @@ class SessionRecord:
             upstream = f'{upstream}, "passed_over": {_ENCODER.encode(passed)}'
         if sink.connects:
             upstream = f'{upstream}, "connect_seconds": {sink.connects[-1]:.6f}'
-        there, back, seconds, result, ended_by = self.bytes, self.back, self.seconds, self.result, self.ended_by
-        took = f"{seconds:.6f}"
+        there, back, took = self.bytes, self.back, f"{self.seconds:.6f}"
+        result, ended_by = self.result, self.ended_by
         return (
-            f"{message}{self.id} from {whom}: {there} B there and {back} B back in {seconds:.2f} s, {result}, "
+            f"{message}{self.id} from {whom}: {there} B there and {back} B back in {self.seconds:.2f} s, {result}, "
             f'ended by {ended_by}{said}", {route}, "id": "{self.id}", {source}, "peer": "{peer}", '
             f'"bytes": {there}, "seconds": {took}, "method": "{self.method}", "ended_by": "{ended_by}", '
             f'"result": "{result}", "sinks": [{{{where}, "bytes": {sink.bytes}, "lost": {sink.lost}, '

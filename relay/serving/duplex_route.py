@@ -112,7 +112,9 @@ class DuplexRoute(RunningRoute):
         """The upstreams are known: connects begin for the crowd that has waited longest."""
         if self._unready:
             came, crowd = self._unready.popleft()
-            begun = self._beginnings.begin([peer for _engine, (_fd, peer, _local, _via) in crowd], came, self.home.now)
+            begun = self._beginnings.begin(
+                [peer for _engine, (_fd, peer, _local, _via) in crowd], came, self.home.now
+            )
             self._share_out(crowd, begun)
 
     def _share_out(self, crowd: Sequence[tuple[Engine, Client]], begun: Sequence[Begun | None]) -> None:
