@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import select
@@ -305,9 +306,10 @@ def test_events_are_read_whole() -> None:
 
 
 def test_a_callback_that_fails_is_said_and_harms_nobody_else(
-    engine: Engine, fds: Descriptors, caplog: pytest.LogCaptureFixture
+    engine: Engine, fds: Descriptors, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two descriptors that are ready at once the second is heard of although the first one's callback raised."""
+    monkeypatch.setattr(logging.getLogger("relay"), "propagate", True)
     pipes, heard = [fds.pipe() for _ in range(2)], []
 
     def fails(_mask: int) -> None:
