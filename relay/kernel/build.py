@@ -16,6 +16,7 @@ ROOT = HERE.parent.parent
 SOURCES = (
     "pump.c",
     "intake.c",
+    "pieces.c",
     "gate.c",
     "outflow.c",
     "loads.c",

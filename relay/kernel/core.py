@@ -59,6 +59,7 @@ WANTS_PIPE: Final = int(lib.RELAY_WANTS_PIPE)
 STILL: Final = int(lib.RELAY_STILL)
 GAUGED: Final = int(lib.RELAY_GAUGED)
 CONNECTED: Final = int(lib.RELAY_CONNECTED)
+PIECES: Final = int(lib.RELAY_PIECES)
 
 METHOD_NAMES: Final = {SPLICE: "splice", COPY: "copy", SENDFILE: "sendfile", VMSPLICE: "vmsplice"}
 

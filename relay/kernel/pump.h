@@ -51,7 +51,8 @@ enum {                       /* relay_event.what */
     RELAY_WANTS_PIPE = 18,   /* exchange: bulk would go through a pipe, and none is free */
     RELAY_STILL = 19,        /* pipeline: `still` was asked for, and nothing is under way */
     RELAY_GAUGED = 20,       /* pipeline: `gauge_until` bytes have come; session `mask`: the gauge's, of side `error` */
-    RELAY_CONNECTED = 21     /* session `mask`, which lends: both its sides are connected, pipelines may have them */
+    RELAY_CONNECTED = 21,    /* session `mask`, which lends: both its sides are connected, pipelines may have them */
+    RELAY_PIECES = 22        /* pipeline: its first pieces were looked at */
 };
 
 enum {                       /* relay_duplex.state */
@@ -267,6 +268,10 @@ struct relay_pipeline {
     int sample;                /* its number: not 0 while anything is measured */
     int sweeps;                /* that were measured for it */
     unsigned chance;           /* which of many small ones are */
+    int looks;                 /* fills of an empty head still to be looked at, or fewer where they are large; then */
+    int looked;                /* so many were, in looked_ns, */
+    int64_t pieces, fills;     /* and these are their first slots, and all that came in them: bytes */
+    int64_t looked_ns;         /* RELAY_PIECES tells of it; it does not where that cannot be found out */
     /* the engine's */
     int queued, timed, retry;
     int forgotten;             /* it may be freed at any time: it goes on no list any more */

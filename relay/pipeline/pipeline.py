@@ -278,7 +278,7 @@ class Pipeline:
         elif what == core.SOURCE_DRY:
             if self.source is not None and self.source.refill():
                 self.engine.ready(self.c)
-        elif what in (core.STILL, core.GAUGED):
+        elif what in (core.STILL, core.GAUGED, core.PIECES):
             self.crossing.hear(what)
         elif what == core.IDLE:
             self._idle()
