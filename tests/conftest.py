@@ -12,6 +12,8 @@ import peers
 import pytest
 from descriptors import Descriptors
 
+from relay.engine import Engine
+
 FIRST = (  # the files that take longest: begun last, one worker would end long after the others
     "test_sanitized.py",
     "test_container.py",
@@ -58,6 +60,14 @@ def fds() -> Iterator[Descriptors]:
     """Makes pipes, sockets, files and epolls that are closed when the test ends, however it ends."""
     with Descriptors() as owner:
         yield owner
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """An engine without a thread: the test turns it."""
+    made = Engine("test")
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import random
 import select
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,6 @@ from relay.endpoints.ferry import MOST_MEMORY, ROOM
 from relay.endpoints.written import Writing, WrittenFile
 from relay.engine import Engine
 from relay.kernel import core
-
-
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    """An engine without a thread: the test turns it."""
-    made = Engine("test")
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("copy", [False, True])
