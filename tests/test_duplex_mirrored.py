@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from duplexes import BOTH, Duplex, connected, crowd, in_background, outcome, turned_away
+from duplexes import BOTH, Duplex, assert_room_again, connected, crowd, in_background, outcome, turned_away
 from peers import (
     PATIENCE,
     accept,
@@ -296,24 +296,7 @@ def test_descriptors_that_run_out_do_not_harm_sessions(tmp_path: Path, engines: 
         assert receive_exactly(server, 4) == b"ward"
         for sock in clients:
             sock.close()
-        listening.setblocking(False)
-
-        def served() -> bool:
-            try:
-                while True:  # those of sessions that are gone
-                    listening.accept()[0].close()
-            except BlockingIOError:
-                pass
-            try:
-                with connected(where) as again:
-                    again.settimeout(2)
-                    again.sendall(b"?")
-                    with accept(listening, 2) as late:
-                        return receive_exactly(late, 1, 2) == b"?"
-            except (OSError, AssertionError):
-                return False
-
-        eventually(served, "there is room again")
+        assert_room_again(where, listening)
         first.sendall(b"still")
         assert receive_exactly(server, 5) == b"still"
         for sock in (first, server):

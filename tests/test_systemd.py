@@ -22,6 +22,7 @@ from peers import (
     receive_all,
     send_all,
     tcp_listener,
+    there_and_back,
 )
 from relays import ROOT, environment, relay, run_relay, serving
 
@@ -97,12 +98,7 @@ def test_a_duplex_route_takes_passed_sockets_of_tcp_and_unix(tmp_path: Path) -> 
                 with socket.socket(family) as sock:
                     sock.settimeout(PATIENCE)
                     sock.connect(place)
-                    sock.sendall(b"there")
-                    sock.shutdown(socket.SHUT_WR)
-                    with accept(behind) as other:
-                        assert receive_all(other) == b"there"
-                        other.sendall(b"and back")
-                    assert receive_all(sock) == b"and back"
+                    there_and_back(sock, behind)
             served.signal(signal.SIGTERM)
             assert served.wait() == 0
         assert path.is_socket()
