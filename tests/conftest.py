@@ -12,6 +12,7 @@ import peers
 import pytest
 from descriptors import Descriptors
 
+import relay
 from relay.engine import Engine
 
 FIRST = (  # the files that take longest: begun last, one worker would end long after the others
@@ -68,6 +69,13 @@ def engine() -> Iterator[Engine]:
     made = Engine("test")
     yield made
     made.close()
+
+
+@pytest.fixture
+def pipe() -> Iterator[relay.Pipe]:
+    """A pipe of 1 MiB, as far as it is granted."""
+    with relay.Pipe() as made:
+        yield made
 
 
 @pytest.fixture
