@@ -30,6 +30,7 @@ from peers import (
 )
 from real_servers import free_port, nginx, redis, run
 from relays import Process, run_relay, serving
+from reloads import reload
 
 RECORDED = {
     "stages": [{"tee": {"to": {"file": "{id}.to"}}}],
@@ -203,10 +204,7 @@ def test_a_reload_changes_stages_for_new_sessions(tmp_path: Path) -> None:
             with connected(here) as client, accept(listening) as server:
                 client.sendall(b"old")
                 assert receive_exactly(server, 3) == b"old"
-                assert relay.config is not None
-                relay.config.write_text(config(here, address, fresh))
-                relay.signal(signal.SIGHUP)
-                relay.said("reloaded")
+                reload(relay, config(here, address, fresh))
                 with connected(here) as other, accept(listening) as second:
                     second.sendall(b"new")
                     assert receive_exactly(other, 3) == b"new"
@@ -231,10 +229,7 @@ def test_a_reload_leaves_a_session_with_a_fifo_where_it_is(tmp_path: Path) -> No
                 with connected(here) as client, accept(listening) as server:
                     client.sendall(b"before")
                     assert receive_exactly(server, 6) == b"before"
-                    assert relay.config is not None
-                    relay.config.write_text(config(here, address, {"stages": [tee, "meter"]}))
-                    relay.signal(signal.SIGHUP)
-                    relay.said("reloaded")
+                    reload(relay, config(here, address, {"stages": [tee, "meter"]}))
                     with connected(here) as other, accept(listening) as second:
                         other.sendall(b"beside")
                         assert receive_exactly(second, 6) == b"beside"

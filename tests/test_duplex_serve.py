@@ -29,6 +29,7 @@ from peers import (
     tcp_listener,
 )
 from relays import Process, serving
+from reloads import reload
 
 
 def config(source: str, sink: str, more: str = "", engines: int = 2) -> str:
@@ -185,9 +186,7 @@ def test_a_reload_leaves_sessions_where_they_are(tmp_path: Path) -> None:
         with serving(config(here, one), tmp_path) as relay:
             relay.addresses(1)
             with connected(here) as client, accept(first) as server:
-                relay.config.write_text(config(here, two))
-                relay.signal(signal.SIGHUP)
-                relay.said("reloaded")
+                reload(relay, config(here, two))
                 with connected(here) as other, accept(second) as fresh:
                     other.sendall(b"new")
                     assert receive_exactly(fresh, 3) == b"new"
