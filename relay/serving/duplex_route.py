@@ -32,7 +32,6 @@ class DuplexRoute(RunningRoute):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._persistent = False
         self._under_way = 0
         self._sessions: dict[Engine, Sessions] = {}
         self._overs: deque[tuple[SessionRecord, str]] = deque()  # from other engines
@@ -49,12 +48,9 @@ class DuplexRoute(RunningRoute):
             self.upstreams = Upstreams(self.name, self.route.sink, self.home, old.upstreams)
             self._beginnings = Beginnings(self.upstreams, self.route.sink)
 
-    def stand(self) -> None:
-        """Nothing outlives a session."""
-
     def begin(self) -> None:
         """Connections come in from now on."""
-        self.reception.accept()
+        super().begin()
         if self.route.sink.health is not None:
             self._checks = Checks(self.home, self.upstreams, self.route.sink)
             self.home.post(self._checks.start)
@@ -177,28 +173,24 @@ class DuplexRoute(RunningRoute):
     @property
     def under_way(self) -> bool:
         """Whether a connection is open."""
-        return self._under_way > 0 or bool(self._introductions)
+        return self._under_way > 0 or super().under_way
 
     def abort(self, reason: str) -> None:
         """Resets every connection."""
-        self._ending = True
         self._check_no_more()
-        self.reception.refuse()
         self.cut_short = self.cut_short or self.under_way
-        if self._introductions is not None:
-            self._introductions.abort(reason)
         while self._unready:
             _came, crowd = self._unready.popleft()
             self._share_out(crowd, [None] * len(crowd))
         for engine, sessions in self._sessions.items():
             engine.post(partial(sessions.abort, reason))
-        self._look_whether_done()
+        super().abort(reason)
 
     def _look_whether_done(self) -> None:
-        if self._under_way or self._done:
-            return
-        super()._look_whether_done()
-        if self._done:
-            self._check_no_more()
-            for engine, sessions in self._sessions.items():
-                engine.post(sessions.close)
+        if not self._under_way:
+            super()._look_whether_done()
+
+    def _finished(self) -> None:
+        self._check_no_more()
+        for engine, sessions in self._sessions.items():
+            engine.post(sessions.close)
