@@ -72,19 +72,6 @@ class DuplexRoute(RunningRoute):
     def _crowds(self) -> Crowd:
         return self._crowd
 
-    def _crowd(self, connections: list[tuple[int, str]]) -> None:
-        """On the home engine: some connections came at once."""
-        came = []
-        for fd, peer in connections:
-            if self._introductions is not None and self._introductions.expects(peer):
-                self._introductions.take(fd, peer)
-            else:
-                came.append(Introduced(fd, peer, "", ""))
-        self._let_in(came)
-
-    def _introduced(self, who: Introduced) -> None:
-        self._let_in([who])
-
     def _let_in(self, connections: list[Introduced]) -> None:
         came: list[tuple[Engine, Introduced]] = []
         for who in connections:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 
 from relay.config.models import Route
@@ -30,7 +31,7 @@ from relay.spill.spills import Spills
 from relay.ways import Ways
 
 
-class RunningRoute:
+class RunningRoute(ABC):
     """One route at work: its listeners, who may come in, what an earlier run left. Lives on its home engine.
 
     `on_done(route)` is called once when a route whose source ends has nothing left to do. `once`: a listening
@@ -94,7 +95,7 @@ class RunningRoute:
         """The first half of `open`: every listener."""
         self.reception.open(found or {}, take)
 
-    def stand(self) -> None:
+    def stand(self) -> None:  # noqa: B027 - for those kinds that have any
         """The second half: what outlives a stream or a session. Unless a kind of route says otherwise, nothing."""
 
     def begin(self) -> None:
@@ -106,16 +107,28 @@ class RunningRoute:
         return [(self.route.source, self._accepted)] if self.route.source.verb == "listen" else []
 
     def _crowds(self) -> Crowd | None:
-        """For a route that takes many connections at once: who takes them, in place of `_accepted`."""
+        """For a kind of route that takes many connections at once: who takes them, in place of `_accepted`."""
         return None
 
     def _accepted(self, sock: socket.socket, peer: str) -> None:
-        """Somebody has connected."""
-        raise NotImplementedError  # every kind of route has this or a crowd; this class is never used by itself
+        self._crowd([(sock.detach(), peer)])
+
+    def _crowd(self, connections: list[tuple[int, str]]) -> None:
+        """Some connected at once: who comes from a proxy is let in when that has said for whom it connects."""
+        came = []
+        for fd, peer in connections:
+            if self._introductions is not None and self._introductions.expects(peer):
+                self._introductions.take(fd, peer)
+            else:
+                came.append(Introduced(fd, peer, "", ""))
+        self._let_in(came)
 
     def _introduced(self, who: Introduced) -> None:
-        """A proxy has said for whom it connects."""
-        raise NotImplementedError  # as above
+        self._let_in([who])
+
+    @abstractmethod
+    def _let_in(self, connections: list[Introduced]) -> None:
+        """They are this route's from here, if they are admitted."""
 
     @property
     def bound(self) -> list[str]:
@@ -143,7 +156,7 @@ class RunningRoute:
 
     # -- reload
 
-    def follow(self, old: RunningRoute) -> None:
+    def follow(self, old: RunningRoute) -> None:  # noqa: B027 - for those kinds that have any
         """Before it is opened: it takes the place of `old`, from which it may take what both have."""
 
     def leave(self) -> None:
@@ -194,7 +207,7 @@ class RunningRoute:
             self._finished()
             self._on_done(self)
 
-    def _finished(self) -> None:
+    def _finished(self) -> None:  # noqa: B027 - for those kinds that have any
         """It is done: what served all its streams or sessions goes."""
 
     def close(self) -> None:

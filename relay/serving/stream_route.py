@@ -137,20 +137,14 @@ class StreamRoute(RunningRoute):
 
     # -- sources
 
-    def _accepted(self, sock: socket.socket, peer: str) -> None:
-        if self._introductions is not None and self._introductions.expects(peer):
-            self._introductions.take(sock.detach(), peer)
-        else:
-            self._came(sock, peer, "", "")
-
-    def _introduced(self, who: Introduced) -> None:
-        """A proxy has said for whom it connects."""
-        self._came(socket.socket(fileno=who.fd), who.peer, who.local, who.via)
+    def _let_in(self, connections: list[Introduced]) -> None:
+        for who in connections:
+            if self._admission.admit(who.peer):
+                self._came(socket.socket(fileno=who.fd), who.peer, who.local, who.via)
+            else:
+                close_with_reset(who.fd)
 
     def _came(self, sock: socket.socket, peer: str, local: str, via: str) -> None:
-        if not self._admission.admit(peer):
-            close_with_reset(sock.detach())
-            return
         if self._names_peers:
             local = local or local_of(sock.fileno())
         engine = self.home if self._persistent else next(self._spread)
