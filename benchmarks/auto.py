@@ -218,10 +218,16 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 Run = Callable[[Place, Method, Span], Outcome]
 
 
+def asked_for(place: Place) -> list[Method]:
+    """The methods that one can choose there: a file is lent by `relay send` alone, which has one sink a stream."""
+    lent_to_many = place.source == "file" and place.sinks > 1
+    return [method for method in place.methods if not (lent_to_many and method == "vmsplice")]
+
+
 def compared(place: Place, run: Run, span: Span, long: Span, rounds: int, most: int) -> Compared:
     """All of one cell, at least `rounds` and at most `most`; `run` is that of a Bench."""
     cell = Compared(place)
-    methods: list[Method] = ["auto", *place.methods]
+    methods: list[Method] = ["auto", *asked_for(place)]
     while len(cell.rounds) < rounds or (cell.straddles and len(cell.rounds) + MORE <= most):
         for _ in range(rounds if len(cell.rounds) < rounds else MORE):
             methods = _round(cell, methods, run, span)

@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
         for job in JOBS:
             if options.only and job.name not in options.only:
                 continue
-            here = [p for p in proxies if p.name in versions and p.runs(job.kind)]
+            here = [p for p in proxies if p.name in versions and p.does(job.kind)]
             found: Figures = {proxy.name: [] for proxy in here}
             for number in range(options.runs):
                 for proxy in here:

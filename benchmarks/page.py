@@ -96,12 +96,13 @@ class Run:
     ) -> Iterator[tuple[duplex.Job, Found]]:
         """All proxies of each job, in turn; `found` is by the proxy's name."""
         trials = duplex.Trials(self.load, self.talk, self.directory, self.milliseconds, pinned=pinned)
+        here = [proxy for proxy in among if proxy.version() is not None]
         for job in jobs:
             size = min(job.size, self.size or job.size) if job.kind == "bulk" else job.size
             found: Found = {}
             for _number in range(self.runs):
-                for proxy in among:
-                    if not proxy.runs(job.kind):
+                for proxy in here:
+                    if not proxy.does(job.kind):
                         continue
                     try:
                         found.setdefault(proxy.name, []).append(trials.run(replace(job, size=size), proxy))
@@ -171,8 +172,9 @@ def _escaped(result: Result) -> str:
 
 def _both_ways(jobs: tuple[duplex.Job, ...], *, pinned: bool) -> Callable[[Run], str]:
     def made(run: Run) -> str:
-        here = [proxy for proxy in PROXIES if proxy.version() is not None]
-        names = [f"{proxy.name} ({proxy.version()})" if proxy.tool else proxy.name for proxy in here]
+        versions = {proxy: proxy.version() for proxy in PROXIES}
+        here = [proxy for proxy in PROXIES if versions[proxy] is not None]
+        names = [f"{proxy.name} ({versions[proxy]})" if proxy.tool else proxy.name for proxy in here]
         rows = []
         for job, found in run.jobs(jobs, pinned=pinned):
             key, *more = job.columns

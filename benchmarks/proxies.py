@@ -27,12 +27,12 @@ class Proxy:
     start: Start
     bulk_only: bool = False
 
-    def runs(self, kind: str) -> bool:
-        """Whether it is here, and does jobs of that kind."""
-        return self.version() is not None and (kind == "bulk" or not self.bulk_only)
+    def does(self, kind: str) -> bool:
+        """Whether it does jobs of that kind, where it is installed."""
+        return kind == "bulk" or not self.bulk_only
 
     def version(self) -> str | None:
-        """What it says of itself; None where it is not installed."""
+        """What it says of itself, for which it is started; None where it is not installed."""
         if self.tool is not None:
             return self.tool.version() if self.tool is not NGINX or STREAM.exists() else None
         done = subprocess.run(
@@ -127,7 +127,8 @@ TELLING = (
     *PROXIES[1:3],
     Proxy("nginx stream, access_log", NGINX, partial(_nginx, log=True)),
 )
-# With a thread for the CPUs that are there, as all three come, and with one alone.
+# With a thread for each CPU that is there, and with one alone. The first is how relay and HAProxy come, and nginx as
+# Debian configures it (worker_processes auto); by itself it has one worker.
 CPUS = os.cpu_count() or 1
 THREADS = (
     Proxy("relay", None, _relay()),

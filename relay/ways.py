@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal, NamedTuple
 
 from relay.kernel.probe import Machine
 
 Forced = Literal["auto", "zero-copy", "copy", "sendfile", "splice", "vmsplice"]
 Method = Literal["splice", "tee", "sendfile", "vmsplice", "copy"]
 
-STRAIGHT = ("tcp", "unix", "fifo")  # sinks that a file reaches by sendfile when nothing else is on the way
+STRAIGHT = ("tcp", "unix", "fifo")  # sinks that a file may reach by sendfile when nothing else is on the way
 APPENDING = "a file opened to append refuses splice"
 STRAIGHT_TO_FILE = "into memory that files are written from: splice would copy into the page cache, too"
+REFERENCES = "pages move by reference; what that costs is measured as they do"
+SMALL_ONES = "messages so small cost less to copy than a slot in every pipe"
 DIRECT = "O_DIRECT takes whole, aligned blocks: bytes are gathered in memory first"
 
 
@@ -33,6 +35,48 @@ class Choice:
         return f"{self.method} ({self.reason})"
 
 
+class Pieces(NamedTuple):
+    """How a stream's first bytes came: `first` is the mean size of the first slot in a pipe, `filled` of all that came
+    at a time. Zeros: it was not seen."""
+
+    first: int = 0
+    filled: int = 0
+
+
+UNSEEN: Final = Pieces()
+SMALL: Final = 1024  # bytes: such messages are copied for less than a slot costs in every pipe
+LITTLE: Final = 40 << 10  # bytes at a time: references cost more than dropping a copy of them
+PLENTY: Final = 768 << 10  # bytes at a time: more than there is room for
+
+
+def thought(source: str, sinks: Sequence[str], pieces: Pieces = UNSEEN) -> tuple[float, str]:
+    """What copying is thought to cost between ends of those schemes, as a multiple of references, and why.
+
+    Between pipes and unix sockets references cost a small part of a copy; tcp spends a good deal either way. Files are
+    filled by copying in any case, and out of pipes page by page. From docs/benchmarks.md.
+    """
+    several = len(sinks) > 1
+    small = 0 < pieces.first <= SMALL
+    paged = source in (
+        "fifo",
+        "stdio",
+        "fd",
+    )  # written into a pipe: page by page, however large the pieces were
+    if "file" in sinks:
+        return (0.7 if source in ("tcp", "unix") else 0.85), STRAIGHT_TO_FILE
+    if several and set(sinks) == {"tcp"} and (source == "file" or (paged and pieces.filled >= PLENTY)):
+        return 0.9, "into memory that all sinks are sent from: fewer, larger sends than page by page"
+    if list(sinks) == ["null"] and (source == "unix" or (paged and 0 < pieces.filled <= LITTLE)):
+        return 0.7, "into one piece of memory: that costs less than references that nobody takes"
+    if small and source in ("tcp", "unix") and set(sinks) <= {"tcp", "unix"}:
+        return 0.8, SMALL_ONES
+    if small and source == "unix" and pieces.first * len(sinks) <= 2 * SMALL:
+        return 0.9, SMALL_ONES  # to more pipes, the copies into each cost as much
+    if "tcp" in sinks:
+        return (1.9 if several else 1.3), REFERENCES
+    return 8.0, REFERENCES
+
+
 @dataclass(frozen=True)
 class Ways:
     """The choices for one route: what was asked for, on this machine."""
@@ -45,8 +89,9 @@ class Ways:
             return "asked for by method: copy"
         return self.machine.refused(call)
 
-    def from_source(self, scheme: str, *, copies: str = "", alone: bool = False) -> Choice:
-        """How bytes enter. `copies` is why this end cannot be spliced; `alone`: one socket sink, no stages."""
+    def from_source(self, scheme: str, *, copies: str = "", alone: str = "") -> Choice:
+        """How bytes enter. `copies` is why this end cannot be spliced; `alone`: the scheme of the only sink, one of
+        STRAIGHT, when no stages are on the way."""
         if scheme == "null":
             return Choice("splice", "there is nothing to move")
         if reason := self._copies("splice"):
@@ -63,7 +108,10 @@ class Ways:
                 "asked for" if self.forced == "vmsplice" else "pages that nobody writes to again are lent"
             )
             return Choice("copy", refused) if refused else Choice("vmsplice", reason)
-        if scheme == "file" and alone and self.forced in ("auto", "zero-copy", "sendfile"):
+        narrow = (
+            alone == "unix" and self.forced != "sendfile"
+        )  # its own pipe of 16 slots costs 1.1 of a large one
+        if scheme == "file" and alone and not narrow and self.forced in ("auto", "zero-copy", "sendfile"):
             refused = self.machine.refused("sendfile")
             if not refused:
                 return Choice("sendfile", "a file straight to one socket needs no pipe")
@@ -107,21 +155,15 @@ class Ways:
             return Choice("copy", "a checksum must see the bytes")
         return Choice("splice", "pages move to the end by reference")
 
-    def across(self, source: str, sinks: Sequence[str]) -> Choice:
-        """How a stream between ends of those schemes, which may go down a chain or through a ring, begins."""
+    def across(self, source: str, sinks: Sequence[str], pieces: Pieces = UNSEEN) -> Choice:
+        """How a stream between ends of those schemes, which may go down a chain or through a ring, begins; and how it
+        goes on once its first pieces were seen."""
         if reason := self._copies("splice") or self._copies("tee") * (len(sinks) > 1):
             return Choice("copy", f"{reason}; one read into memory, one send a sink out of it")
         if self.forced != "auto":
             return Choice("splice", f"asked for by method: {self.forced}")
-        if "file" in sinks:
-            return Choice("copy", STRAIGHT_TO_FILE)
-        if source == "file" and len(sinks) > 1 and set(sinks) == {"tcp"}:
-            return Choice("copy", "into memory that all sinks are sent from: fewer, larger sends")
-        if source == "unix" and list(sinks) == ["null"]:
-            return Choice(
-                "copy", "into one piece of memory: that costs less than references that nobody takes"
-            )
-        return Choice("splice", "pages move by reference; what that costs is measured as they do")
+        copying, why = thought(source, sinks, pieces)
+        return Choice("copy" if copying < 1 else "splice", why)
 
     def measured(self, sinks: Sequence[str]) -> bool:
         """Whether such a stream may change on its way, by what it costs."""
@@ -130,23 +172,10 @@ class Ways:
         )
 
     @staticmethod
-    def odds(source: str, sinks: Sequence[str], way: str) -> float:
-        """What the other way than `way` ("chain" or "ring") is thought to cost, as a multiple, by the ends' schemes.
-
-        Between pipes and unix sockets references cost a small part of a copy; tcp spends a good deal either way. Files
-        are filled by copying in any case, and out of pipes page by page.
-        """
-        if "file" in sinks:
-            ring = 0.7 if source in ("tcp", "unix") else 0.85
-        elif source == "file" and len(sinks) > 1 and set(sinks) == {"tcp"}:
-            ring = 0.9
-        elif source == "unix" and list(sinks) == ["null"]:
-            ring = 0.7
-        elif "tcp" in sinks:
-            ring = 1.9 if len(sinks) > 1 else 1.3
-        else:
-            ring = 8.0
-        return ring if way == "chain" else 1 / ring
+    def odds(source: str, sinks: Sequence[str], way: str, pieces: Pieces = UNSEEN) -> float:
+        """What the other way than `way` ("chain" or "ring") is thought to cost, as a multiple."""
+        copying, _why = thought(source, sinks, pieces)
+        return copying if way == "chain" else 1 / copying
 
     def to_ring(self) -> Choice:
         """How bytes come to a broadcast."""

@@ -14,6 +14,12 @@ from relays import Process
 Figures = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 SOCKET = "admin.sock"
+ADMIN = f"admin: {{socket: 'unix://{SOCKET}', http: 'tcp://127.0.0.1:0'}}\n"
+INBOX = """routes:
+  inbox:
+    source: {listen: 'tcp://127.0.0.1:0'}
+    sink: {file: 'inbox/{id}.bin'}
+"""
 
 
 class OverUnix(http.client.HTTPConnection):

@@ -13,12 +13,11 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from peers import PATIENCE, program
+from peers import PATIENCE, eventually, program
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEMD = Path("/lib/systemd/systemd")
@@ -146,28 +145,29 @@ def _inner(pid: int) -> list[int]:
 
 def _entered(outside: subprocess.Popen[bytes], scratch: Path, log: Path) -> list[str]:
     """The words that lead there, once systemd has started everything."""
-    until = time.monotonic() + PATIENCE
     state = ""
-    while time.monotonic() < until and outside.poll() is None:
+
+    def running() -> list[str]:
+        nonlocal state
         for pid in _inner(outside.pid):
-            into = [
-                "nsenter",
-                "-t",
-                str(pid),
-                "--mount",
-                "--net",
-                "--uts",
-                "--ipc",
-                "--pid",
-                "--cgroup",
-                "--root",
+            enter = [
+                *("nsenter", "-t", str(pid)),
+                *("--mount", "--net", "--uts", "--ipc", "--pid", "--cgroup", "--root"),
+                *(f"--wd=/proc/{pid}/root{scratch}", "env", f"PATH={PATH}"),
             ]
-            enter = [*into, f"--wd=/proc/{pid}/root{scratch}", "env", f"PATH={PATH}"]
             asked = subprocess.run(
                 [*enter, "systemctl", "is-system-running"], capture_output=True, text=True, check=False
             )
             state = asked.stdout.strip()
             if state == "running":
                 return enter
-        time.sleep(0.05)
-    raise AssertionError(f"systemd did not come up, it is {state or 'not there'}:\n{log.read_text()}")
+        assert outside.poll() is None, f"it has ended with {outside.returncode}"
+        return []
+
+    try:
+        words: list[str] = eventually(running, "systemd has started everything")
+    except AssertionError as error:
+        raise AssertionError(
+            f"systemd did not come up, it is {state or 'not there'}: {error}\n{log.read_text()}"
+        ) from error
+    return words

@@ -12,6 +12,9 @@ import peers
 import pytest
 from descriptors import Descriptors
 
+import relay
+from relay.engine import Engine
+
 FIRST = (  # the files that take longest: begun last, one worker would end long after the others
     "test_sanitized.py",
     "test_container.py",
@@ -58,6 +61,21 @@ def fds() -> Iterator[Descriptors]:
     """Makes pipes, sockets, files and epolls that are closed when the test ends, however it ends."""
     with Descriptors() as owner:
         yield owner
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """An engine without a thread: the test turns it."""
+    made = Engine("test")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pipe() -> Iterator[relay.Pipe]:
+    """A pipe of 1 MiB, as far as it is granted."""
+    with relay.Pipe() as made:
+        yield made
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peers import PATIENCE, accept, eventually, tcp_listener, unix_listener
+from peers import PATIENCE, accept, eventually, receive_exactly, tcp_listener, unix_listener
 
 from relay.config.data import from_data
 from relay.endpoints.address import Address
@@ -124,6 +124,26 @@ def crowd(address: str, count: int) -> list[socket.socket]:
         with contextlib.suppress(ConnectionResetError):
             made.append(connected(address))
     return made
+
+
+def assert_room_again(address: str, listening: socket.socket) -> None:
+    """Sooner or later a new connection reaches `listening`, of which those of sessions that are gone are taken."""
+    listening.setblocking(False)
+
+    def served() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                listening.accept()[0].close()
+        try:
+            with connected(address) as again:
+                again.settimeout(2)
+                again.sendall(b"?")
+                with accept(listening, 2) as late:
+                    return receive_exactly(late, 1, 2) == b"?"
+        except (OSError, AssertionError):
+            return False
+
+    eventually(served, "there is room again")
 
 
 @contextlib.contextmanager

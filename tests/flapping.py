@@ -8,8 +8,10 @@ import select
 import socket
 import struct
 import termios
+from collections.abc import Collection
 from pathlib import Path
 
+from hypothesis import HealthCheck, Phase, settings
 from peers import accept, assert_same, receive_all, receive_exactly
 
 MATCH = 24  # bytes that stand at one place of a random payload only
@@ -161,6 +163,38 @@ class Side:
         """Reads what is there, up to so many bytes."""
         while size > 0 and (count := self.read(size)):
             size -= count
+
+
+def give(source: socket.socket, data: bytes, sent: int, end: int, piece: int) -> int:
+    """Sends what relay takes of `data` from `sent` to `end`, so many bytes a call; returns how many are sent now."""
+    end = min(end, len(data))
+    while sent < end:
+        try:
+            sent += source.send(memoryview(data)[sent : min(end, sent + piece)])
+        except BlockingIOError:
+            if not select.select([], [source], [], 0.01)[1]:
+                break
+    return sent
+
+
+def all_ended(sides: Collection[Side]) -> bool:
+    """Reads what is there for each; whether all have come to the end of their streams."""
+    for side in sides:
+        while not side.ended and side.read(1 << 20):
+            pass
+    return all(side.ended for side in sides)
+
+
+def schedules(count: int) -> settings:
+    """How hypothesis runs so many: the same ones each time."""
+    return settings(
+        max_examples=count,
+        stateful_step_count=25,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],  # a schedule takes seconds: a failure is told as it is
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def common(one: bytes, other: bytes) -> int:

@@ -105,4 +105,17 @@ def port_of(sock: socket.socket) -> int:
     return int(sock.getsockname()[1])
 
 
-__all__ = ["Manager", "activated", "listener", "manager", "port_of"]
+def route(source: str, sink: str = '"null:"', more: str = "") -> str:
+    """One route called r."""
+    return f'drain: 5s\nroutes:\n  r: {{source: {{listen: "{source}"{more}}}, sink: {sink}}}\n'
+
+
+def ask(port: int, data: bytes = b"question") -> socket.socket:
+    """A connection that has sent `data` and its end."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+    sock.sendall(data)
+    sock.shutdown(socket.SHUT_WR)
+    return sock
+
+
+__all__ = ["Manager", "activated", "ask", "listener", "manager", "port_of", "route"]

@@ -255,6 +255,16 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
+def there_and_back(client: socket.socket, listener: socket.socket) -> None:
+    """Words from `client` through a two-way relay to whoever `listener` accepts, and others back, each to their end."""
+    client.sendall(b"there")
+    client.shutdown(socket.SHUT_WR)
+    with accept(listener) as server:
+        assert receive_all(server) == b"there"
+        server.sendall(b"and back")
+    assert receive_all(client) == b"and back"
+
+
 _refusing: list[socket.socket] = []
 
 

@@ -19,7 +19,7 @@ from peers import PATIENCE, eventually, read_until, wait_for
 from relay.config.data import from_data
 from relay.engine import Engine
 from relay.journal.record import SessionRecord
-from relay.serving.route import RunningRoute
+from relay.serving.stream_route import StreamRoute
 from relay.spill.spills import Spills
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +37,7 @@ class Relay:
         self._engine = Engine("relay-under-test")
         self._over = threading.Event()
         self._spills = Spills()
-        self.route = RunningRoute(
+        self.route = StreamRoute(
             "r",
             config.routes["r"],
             self._engine,

@@ -47,6 +47,13 @@ def problems(text: str, name: str = "f") -> list[str]:
     return str(caught.value).split("\n")
 
 
+def assert_refused(text: str, place: str, said: str) -> None:
+    """`text` is refused for one thing, at `place` (line:col), in words with `said` among them."""
+    (line,) = problems(text)
+    assert line.startswith(f"f:{place}: ")
+    assert said in line
+
+
 def at(text: str) -> list[tuple[str, str]]:
     """The problems of a route whose body is `text`, as (line:col in the body, message without the route's path)."""
     body = "".join(f"    {line}\n" for line in text.splitlines())

@@ -15,7 +15,7 @@ from relays import Process, working_threads
 from relay.config.data import from_data
 from relay.engine import Engine
 from relay.journal.record import SessionRecord
-from relay.serving.route import RunningRoute
+from relay.serving.stream_route import StreamRoute
 
 
 def standing(sink: str, stages: str = "[]", more: str = "") -> str:
@@ -53,11 +53,11 @@ def listening_at(port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def at_work(route: dict[str, Any], records: list[SessionRecord]) -> Iterator[RunningRoute]:
+def at_work(route: dict[str, Any], records: list[SessionRecord]) -> Iterator[StreamRoute]:
     """A route that serves in this process, on an engine with a thread of its own."""
     engine = Engine("reconnecting")
     over = threading.Event()
-    running = RunningRoute(
+    running = StreamRoute(
         "r",
         from_data({"routes": {"r": route}}, "test").routes["r"],
         engine,

@@ -178,3 +178,17 @@ def test_what_was_measured_counts_for_more_than_what_is_usual() -> None:
     went = flow(balance, lambda way, _at: 1.0 if way == "chain" else 2.5, 8 * GIB, 0.05)
     assert balance.changes == 0
     assert went["ring"] <= 0.004 * 8 * GIB
+
+
+def test_what_is_known_of_a_stream_is_taken_at_its_word_and_measured_after_that() -> None:
+    """A way that is taken unmeasured is in force at once, counts as a change, and is given up if it proves dearer."""
+    balance = Balance("chain", 8.0)
+    balance.take("ring", 1.25)
+    assert (balance.way, balance.changes) == ("ring", 1)
+    assert balance.next(MIB)[0] == "ring"
+    flow(balance, lambda way, _at: 1.0 if way == "chain" else 2.0, 4 * GIB)
+    assert (balance.way, balance.changes) == ("chain", 2)
+    right = Balance("chain", 8.0)
+    right.take("ring", 1.25)
+    flow(right, lambda way, _at: 2.0 if way == "chain" else 1.0, 4 * GIB)
+    assert (right.way, right.changes) == ("ring", 1)

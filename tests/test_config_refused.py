@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import pytest
-from route_texts import R, at, problems
+from route_texts import R, assert_refused, at, problems
 
 from relay.config.load import loads
 from relay.config.models import Config
@@ -32,9 +32,7 @@ from relay.errors import ConfigErrors
 )  # fmt: skip
 def test_wrong_keys_at_the_top(text: str, place: str, said: str) -> None:
     """Unknown keys are shown at the key, wrong values at the value."""
-    (line,) = problems(R + text)
-    assert line.startswith(f"f:{place}: ")
-    assert said in line
+    assert_refused(R + text, place, said)
 
 
 SINK = "source: '-'\nsink: "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from route_texts import R, at, problems, route
+from route_texts import R, assert_refused, at, problems, route
 
 from relay.config.load import LARGEST, load, loads
 from relay.errors import ConfigErrors, RelayError
@@ -110,9 +110,7 @@ def test_variables_that_cannot_be_filled_in(text: str, said: str, monkeypatch: p
 )  # fmt: skip
 def test_text_that_is_no_configuration(text: str, place: str, said: str) -> None:
     """What cannot be read is refused in one line that says where and why, in words."""
-    (line,) = problems(text)
-    assert line.startswith(f"f:{place}: ")
-    assert said in line
+    assert_refused(text, place, said)
 
 
 def test_aliases_of_aliases_are_counted_before_they_are_laid_out() -> None:
@@ -176,9 +174,7 @@ def test_tags_are_refused() -> None:
 )  # fmt: skip
 def test_no_routes_to_speak_of(text: str, place: str, said: str) -> None:
     """A configuration needs a mapping of routes with at least one in it."""
-    (line,) = problems(text)
-    assert line.startswith(f"f:{place}: ")
-    assert said in line
+    assert_refused(text, place, said)
 
 
 # Bad input: files

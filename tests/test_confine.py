@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from confined import answers, config, needs, passes, probed
 from forked import needs_root
-from peers import PATIENCE, accept, program, receive_all, tcp_listener
+from peers import PATIENCE, program, tcp_listener, there_and_back
 from relays import ROOT, relay, run_relay
 
 from relay.config.data import from_data
@@ -347,12 +347,7 @@ routes:
         served = probed(text, home)
         with served as process:
             with socket.create_connection(("127.0.0.1", process.port()), timeout=PATIENCE) as sock:
-                sock.sendall(b"there")
-                sock.shutdown(socket.SHUT_WR)
-                with accept(behind) as other:
-                    assert receive_all(other) == b"there"
-                    other.sendall(b"and back")
-                assert receive_all(sock) == b"and back"
+                there_and_back(sock, behind)
             process.signal(signal.SIGTERM)
             assert process.wait() == 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from duplexes import BOTH, Duplex, connected, crowd, in_background, outcome, turned_away
+from duplexes import BOTH, Duplex, assert_room_again, connected, crowd, in_background, outcome, turned_away
 from peers import (
     PATIENCE,
     accept,
@@ -30,6 +30,7 @@ from peers import (
 )
 from real_servers import free_port, nginx, redis, run
 from relays import Process, run_relay, serving
+from reloads import reload
 
 RECORDED = {
     "stages": [{"tee": {"to": {"file": "{id}.to"}}}],
@@ -203,10 +204,7 @@ def test_a_reload_changes_stages_for_new_sessions(tmp_path: Path) -> None:
             with connected(here) as client, accept(listening) as server:
                 client.sendall(b"old")
                 assert receive_exactly(server, 3) == b"old"
-                assert relay.config is not None
-                relay.config.write_text(config(here, address, fresh))
-                relay.signal(signal.SIGHUP)
-                relay.said("reloaded")
+                reload(relay, config(here, address, fresh))
                 with connected(here) as other, accept(listening) as second:
                     second.sendall(b"new")
                     assert receive_exactly(other, 3) == b"new"
@@ -231,10 +229,7 @@ def test_a_reload_leaves_a_session_with_a_fifo_where_it_is(tmp_path: Path) -> No
                 with connected(here) as client, accept(listening) as server:
                     client.sendall(b"before")
                     assert receive_exactly(server, 6) == b"before"
-                    assert relay.config is not None
-                    relay.config.write_text(config(here, address, {"stages": [tee, "meter"]}))
-                    relay.signal(signal.SIGHUP)
-                    relay.said("reloaded")
+                    reload(relay, config(here, address, {"stages": [tee, "meter"]}))
                     with connected(here) as other, accept(listening) as second:
                         other.sendall(b"beside")
                         assert receive_exactly(second, 6) == b"beside"
@@ -296,24 +291,7 @@ def test_descriptors_that_run_out_do_not_harm_sessions(tmp_path: Path, engines: 
         assert receive_exactly(server, 4) == b"ward"
         for sock in clients:
             sock.close()
-        listening.setblocking(False)
-
-        def served() -> bool:
-            try:
-                while True:  # those of sessions that are gone
-                    listening.accept()[0].close()
-            except BlockingIOError:
-                pass
-            try:
-                with connected(where) as again:
-                    again.settimeout(2)
-                    again.sendall(b"?")
-                    with accept(listening, 2) as late:
-                        return receive_exactly(late, 1, 2) == b"?"
-            except (OSError, AssertionError):
-                return False
-
-        eventually(served, "there is room again")
+        assert_room_again(where, listening)
         first.sendall(b"still")
         assert receive_exactly(server, 5) == b"still"
         for sock in (first, server):

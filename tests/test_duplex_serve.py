@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from duplexes import connected, crowd, in_background, outcome
+from duplexes import assert_room_again, connected, crowd, in_background, outcome
 from peers import (
     PATIENCE,
     accept,
@@ -29,6 +29,7 @@ from peers import (
     tcp_listener,
 )
 from relays import Process, serving
+from reloads import reload
 
 
 def config(source: str, sink: str, more: str = "", engines: int = 2) -> str:
@@ -185,9 +186,7 @@ def test_a_reload_leaves_sessions_where_they_are(tmp_path: Path) -> None:
         with serving(config(here, one), tmp_path) as relay:
             relay.addresses(1)
             with connected(here) as client, accept(first) as server:
-                relay.config.write_text(config(here, two))
-                relay.signal(signal.SIGHUP)
-                relay.said("reloaded")
+                reload(relay, config(here, two))
                 with connected(here) as other, accept(second) as fresh:
                     other.sendall(b"new")
                     assert receive_exactly(fresh, 3) == b"new"
@@ -238,23 +237,6 @@ def test_descriptors_that_run_out_do_not_harm_sessions(tmp_path: Path, engines: 
             sock.close()
         first.sendall(b"ward")
         assert receive_exactly(server, 4) == b"ward"
-        listening.setblocking(False)
-        while True:  # those of sessions that are gone
-            try:
-                listening.accept()[0].close()
-            except BlockingIOError:
-                break
-
-        def served() -> bool:
-            try:
-                with connected(where) as again:
-                    again.settimeout(2)
-                    again.sendall(b"?")
-                    with accept(listening, 2) as late:
-                        return receive_exactly(late, 1, 2) == b"?"
-            except (OSError, AssertionError):
-                return False
-
-        eventually(served, "there is room again")
+        assert_room_again(where, listening)
         for sock in (first, server):
             sock.close()

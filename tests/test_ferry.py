@@ -8,7 +8,6 @@ import random
 import select
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,6 @@ from relay.endpoints.ferry import MOST_MEMORY, ROOM
 from relay.endpoints.written import Writing, WrittenFile
 from relay.engine import Engine
 from relay.kernel import core
-
-
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    """An engine without a thread: the test turns it."""
-    made = Engine("test")
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("copy", [False, True])
@@ -90,18 +81,23 @@ def test_a_file_that_refuses_splice_is_copied_and_loses_nothing(
     assert_same((tmp_path / "out").read_bytes(), data)
 
 
+def loaded(fds: Descriptors, target: int, load: bytes) -> core.Struct:
+    """A ferry to `target` that no thread carries yet, its first load handed over."""
+    knock, answer = (fds.keep(os.eventfd(0, os.EFD_NONBLOCK)) for _ in range(2))
+    ferry = core.new("ferry", fd=target, method=core.SPLICE, knock=knock, answer=answer)
+    for k in range(2):
+        ferry.pipe_r[k], ferry.pipe_w[k] = fds.pipe()
+    ferry.load[0] = os.write(ferry.pipe_w[0], load)
+    return ferry
+
+
 def test_without_a_buffer_copying_asks_for_one(fds: Descriptors, tmp_path: Path) -> None:
     """relay_ferry_run says ENOBUFS, keeps the load, and goes on where it was once it has a buffer."""
     target = fds.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    pipes = [fds.pipe(), fds.pipe()]
-    knock, answer = (fds.keep(os.eventfd(0, os.EFD_NONBLOCK)) for _ in range(2))
-    ferry = core.new("ferry", fd=target, method=core.SPLICE, knock=knock, answer=answer)
-    for k, ends in enumerate(pipes):
-        ferry.pipe_r[k], ferry.pipe_w[k] = ends
-    ferry.load[0] = os.write(pipes[0].w, b"x" * 5000)
+    ferry = loaded(fds, target, b"x" * 5000)
     core.lib.relay_ferry_end(ferry)
     assert core.lib.relay_ferry_run(ferry) == -errno.ENOBUFS
-    assert readable(pipes[0].r) == 5000
+    assert readable(ferry.pipe_r[0]) == 5000
     buffer = core.buffer(1000)
     ferry.buffer, ferry.buffer_size = buffer, 1000
     assert core.lib.relay_ferry_run(ferry) == 0
@@ -269,16 +265,11 @@ def test_what_waits_for_more_leaves_by_itself(engine: Engine, fds: Descriptors, 
 def test_a_nudge_comes_before_the_next_load(engine: Engine, fds: Descriptors, tmp_path: Path) -> None:
     """`carry` returns when it was nudged, with the load still to be carried, and goes on when called again."""
     target = fds.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY)
-    pipes = [fds.pipe(), fds.pipe()]
-    knock, answer = (fds.keep(os.eventfd(0, os.EFD_NONBLOCK)) for _ in range(2))
-    ferry = core.new("ferry", fd=target, method=core.SPLICE, knock=knock, answer=answer)
-    for k, ends in enumerate(pipes):
-        ferry.pipe_r[k], ferry.pipe_w[k] = ends
-    ferry.load[0] = os.write(pipes[0].w, b"x" * 500)
+    ferry = loaded(fds, target, b"x" * 500)
     core.lib.relay_ferry_nudge(ferry)
     core.lib.relay_ferry_end(ferry)
     assert core.lib.relay_ferry_run(ferry) == -errno.EINTR
-    assert readable(pipes[0].r) == 500
+    assert readable(ferry.pipe_r[0]) == 500
     assert core.lib.relay_ferry_run(ferry) == 0
     assert (tmp_path / "out").read_bytes() == b"x" * 500
 

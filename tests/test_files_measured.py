@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,6 @@ from relay.pipeline import balance, crossing
 
 MIB = 1 << 20
 WORK = 20_000_000  # nanoseconds, far more than the engine takes for a few bytes
-
-
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    """An engine without a thread: the test turns it."""
-    made = Engine("test")
-    yield made
-    made.close()
 
 
 def of_thread(line: Line) -> int:

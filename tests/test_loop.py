@@ -7,7 +7,6 @@ import os
 import random
 import select
 import time
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,14 +18,6 @@ from peers import assert_same, payload, read_all
 from relay.engine import TIMERS, Engine
 from relay.kernel import core
 from relay.kernel.ring import Reader, Ring
-
-
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    """An engine without a thread: the test turns it."""
-    made = Engine("test")
-    yield made
-    made.close()
 
 
 def null(fds: Descriptors) -> int:

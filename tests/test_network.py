@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from netns import PEER, RELAY, Network, network
@@ -35,19 +36,22 @@ def net() -> Iterator[Network]:
         yield made
 
 
-def route(port: int, dead_after: float, more: str = "", *, connections: str = "each") -> str:
+def route(
+    port: int, dead_after: float, more: str = "", *, connections: str = "each", duplex: bool = False
+) -> str:
     """A route from the relay's host to `port` of the peer's."""
     return f"""
 routes:
   r:
     source: {{listen: "tcp://{RELAY}:0", connections: {connections}, dead_after: {dead_after}s}}
     sink: {{connect: "tcp://{PEER}:{port}", dead_after: {dead_after}s{more}}}
+    duplex: {str(duplex).lower()}
 """
 
 
 @contextlib.contextmanager
 def relaying(
-    net: Network, tmp_path: Path, listener: socket.socket, dead_after: float, more: str = "", **options: str
+    net: Network, tmp_path: Path, listener: socket.socket, dead_after: float, more: str = "", **options: Any
 ) -> Iterator[tuple[Process, socket.socket, socket.socket]]:
     """relay at work on its host; a source there that has connected, and relay's connection to the peer."""
     config = route(listener.getsockname()[1], dead_after, more, **options)
@@ -57,6 +61,14 @@ def relaying(
         accept(listener) as sink,
     ):
         yield served, source, sink
+
+
+def vanished(net: Network, source: socket.socket, sink: socket.socket) -> float:
+    """Pulls the cable once some bytes went all the way; returns when."""
+    send_all(source, b"x" * 1000)
+    receive_exactly(sink, 1000)
+    net.cut()
+    return time.monotonic()
 
 
 class Feeder:
@@ -89,10 +101,7 @@ def test_a_peer_that_vanishes_while_busy_is_found_within_dead_after(net: Network
         net.listener() as listener,
         relaying(net, tmp_path, listener, 2) as (served, source, sink),
     ):
-        send_all(source, b"x" * 1000)
-        receive_exactly(sink, 1000)
-        net.cut()
-        cut_at = time.monotonic()
+        cut_at = vanished(net, source, sink)
         send_all(source, b"y" * 20_000)
         (record,) = served.sessions()
         took = time.monotonic() - cut_at
@@ -110,10 +119,7 @@ def test_a_peer_that_vanishes_while_idle_is_found_within_dead_after(net: Network
         net.listener() as listener,
         relaying(net, tmp_path, listener, 2) as (served, source, sink),
     ):
-        send_all(source, b"x" * 1000)
-        receive_exactly(sink, 1000)
-        net.cut()
-        cut_at = time.monotonic()
+        cut_at = vanished(net, source, sink)
         (record,) = served.sessions()
         took = time.monotonic() - cut_at
     (said,) = record["sinks"]
@@ -129,10 +135,7 @@ def test_a_source_that_vanishes_is_found_within_dead_after(net: Network, tmp_pat
         with serving(config, tmp_path, prefix=net.prefix) as served:
             port = served.port()
             with net.connected(net.peer, port) as source, accept(listener) as sink:
-                send_all(source, b"x" * 1000)
-                receive_exactly(sink, 1000)
-                net.cut()
-                cut_at = time.monotonic()
+                cut_at = vanished(net, source, sink)
                 (record,) = served.sessions()
                 took = time.monotonic() - cut_at
         del unused
@@ -279,41 +282,35 @@ def test_a_duplex_peer_that_vanishes_is_found_within_dead_after(
     net: Network, tmp_path: Path, busy: bool
 ) -> None:
     """The sink's host of a duplex session vanishes, with bytes under way or without: the client is reset in time."""
-    with net.listener(SMALL) as listener:
-        config = route(listener.getsockname()[1], 2) + "    duplex: true\n"
-        with (
-            serving(config, tmp_path, prefix=net.prefix) as served,
-            net.connected(net.relay, served.port()) as client,
-            accept(listener) as server,
-        ):
-            client.sendall(b"hello")
-            assert receive_exactly(server, 5) == b"hello"
-            net.cut()
-            began = time.monotonic()
-            if busy:
-                client.sendall(payload(1, 100_000))
-            client.settimeout(PATIENCE)
-            with pytest.raises(ConnectionResetError):
-                client.recv(1)
-            assert 1 < time.monotonic() - began < 2 * 2 + SLACK
-            (session,) = served.sessions(1)
-            assert session["result"] == "failed"
-            assert ("dead_after" if busy else "ETIMEDOUT") in session["reason"]
+    with (
+        net.listener(SMALL) as listener,
+        relaying(net, tmp_path, listener, 2, duplex=True) as (served, client, server),
+    ):
+        client.sendall(b"hello")
+        assert receive_exactly(server, 5) == b"hello"
+        net.cut()
+        began = time.monotonic()
+        if busy:
+            client.sendall(payload(1, 100_000))
+        client.settimeout(PATIENCE)
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+        assert 1 < time.monotonic() - began < 2 * 2 + SLACK
+        (session,) = served.sessions(1)
+        assert session["result"] == "failed"
+        assert ("dead_after" if busy else "ETIMEDOUT") in session["reason"]
 
 
 def test_a_duplex_peer_with_its_window_shut_lives(net: Network, tmp_path: Path) -> None:
     """A peer of a duplex session that reads nothing for longer than dead_after is slow, not dead."""
-    with net.listener(SMALL) as listener:
-        config = route(listener.getsockname()[1], 2) + "    duplex: true\n"
-        with (
-            serving(config, tmp_path, prefix=net.prefix) as served,
-            net.connected(net.relay, served.port()) as client,
-            accept(listener) as server,
-        ):
-            client.settimeout(5.0)
-            with pytest.raises(TimeoutError):
-                client.sendall(bytes(64 << 20))  # far more than all queues hold
-            assert receive_exactly(server, 1_000_000) == bytes(1_000_000)
+    with (
+        net.listener(SMALL) as listener,
+        relaying(net, tmp_path, listener, 2, duplex=True) as (_served, client, server),
+    ):
+        client.settimeout(5.0)
+        with pytest.raises(TimeoutError):
+            client.sendall(bytes(64 << 20))  # far more than all queues hold
+        assert receive_exactly(server, 1_000_000) == bytes(1_000_000)
 
 
 def test_nothing_is_left_of_the_network() -> None:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import tempfile
 from pathlib import Path
 
-from flapping import BUFFER, Side, assert_counted_gaps, assert_resumed
-from hypothesis import HealthCheck, Phase, settings
+from flapping import BUFFER, Side, all_ended, assert_counted_gaps, assert_resumed, give, schedules
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -79,13 +77,7 @@ class Schedule(RuleBasedStateMachine):
     @rule(size=sizes)
     def send(self, size: int) -> None:
         """The source gives what relay takes of so many bytes."""
-        end = min(self.sent + size, len(self.data))
-        while self.sent < end:
-            try:
-                self.sent += self.source.send(memoryview(self.data)[self.sent : end])
-            except BlockingIOError:
-                if not select.select([], [self.source], [], 0.01)[1]:
-                    return
+        self.sent = give(self.source, self.data, self.sent, self.sent + size, size)
 
     @rule(name=st.one_of(steady, flapping), size=sizes)
     def read(self, name: str, size: int) -> None:
@@ -159,27 +151,14 @@ class Schedule(RuleBasedStateMachine):
             assert got in stream, "a subscriber that left got something else than a part of the stream"
 
     def _all_read(self) -> bool:
-        for side in self.sides.values():
-            while not side.ended and side.read(1 << 20):
-                pass
         for sock, got in self.subscribers:
             with contextlib.suppress(BlockingIOError):
                 while piece := sock.recv(1 << 20):
                     got += piece
-        return all(side.ended for side in self.sides.values())
+        return all_ended(self.sides.values())
 
 
 def test_every_sink_gets_what_its_policy_promises() -> None:
     """Identical under block; aligned, counted gaps under drop; everything, at most one send queue twice, through a
     log; an exact suffix for a subscriber."""
-    run_state_machine_as_test(
-        Schedule,
-        settings=settings(
-            max_examples=SCHEDULES,
-            stateful_step_count=25,
-            deadline=None,
-            derandomize=True,
-            phases=[Phase.explicit, Phase.generate],  # a schedule takes seconds: a failure is told as it is
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_state_machine_as_test(Schedule, settings=schedules(SCHEDULES))

@@ -52,6 +52,13 @@ def hostile(**options: Any) -> Iterator[tuple[socket.socket, ShareSource]]:
     assert descriptors() == before
 
 
+def offer(near: socket.socket, size: int = PAGE, slots: int = 2, **made: Any) -> None:
+    """Announces a ring of `slots` of `size`, whatever the memfd that comes with it is: `made` as ring() takes it."""
+    fd = ring(**made)
+    socket.send_fds(near, [message(wire.RING, size, slots)], [fd])
+    os.close(fd)
+
+
 @pytest.mark.parametrize(
     ("slots", "size", "match"),
     [
@@ -63,9 +70,7 @@ def hostile(**options: Any) -> Iterator[tuple[socket.socket, ShareSource]]:
 def test_rings_that_make_no_sense_are_refused(slots: int, size: int, match: str) -> None:
     """Numbers that do not fit the memfd, or that nobody needs, are refused before anything is mapped."""
     with hostile() as (near, source):
-        fd = ring()
-        socket.send_fds(near, [message(wire.RING, size, slots)], [fd])
-        os.close(fd)
+        offer(near, size, slots)
         with pytest.raises(ShareError, match=match):
             source.receive(timeout=5)
         with pytest.raises(ShareError, match="close the connection"):
@@ -76,9 +81,7 @@ def test_rings_that_make_no_sense_are_refused(slots: int, size: int, match: str)
 def test_rings_that_could_shrink_or_lose_pages_are_refused(seals: int) -> None:
     """Without SHRINK a slot could fault, without FUTURE_WRITE it could be punched: refused."""
     with hostile() as (near, source):
-        fd = ring(seals=seals)
-        socket.send_fds(near, [message(wire.RING, PAGE, 2)], [fd])
-        os.close(fd)
+        offer(near, seals=seals)
         with pytest.raises(ShareError, match="lacks the seals"):
             source.receive(timeout=5)
 
@@ -86,9 +89,7 @@ def test_rings_that_could_shrink_or_lose_pages_are_refused(seals: int) -> None:
 def test_a_ring_of_holes_is_refused() -> None:
     """A ring without pages would be filled with the receiver's."""
     with hostile() as (near, source):
-        fd = ring(holes=True)
-        socket.send_fds(near, [message(wire.RING, PAGE, 2)], [fd])
-        os.close(fd)
+        offer(near, holes=True)
         with pytest.raises(ShareError, match="holes"):
             source.receive(timeout=5)
 
@@ -103,9 +104,7 @@ def test_blocks_that_are_not_there_are_refused() -> None:
     ]  # fmt: skip
     for raw, match in bad:
         with hostile() as (near, source):
-            fd = ring()
-            socket.send_fds(near, [message(wire.RING, PAGE, 2)], [fd])
-            os.close(fd)
+            offer(near)
             near.send(message(wire.BLOCK, 10, 0, turn=7))
             kept = take(source)
             near.send(raw)

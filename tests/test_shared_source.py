@@ -15,63 +15,16 @@ from typing import Any
 
 import pytest
 from consumers import Consumer
-from peers import assert_same, eventually, payload, run
+from peers import assert_same, eventually, run
+from producers import STREAM, Taking, serving
 
 import relay
 from relay.config.load import loads
 from relay.config.models import Config
 from relay.errors import ConfigErrors
-from relay.kernel import memfd
 from relay.kernel.probe import machine
 from relay.planning.plan import make_plan
-from relay.sharing import wire
-from relay.sharing.content import Content
 from relay.sharing.sink import ShareSink
-
-STREAM = payload(5, (6 << 20) + 1001)
-
-
-class Taking:
-    """A route from shared memory at `path` for one stream, run on a thread; `outcome` waits for it."""
-
-    def __init__(self, path: Path, sink: Any, **more: Any) -> None:
-        self._ready = threading.Event()
-        self._cancel = relay.Cancel()
-        self._outcome: relay.Outcome | None = None
-        self._route = relay.Route(source={"shared": f"unix://{path}"}, sink=sink, **more)
-        self._path = path
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        self._outcome = relay.run(
-            self._route,
-            once=True,
-            on_ready=lambda _bound: self._ready.set(),
-            cancel=self._cancel,
-            check=False,
-        )
-
-    def __enter__(self) -> Taking:
-        self._thread.start()
-        assert self._ready.wait(20)
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._cancel.cancel()
-        self._cancel.cancel()
-        self._thread.join(20)
-
-    def connect(self) -> socket.socket:
-        """A producer's connection."""
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(str(self._path))
-        return sock
-
-    def outcome(self) -> relay.Outcome:
-        """Waits until it is over."""
-        self._thread.join(20)
-        assert self._outcome is not None
-        return self._outcome
 
 
 def pieces(seed: int) -> Iterator[bytes]:
@@ -207,149 +160,6 @@ def test_back_pressure_reaches_the_producer(tmp_path: Path) -> None:
     far.close()
 
 
-def test_a_producer_that_breaks_off(tmp_path: Path) -> None:
-    """A connection without an end is no whole stream: the source has failed, and the file stays unfinished."""
-    with Taking(tmp_path / "in", str(tmp_path / "out")) as taking:
-        sink = ShareSink(taking.connect())
-        sink.send(STREAM)
-        sink.part()
-        outcome = taking.outcome()
-    assert outcome.code == 4
-    assert "the producer went away before the end of the stream" in outcome.records[0].reason
-    assert not (tmp_path / "out").exists()
-    assert_same((tmp_path / "out.part").read_bytes(), STREAM)
-
-
-def count_fds() -> int:
-    """Descriptors of this process."""
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
-
-
-def writable_ring() -> tuple[wire.Header, int]:
-    """A ring without seals."""
-    fd = memfd.make("test")
-    memfd.reserve(fd, 8192)
-    return wire.Header(wire.RING, 4096, wire.ANY, 2), fd
-
-
-def holes() -> tuple[wire.Header, int]:
-    """Final memory that is all holes."""
-    fd = memfd.make("test")
-    os.ftruncate(fd, 1 << 20)
-    memfd.seal(fd, memfd.SIZE | memfd.WRITE)
-    return wire.Header(wire.FINAL, 1 << 20, Content("|u1", (1 << 20,)), wire.NO_SLOT, 1), fd
-
-
-def not_final() -> tuple[wire.Header, int]:
-    """Memory of its own that its sender can still write to."""
-    fd = memfd.make("test")
-    memfd.reserve(fd, 4096)
-    memfd.seal(fd, memfd.SIZE | memfd.FUTURE_WRITE)
-    return wire.Header(wire.FINAL, 4096, Content("|u1", (4096,)), wire.NO_SLOT, 1), fd
-
-
-def shorter() -> tuple[wire.Header, int]:
-    """Final memory that is shorter than announced: reading it would go past its end."""
-    fd = memfd.make("test")
-    memfd.reserve(fd, 4096)
-    memfd.seal(fd, memfd.SIZE | memfd.WRITE)
-    return wire.Header(wire.FINAL, 8192, Content("|u1", (8192,)), wire.NO_SLOT, 1), fd
-
-
-def no_ring() -> tuple[wire.Header, int]:
-    """A block in a slot of a ring that never came."""
-    return wire.Header(wire.BLOCK, 10, Content("|u1", (10,)), 0, 1), -1
-
-
-def a_file() -> tuple[wire.Header, int]:
-    """A ring that is a file on disk."""
-    fd = os.open("/bin/sh", os.O_RDONLY)
-    return wire.Header(wire.RING, 4096, wire.ANY, 1), fd
-
-
-@pytest.mark.parametrize(
-    ("message", "said"),
-    [
-        (writable_ring, "lacks the seals"),
-        (holes, "has holes"),
-        (not_final, "lacks the seals WRITE"),
-        (shorter, "8192 were announced"),
-        (no_ring, "a block in slot 0 of a ring of 0"),
-        (a_file, "no memfd"),
-    ],
-)
-def test_a_hostile_producer(message: Any, said: str, tmp_path: Path) -> None:
-    """What no ShareSink would send fails the stream and says why; nothing of it was read."""
-    before = count_fds()
-    with Taking(tmp_path / "in", str(tmp_path / "out")) as taking:
-        with taking.connect() as sock:
-            header, fd = message()
-            wire.send(sock, header, fd)
-            outcome = taking.outcome()
-            assert sock.recv(1) == b""
-        if fd >= 0:
-            os.close(fd)
-    assert outcome.code == 4
-    assert said in outcome.records[0].reason
-    assert outcome.records[0].bytes == 0
-    assert count_fds() == before
-
-
-def test_noise_is_refused(tmp_path: Path) -> None:
-    """Bytes that are no message, and a message in pieces, are refused at once."""
-    for noise in (b"GET / HTTP/1.1\r\n\r\n", struct.pack("<4sB", b"RLY1", 2)):
-        with Taking(tmp_path / "in", str(tmp_path / "out")) as taking, taking.connect() as sock:
-            sock.sendall(noise)
-            outcome = taking.outcome()
-        assert outcome.code == 4
-        assert "a message of" in outcome.records[0].reason
-
-
-def test_announcements_without_end_hold_nobody(tmp_path: Path) -> None:
-    """A producer that sends rings and no blocks, on and on, leaves the engine to others."""
-    done = threading.Event()
-
-    def flood(sock: socket.socket) -> None:
-        header, fd = writable_ring()
-        memfd.seal(fd, memfd.SIZE | memfd.FUTURE_WRITE)
-        with contextlib.suppress(OSError), sock:
-            while not done.is_set():
-                wire.send(sock, header, fd)
-        os.close(fd)
-
-    config = {
-        "engines": 1,
-        "routes": {
-            "bad": {"source": {"shared": f"unix://{tmp_path}/bad"}, "sink": "null:"},
-            "good": {"source": {"shared": f"unix://{tmp_path}/good"}, "sink": str(tmp_path / "{id}")},
-        },
-    }
-    ready, cancel = threading.Event(), relay.Cancel()
-    records: list[Any] = []
-    server = threading.Thread(
-        target=lambda: relay.run(
-            config, on_ready=lambda _: ready.set(), on_record=records.append, cancel=cancel, check=False
-        )
-    )
-    server.start()
-    assert ready.wait(20)
-    bad, good = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
-    bad.connect(str(tmp_path / "bad"))
-    flooding = threading.Thread(target=flood, args=(bad,))
-    flooding.start()
-    good.connect(str(tmp_path / "good"))
-    with ShareSink(good) as sink:
-        sink.send(STREAM)
-        sink.flush(timeout=20)
-    eventually(lambda: any(record.route == "good" for record in records), "the other route's stream ends")
-    done.set()
-    flooding.join(20)
-    cancel.cancel()
-    cancel.cancel()
-    server.join(20)
-    assert next(record for record in records if record.route == "good").result == "delivered"
-
-
 def test_producers_take_turns(tmp_path: Path) -> None:
     """With `connections: one` a second producer waits until the first has ended its stream, and nothing is mixed up."""
     config = {
@@ -360,29 +170,19 @@ def test_producers_take_turns(tmp_path: Path) -> None:
             }
         }
     }
-    ready, cancel = threading.Event(), relay.Cancel()
-    records: list[Any] = []
-    server = threading.Thread(
-        target=lambda: relay.run(
-            config, on_ready=lambda _: ready.set(), on_record=records.append, cancel=cancel
-        )
-    )
-    server.start()
-    assert ready.wait(20)
-    socks = [socket.socket(socket.AF_UNIX) for _ in range(3)]
-    sinks = []
-    for sock in socks:
-        sock.connect(str(tmp_path / "in"))
-        sinks.append(ShareSink(sock))
-    for number, sink in enumerate(sinks):
-        sink.send(bytes([number]) * 1000)
-    for number, sink in enumerate(sinks):
-        sink.send(bytes([number]) * 1000)
-        sink.flush(timeout=20)
-        sink.close()
-    eventually(lambda: len(records) == 3, "each stream ends")
-    cancel.cancel()
-    server.join(20)
+    with serving(config) as records:
+        socks = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+        sinks = []
+        for sock in socks:
+            sock.connect(str(tmp_path / "in"))
+            sinks.append(ShareSink(sock))
+        for number, sink in enumerate(sinks):
+            sink.send(bytes([number]) * 1000)
+        for number, sink in enumerate(sinks):
+            sink.send(bytes([number]) * 1000)
+            sink.flush(timeout=20)
+            sink.close()
+        eventually(lambda: len(records) == 3, "each stream ends")
     assert (tmp_path / "out").read_bytes() == b"".join(bytes([number]) * 2000 for number in range(3))
 
 

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import select
 import socket
 import tempfile
 from pathlib import Path
@@ -21,8 +20,7 @@ from unittest import mock
 
 import pytest
 from disks import small_disk
-from flapping import Side, assert_counted_gaps, assert_resumed
-from hypothesis import HealthCheck, Phase, settings
+from flapping import Side, all_ended, assert_counted_gaps, assert_resumed, give, schedules
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -112,24 +110,15 @@ class Shortage(RuleBasedStateMachine):
         eventually(lambda: all(side.here() for side in self.sides.values()), "all are connected")
         self.send(first)
 
-    def _send(self, end: int, piece: int) -> None:
-        end = min(end, len(self.data))
-        while self.sent < end:
-            try:
-                self.sent += self.source.send(memoryview(self.data)[self.sent : min(end, self.sent + piece)])
-            except BlockingIOError:
-                if not select.select([], [self.source], [], 0.01)[1]:
-                    return
-
     @rule(size=sizes)
     def send(self, size: int) -> None:
         """The source gives what relay takes of so many bytes."""
-        self._send(self.sent + size, size)
+        self.sent = give(self.source, self.data, self.sent, self.sent + size, size)
 
     @rule(count=st.integers(1, 300), piece=st.integers(1, 3))
     def dribble(self, count: int, piece: int) -> None:
         """The source gives a byte or three at a time."""
-        self._send(self.sent + count * piece, piece)
+        self.sent = give(self.source, self.data, self.sent, self.sent + count * piece, piece)
 
     @rule(name=st.sampled_from(["block", "spill", "drop"]), size=sizes)
     def read(self, name: str, size: int) -> None:
@@ -180,7 +169,7 @@ class Shortage(RuleBasedStateMachine):
                 self.come(name)
             self.empty("logs")
             self.source.shutdown(socket.SHUT_WR)
-            eventually(self._all_read, "every receiver has its end", patience=40)
+            eventually(lambda: all_ended(self.sides.values()), "every receiver has its end", patience=40)
             record = self.relay.wait()
             assert record is not None
             sinks = {sink.sink: sink for sink in record.sinks[:-1]}
@@ -208,12 +197,6 @@ class Shortage(RuleBasedStateMachine):
         broken = any(sinks[name].result == "failed" for name in FILES)
         assert record.result == ("partial" if broken else "delivered")
 
-    def _all_read(self) -> bool:
-        for side in self.sides.values():
-            while not side.ended and side.read(1 << 20):
-                pass
-        return all(side.ended for side in self.sides.values())
-
     def _file(self, said: SinkRecord, stream: bytes) -> None:
         """A file is whole, or what was written before its disk was full stays and was counted."""
         place = self.disks["files"]
@@ -239,17 +222,7 @@ def test_every_sink_gets_what_its_policy_promises_when_room_is_short() -> None:
     one send queue twice, or aligned, counted gaps; identical for who was never away."""
     if os.geteuid():
         pytest.skip("mounting a small filesystem needs root")
-    run_state_machine_as_test(
-        Shortage,
-        settings=settings(
-            max_examples=SCHEDULES,
-            stateful_step_count=25,
-            deadline=None,
-            derandomize=True,
-            phases=[Phase.explicit, Phase.generate],  # a schedule takes seconds: a failure is told as it is
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_state_machine_as_test(Shortage, settings=schedules(SCHEDULES))
     assert SCHEDULES < 60 or all(Shortage.seen.values()), (
         f"the schedules did not meet it all: {Shortage.seen}"
     )

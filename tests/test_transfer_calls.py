@@ -8,7 +8,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ from relay.kernel import core
 numpy = pytest.importorskip("numpy", reason="numpy is missing: pip install -e '.[test]'")
 
 PAGE = mmap.PAGESIZE
-
-
-@pytest.fixture
-def pipe() -> Iterator[relay.Pipe]:
-    """A pipe of 1 MiB, as far as it is granted."""
-    with relay.Pipe() as made:
-        yield made
 
 
 def test_vmsplice_copies_what_is_not_an_arenas(pipe: relay.Pipe) -> None:

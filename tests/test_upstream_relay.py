@@ -15,6 +15,7 @@ from duplexes import in_background
 from netns import PEER, network
 from peers import accept, eventually, receive_exactly
 from relays import Process, run_relay, serving
+from reloads import reload
 from upstream_servers import HELLO, Client, Server, addresses, several
 
 ANY = "tcp://127.0.0.1:0"  # the same one after a reload
@@ -44,9 +45,7 @@ def test_an_upstream_is_drained_by_a_reload(tmp_path: Path, servers: list[Server
             (here,) = relay.addresses(1)
             clients = [stack.enter_context(Client(here)) for _ in range(6)]
             assert {client.by for client in clients} == {"s0", "s1", "s2"}
-            relay.config.write_text(config(ANY, addresses([servers[0], fourth, servers[2]])))
-            relay.signal(signal.SIGHUP)
-            relay.said("reloaded")
+            reload(relay, config(ANY, addresses([servers[0], fourth, servers[2]])))
             newcomers = [stack.enter_context(Client(here)) for _ in range(6)]
             assert {client.by for client in newcomers} == {"s0", "s2", "s3"}
             for client in (*clients, *newcomers):
@@ -82,9 +81,7 @@ def test_what_a_running_relay_tells_of_upstreams(tmp_path: Path, servers: list[S
         words = run_relay("status", "--admin", f"unix://{tmp_path}/admin", cwd=tmp_path).stdout.decode()
         assert f"{one}: up for " in words
         assert "Connection refused (ECONNREFUSED)" in words
-        relay.config.write_text(admin + config(ANY, [one]))
-        relay.signal(signal.SIGHUP)
-        relay.said("reloaded")
+        reload(relay, admin + config(ANY, [one]))
         eventually(lambda: told() == [(one, "up", 2), (other, "leaving", 2)], "it is leaving")
         eventually(
             lambda: figure(figures(tmp_path / "admin"), "relay_upstream_sessions", upstream=one) == 2,

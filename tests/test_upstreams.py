@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import socket
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,14 +19,6 @@ from relay.engine import Engine
 from relay.errors import ConfigErrors
 
 # -- all of them, and names
-
-
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    """One whose thread this is."""
-    made = Engine("upstreams-under-test")
-    yield made
-    made.close()
 
 
 def made(engine: Engine, sink: Any, before: Upstreams | None = None) -> Upstreams:

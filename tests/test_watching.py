@@ -8,7 +8,6 @@ import select
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,6 @@ from relay.endpoints.base import Source
 from relay.endpoints.socket import SocketSink, SocketSource
 from relay.engine import Engine
 from relay.kernel import core
-
-
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    """An engine without a thread: the test turns it."""
-    made = Engine("test")
-    yield made
-    made.close()
 
 
 def test_a_regular_file_is_always_ready(engine: Engine, fds: Descriptors, tmp_path: Path) -> None:

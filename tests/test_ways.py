@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from relay.kernel.probe import Machine
-from relay.ways import Ways
+from relay.ways import LITTLE, PLENTY, SMALL, Pieces, Ways
 
 ALL = Machine(splice=0, tee=0, vmsplice=0, sendfile=0)
 SOURCES = ("tcp", "unix", "fifo", "stdio", "fd", "file")
@@ -52,6 +52,50 @@ def test_a_stream_begins_the_way_that_is_expected_to_be_cheaper(source: str) -> 
         for sinks in itertools.combinations_with_replacement(("tcp", "unix", "fifo", "null", "file"), count):
             way = "ring" if Ways(ALL).across(source, sinks).method == "copy" else "chain"
             assert Ways.odds(source, sinks, way) > 1, (source, sinks, way)
+
+
+@pytest.mark.parametrize("first", [1, 512, SMALL, 4096])
+@pytest.mark.parametrize("filled", [1, LITTLE, PLENTY])
+def test_what_was_seen_never_makes_the_other_way_cheaper(first: int, filled: int) -> None:
+    """However its first pieces came, a stream goes on the way that is expected to cost less then."""
+    seen = Pieces(first, max(first, filled))
+    for source, count in itertools.product(SOURCES, (1, 2, 3)):
+        for sinks in itertools.combinations_with_replacement(("tcp", "unix", "fifo", "null", "file"), count):
+            way = "ring" if Ways(ALL).across(source, sinks, seen).method == "copy" else "chain"
+            assert Ways.odds(source, sinks, way, seen) > 1, (source, sinks, way)
+
+
+@pytest.mark.parametrize(
+    ("source", "sinks", "seen", "method"),
+    [
+        ("unix", ["tcp"] * 16, Pieces(512, 65536), "copy"),
+        ("unix", ["unix"], Pieces(SMALL, 65536), "copy"),
+        ("unix", ["unix"], Pieces(2 * SMALL, 65536), "splice"),
+        ("unix", ["fifo"] * 4, Pieces(512, 65536), "copy"),
+        ("unix", ["fifo"] * 16, Pieces(512, 65536), "splice"),
+        ("fifo", ["tcp"] * 4, Pieces(4096, PLENTY), "copy"),
+        ("fifo", ["tcp"], Pieces(4096, PLENTY), "splice"),
+        ("fifo", ["tcp"] * 4, Pieces(4096, LITTLE), "splice"),
+        ("fifo", ["null"], Pieces(4096, LITTLE), "copy"),
+        ("fifo", ["null"], Pieces(4096, PLENTY), "splice"),
+    ],
+)
+def test_the_size_of_pieces_says_what_is_cheaper(
+    source: str, sinks: list[str], seen: Pieces, method: str
+) -> None:
+    """Messages that take a slot each are copied, to few pipes too; full pipes of single pages are, to several tcp."""
+    assert Ways(ALL).across(source, sinks, seen).method == method
+    assert Ways(ALL, "zero-copy").across(source, sinks, seen).method == "splice"
+    assert Ways(ALL).across(source, sinks).method == "splice"
+
+
+def test_a_file_goes_straight_to_tcp_and_pipes_and_by_a_pipe_to_a_unix_socket() -> None:
+    """sendfile has a pipe of its own, of 16 slots: to a unix socket a large one costs less, unless it was asked for."""
+    for scheme in ("tcp", "fifo"):
+        assert Ways(ALL).from_source("file", alone=scheme).method == "sendfile"
+    assert Ways(ALL).from_source("file", alone="unix").method == "splice"
+    assert Ways(ALL, "sendfile").from_source("file", alone="unix").method == "sendfile"
+    assert Ways(ALL).from_source("file").method == "splice"
 
 
 def test_without_splice_everything_is_copied() -> None:

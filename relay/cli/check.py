@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from relay.cli.options import Configuration
+
 
 class Format(StrEnum):
     """How the answer looks."""
@@ -16,10 +18,7 @@ class Format(StrEnum):
 
 
 def check(
-    config: Annotated[
-        str | None,
-        typer.Argument(help="The configuration, - for stdin; without it the built-in default."),
-    ] = None,
+    config: Configuration = None,
     form: Annotated[Format, typer.Option("--format", help="How the answer looks.")] = Format.text,
 ) -> None:
     """Reports all errors of a configuration, and what this machine lacks for it."""

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options and arguments that several commands have."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+Configuration: TypeAlias = Annotated[
+    str | None, typer.Argument(help="The configuration, - for stdin; without it the built-in default.")
+]
 Admin: TypeAlias = Annotated[
     str | None,
     typer.Option(

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from relay.cli.options import Configuration
+
 
 class Format(StrEnum):
     """How the plan looks."""
@@ -17,10 +19,7 @@ class Format(StrEnum):
 
 
 def plan(
-    config: Annotated[
-        str | None,
-        typer.Argument(help="The configuration, - for stdin; without it the built-in default."),
-    ] = None,
+    config: Configuration = None,
     form: Annotated[Format, typer.Option("--format", help="How the plan looks.")] = Format.text,
 ) -> None:
     """Draws each route: the method of every hop and why, who can hold whom, what it needs."""

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from relay.cli.options import Configuration
+
 
 class LogFormat(StrEnum):
     """How log lines look."""
@@ -26,9 +28,7 @@ class LogLevel(StrEnum):
 
 
 def serve(
-    config: Annotated[
-        str | None, typer.Argument(help="The configuration, - for stdin; without it the built-in default.")
-    ] = None,
+    config: Configuration = None,
     log_format: Annotated[
         LogFormat, typer.Option(help="auto is text on a terminal, JSON lines elsewhere.")
     ] = LogFormat.auto,

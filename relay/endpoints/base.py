@@ -122,7 +122,7 @@ class Source(End):
 
     failure = SourceError
     quiet = False
-    rings = True  # whether it may be read past the chain
+    rings = True  # whether a ring of memory may be filled from it, in place of the chain
 
     def __init__(self, engine: Engine, address: str) -> None:
         super().__init__(engine, address)

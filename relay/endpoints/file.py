@@ -66,42 +66,19 @@ class FileSource(Source):
         """Reads from the descriptor `fd`, which it owns from here on."""
         status = os.fstat(fd)
         if stat.S_ISDIR(status.st_mode):
-            os.close(fd)
-            self.on_fail(self.error("opening", errno.EISDIR))
+            self._refuse(fd, errno.EISDIR)
             return
         if not stat.S_ISREG(status.st_mode):
-            os.close(fd)
-            self.on_fail(
-                self.error(
-                    "opening",
-                    0,
-                    reason="it is not a regular file",
-                    advice="use fifo:///path for a named pipe, - for stdin",
-                )
-            )
+            self._refuse(fd, 0, "it is not a regular file", "use fifo:///path for a named pipe, - for stdin")
             return
         if self._offset > status.st_size > 0:
-            os.close(fd)
-            self.on_fail(
-                self.error(
-                    "opening",
-                    0,
-                    reason=f"it has {status.st_size} bytes, offset {self._offset} is beyond its end",
-                    advice="check --offset",
-                )
-            )
+            beyond = f"it has {status.st_size} bytes, offset {self._offset} is beyond its end"
+            self._refuse(fd, 0, beyond, "check --offset")
             return
         rest = max(0, status.st_size - self._offset)
         if self._length is not None and self._length > rest:
-            os.close(fd)
-            self.on_fail(
-                self.error(
-                    "opening",
-                    0,
-                    reason=f"it has {rest} bytes from offset {self._offset}, not {self._length}",
-                    advice="check --offset and --length",
-                )
-            )
+            short = f"it has {rest} bytes from offset {self._offset}, not {self._length}"
+            self._refuse(fd, 0, short, "check --offset and --length")
             return
         # a file of /proc says size 0 and has bytes all the same: it is read to its end
         unsized = status.st_size == 0 and self._length is None
@@ -116,6 +93,10 @@ class FileSource(Source):
         self.c.left = -1 if unsized else size
         os.posix_fadvise(fd, self._offset, 0, os.POSIX_FADV_SEQUENTIAL)
         self.on_open()
+
+    def _refuse(self, fd: int, code: int, reason: str = "", advice: str = "") -> None:
+        os.close(fd)
+        self.on_fail(self.error("opening", code, reason=reason, advice=advice))
 
     def changed(self) -> str:
         """What is different now from when it was opened: it shrank, grew, or was written to."""

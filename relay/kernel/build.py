@@ -16,6 +16,7 @@ ROOT = HERE.parent.parent
 SOURCES = (
     "pump.c",
     "intake.c",
+    "pieces.c",
     "gate.c",
     "outflow.c",
     "loads.c",
@@ -31,7 +32,9 @@ SOURCES = (
     "heap.c",
     "confine.c",
 )
-HEADERS = ("pump.h", "feed.h", "confine.h", "calls.h", "pass.h", "direction.h")
+# what Python sees; each may name what those before it have
+FACE = ("pump.h", "duplex.h", "feed.h", "confine.h")
+HEADERS = (*FACE, "calls.h", "pass.h", "direction.h")
 
 # hidden: what the files of the core share is nobody else's to call or to replace
 flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing", "-fvisibility=hidden"]
@@ -46,10 +49,10 @@ if os.environ.get("RELAY_SANITIZE"):
     links += sanitizers
 
 builder = FFI()
-builder.cdef("".join((HERE / name).read_text() for name in ("pump.h", "feed.h", "confine.h")))
+builder.cdef("".join((HERE / name).read_text() for name in FACE))
 builder.set_source(
     "relay.kernel._pump",
-    '#include <stdint.h>\n#include "pump.h"\n#include "feed.h"\n#include "confine.h"\n',
+    "".join(["#include <stdint.h>\n", *(f'#include "{name}"\n' for name in FACE)]),
     sources=[os.path.relpath(HERE / name, ROOT) for name in SOURCES],
     include_dirs=[os.path.relpath(HERE, ROOT)],
     depends=[os.path.relpath(HERE / name, ROOT) for name in HEADERS],

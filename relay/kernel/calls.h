@@ -23,6 +23,7 @@
 #include <unistd.h>
 
 #include "pump.h"
+#include "duplex.h"
 
 #define RELAY_PIECE (1 << 20)   /* most bytes in one call: the largest pipe an ordinary user gets */
 

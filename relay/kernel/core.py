@@ -1,4 +1,4 @@
-"""The typed face of the C core (pump.h). The only importer of the compiled module.
+"""The typed face of the C core (pump.h, duplex.h). The only importer of the compiled module.
 
 A struct made here belongs to the Python object that keeps it: C borrows it while it is wired to an engine.
 """
@@ -24,7 +24,7 @@ except ImportError as error:
 ffi: Final[Any] = _pump.ffi
 lib: Final[Any] = _pump.lib
 
-# A pointer to a C struct. cffi's objects carry no static types: their fields are those of pump.h.
+# A pointer to a C struct. cffi's objects carry no static types: their fields are those of pump.h and duplex.h.
 Struct: TypeAlias = Any
 
 POLLED: Final = int(lib.RELAY_POLLED)
@@ -60,6 +60,7 @@ WANTS_PIPE: Final = int(lib.RELAY_WANTS_PIPE)
 STILL: Final = int(lib.RELAY_STILL)
 GAUGED: Final = int(lib.RELAY_GAUGED)
 CONNECTED: Final = int(lib.RELAY_CONNECTED)
+PIECES: Final = int(lib.RELAY_PIECES)
 
 # struct relay_event as (token, what, error, mask): read whole it costs a quarter of what its fields do one by one
 EVENT: Final = struct.Struct("QiiI4x")

@@ -267,8 +267,11 @@ int fill_from_source(struct pass *s)
     }
     s->e->calls++;
     if (moved > 0) {
-        if (source->method != RELAY_COPY)
+        if (source->method != RELAY_COPY) {
+            if (p->looks && !head->held)
+                look_at_piece(s, head, moved);
             head->held += moved;
+        }
         return source_took(s, moved);
     }
     if (moved == 0) {

@@ -1,6 +1,7 @@
 /* What the files of the pump share: the state of one sweep, and what each does for the others.
  *
  *     intake.c    into a node: prefixes, and the head from the source
+ *     pieces.c    how large the first ones are
  *     outflow.c   out of a node: tee, splice or copy to the next node, a sink, a ferry, or nowhere
  *     loads.c     loads for a ferry's thread: which bytes are in them, and when they are handed over
  *     gate.c      how much may leave a node: rates, slow ways out, gaps
@@ -168,6 +169,9 @@ int fill_from_source(struct pass *s);
 int source_gives(struct pass *s);
 int64_t read_source(struct pass *s, char *to, int64_t most);
 int source_took(struct pass *s, int64_t moved);
+
+/* pieces.c */
+void look_at_piece(struct pass *s, const struct relay_node *head, int64_t filled);
 
 /* gate.c */
 int64_t gate(struct pass *s, struct relay_node *n, int64_t amount);

@@ -5,6 +5,7 @@ pipeline                       what happens to it: the theory of operation is th
 crossing, experience, place, ring_shape    a ring in place of the chain, and which routes may have one
 balance                        which of the two is cheaper, by measuring
 sinks, sink_wait, absences     sinks as they are made, waited for, and come back
+checksums                      files that end with theirs
 stragglers, source_clock       who may hold the end of a stream, and how long a source may be idle
 subscribers                    the readers of a broadcast
 introduction                   a PROXY header in front of a stream

@@ -32,12 +32,8 @@ TRIAL: Final = 8 * MIB  # bytes of a sample of the other one,
 TRIAL_DEAR: Final = MIB  # of one that costs at least
 DEAR: Final = 2.0  # times as much
 COPY: Final = 0.15  # CPU nanoseconds that a copy of a byte takes, more or less
-TELLING: Final = (
-    20e6  # CPU nanoseconds of the way in force that tell as much as OWN bytes: of small messages,
-)
-LEAST: Final = (
-    2 * MIB
-)  # though not of fewer: what is read ahead and held back in bulk is not there from the start
+TELLING: Final = 20e6  # CPU nanoseconds of the way in force that tell as much as OWN bytes,
+LEAST: Final = 2 * MIB  # though not of fewer: a stream is not from its first bytes on as it will be
 SETTLES: Final = MIB // 2  # bytes after a change that are not measured: they fill pipes, windows and caches
 OVER: Final = 2 * MIB  # by so much a trial is longer than it was meant to be: until nothing is under way
 SHARE: Final = 0.02  # of a stream may go the other way for samples
@@ -147,6 +143,12 @@ class Balance:
         self._streak = 0
         self._share = max(self._share / 2, RARE)
         self._then = median(self._costs[self.way]) if self._costs[self.way] else 0.0
+
+    def take(self, way: Way, expected: float) -> None:
+        """What is known by now says that `way` is the cheaper one, though nothing was measured; see `expected`."""
+        self.way, self.expected, self.usual = way, expected, math.inf
+        self.changes += 1
+        self._streak, self._last = 0, None
 
     def _take(self) -> None:
         before = self.way

@@ -29,10 +29,12 @@ from relay.pipeline.outlet import Outlet, judge
 from relay.pipeline.place import Place
 from relay.pipeline.ring_shape import chained
 from relay.stages.base import StageSettings
-from relay.ways import Choice, Ways
+from relay.ways import Choice, Pieces, Ways
 
 READ = ("tcp", "unix", "fifo", "file", "stdio", "fd")  # ends that may be read into memory
 PATIENCE = 0.02  # seconds that the source waits for a change
+LOOKS = 16  # of the first pieces,
+BUSY_NS = 100_000_000  # in so long at the most
 GIB = 1 << 30
 NAMES: dict[Way, str] = {"chain": "zero-copy", "ring": "copy"}
 
@@ -101,6 +103,7 @@ class Crossing:
             self._change()
         self._began = self.way
         if self._experience is not None:
+            self._look()
             self._sample()
 
     @staticmethod
@@ -185,6 +188,29 @@ class Crossing:
         self._ring.close(borrowers)
         self._ring = None
 
+    # -- the first pieces
+
+    def _look(self) -> None:
+        """Its first pieces are looked at, if nobody's were: down a chain, slots are seen."""
+        looks = self.way == "chain" and self._experience is not None and not self._experience.seen
+        self._pipeline.looks = LOOKS * looks
+        self._pipeline.looked = self._pipeline.pieces = self._pipeline.fills = 0
+
+    def _seen(self) -> None:
+        """How large the first pieces were may say what is cheaper before anything is measured."""
+        found, c = self._experience, self._pipeline
+        if self._intake is None or found is None or found.seen or found.balance.samples["ring"]:
+            return
+        if c.looked_ns > BUSY_NS:
+            return  # it does not matter what so little costs, and more may be larger
+        found.seen = True
+        source, pieces = self._intake.source.scheme, Pieces(c.pieces // c.looked, c.fills // c.looked)
+        choice = self._ways.across(source, self._schemes, pieces)
+        if choice.method == "copy" and found.balance.way == "chain":
+            self._begins = choice
+            found.balance.take("ring", self._ways.odds(source, self._schemes, "ring", pieces))
+            self._change_over()
+
     # -- measuring
 
     def _measure(self, size: int, skip: int = SETTLES) -> None:
@@ -196,9 +222,11 @@ class Crossing:
         self._pipeline.gauge_until = self._from + skip + size
 
     def hear(self, what: int) -> None:
-        """The pump reports: nothing is under way, or what was to be measured has come."""
+        """The pump reports: nothing is under way, its first pieces were seen, or what was to be measured has come."""
         if what == core.STILL:
             self._still()
+        elif what == core.PIECES:
+            self._seen()
         else:
             self._gauged()
 
@@ -211,6 +239,11 @@ class Crossing:
         if way == self.way:
             self._measure(size, found.balance.pause if way == found.balance.way else 0)
         else:
+            self._change_over()
+
+    def _change_over(self) -> None:
+        """The source is not read until nothing is under way."""
+        if not self._pipeline.still:
             self._pipeline.still = 1
             self._timer = self._engine.later(PATIENCE, self._too_long)
             self._engine.ready(self._pipeline)
@@ -260,7 +293,7 @@ class Crossing:
         if found is not None and self._intake is not None:
             self._heed(found)
             found.leaves(self)
-        self._pipeline.gauge_until = 0
+        self._pipeline.gauge_until = self._pipeline.looks = 0
         fed = int(self._pipeline.fed)
         self._by[self.way] += fed - self._since
         self._since = fed

@@ -17,12 +17,8 @@ from typing import Final
 from relay.engine import Engine
 from relay.pipeline.balance import COPY, LEAST, MIB, OWN, Balance, Way
 
-WAITS: Final = (
-    256 * MIB
-)  # bytes of a route after which one that tries, and is heard of no more, is not waited for
-COUNTS: Final = (
-    MIB  # bytes of a stream that ended in the middle of a sample: with less the sample says nothing
-)
+WAITS: Final = 256 * MIB  # bytes of a route without a word from the one that tries: it is not waited for
+COUNTS: Final = MIB  # bytes of a sample that its stream's end cut short: with fewer it says nothing
 
 
 @dataclass
@@ -32,6 +28,7 @@ class Experience:
     balance: Balance
     fed: int = 0
     trier: object = None
+    seen: bool = False  # how large the first pieces were
     _since: int = 0  # fed when it was heard of last
     _last: object = None  # whose sample of the way in force was the last
 

@@ -52,8 +52,10 @@ class Intake:
         only = chain.outlets[0] if len(chain.nodes) == 1 else None
         settings = only.settings if only is not None else None
         # a broadcast's sink is whoever joins
-        alone = settings is not None and settings.address.scheme in STRAIGHT and settings.verb != "listen"
-        choice = ways.from_source(source.scheme, copies=source.copies, alone=alone)
+        alone = settings.address.scheme if settings is not None and settings.verb != "listen" else ""
+        choice = ways.from_source(
+            source.scheme, copies=source.copies, alone=alone if alone in STRAIGHT else ""
+        )
         if choice.method == "vmsplice" and source.c.memory:
             pass  # it is memory already
         elif choice.method == "vmsplice" and source.c.left > 0:

@@ -21,8 +21,6 @@ from functools import partial
 
 from relay.endpoints.base import Sink, Source, nothing
 from relay.endpoints.broadcast import Broadcast
-from relay.endpoints.digest import sidecar_line
-from relay.endpoints.file import FileSink
 from relay.endpoints.options import Limits
 from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine
@@ -32,6 +30,7 @@ from relay.kernel import core
 from relay.pipeline.absences import Absences
 from relay.pipeline.account import account
 from relay.pipeline.chain import Chain
+from relay.pipeline.checksums import Checksums
 from relay.pipeline.crossing import Crossing
 from relay.pipeline.intake import Intake
 from relay.pipeline.node import Node
@@ -84,6 +83,7 @@ class Pipeline:
         self._makes = SinkMaker(engine, route, ways, persistent, making)
         self.chain = Chain(engine, stages, sink, ways, persistent=persistent)
         self._absences = Absences(engine, route, self._stand_again, self._given_up, self._wake)
+        self._checksums = Checksums(self.chain.outlets)
         self._stragglers = Stragglers(engine, route, self._wake)
         self._wait = SinkWait(engine, route, self.chain.outlets, wait, self._go_on)
         self.c.token = engine.register(self._event)
@@ -278,7 +278,7 @@ class Pipeline:
         elif what == core.SOURCE_DRY:
             if self.source is not None and self.source.refill():
                 self.engine.ready(self.c)
-        elif what in (core.STILL, core.GAUGED):
+        elif what in (core.STILL, core.GAUGED, core.PIECES):
             self.crossing.hear(what)
         elif what == core.IDLE:
             self._idle()
@@ -324,13 +324,8 @@ class Pipeline:
         if self.intake is not None and self.intake.look_for_change():
             sink.cut(self.intake.error)
             return
-        if outlet.digest is not None and isinstance(sink, FileSink):
-            if not outlet.digest.digest:
-                hidden = next(o for o in self.chain.outlets if o.stage is outlet.digest)
-                if hidden.sink is not None and hidden.sink.state != "failed":
-                    return  # _settled of the checksum comes back here
-            sink.sidecar_line = sidecar_line(outlet.digest.algorithm, outlet.digest.digest)
-        sink.finish()
+        if self._checksums.ready(outlet, sink):  # if not, _settled of the checksum comes back here
+            sink.finish()
 
     def _node_event(self, node: Node, what: int, error: int) -> None:
         if what == core.WANTS_COPY:
@@ -364,16 +359,10 @@ class Pipeline:
             log.warning("%s: %s", self.route, sink.reason)
         outlet.gate.c.dropping = 0
         self._wake()
-        visible = [o.sink for o in self.chain.outlets if not o.hidden]
-        if not self.c.keep and all(s is not None and s.state == "failed" for s in visible):
-            for other in self.chain.outlets:
-                if other.hidden and other.sink is not None:
-                    other.sink.abort("every sink failed")  # a checksum alone is no reason to go on reading
-        if outlet.hidden:
-            for other in self.chain.outlets:
-                given = other.drained or (self._over and not other.waiting)
-                if other.digest is outlet.stage and other.sink is not None and given:
-                    self._end_sink(other, other.sink)
+        if not self.c.keep:
+            self._checksums.leave_alone()
+        for other, file in self._checksums.waited(outlet, over=self._over):
+            self._end_sink(other, file)
         self.look_whether_over()
 
     def look_whether_over(self) -> None:

@@ -147,7 +147,7 @@ class _Walk:
         straight = self._ways.straight(scheme) if bare and sink is not None and sink.straight else None
         if straight is not None and scheme in ("tcp", "unix"):
             return straight, chain if only.choice.method == "copy" else (replace(only, choice=straight),)
-        choice = self._ways.from_source(scheme, alone=bare and only.kind in STRAIGHT)
+        choice = self._ways.from_source(scheme, alone=only.kind if bare and only.kind in STRAIGHT else "")
         return choice, (replace(only, choice=choice),) if choice.method == "sendfile" else chain
 
     def chain(

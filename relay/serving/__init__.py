@@ -2,8 +2,9 @@
 
 server                    engines, signals, reload, the exit code
 fleet                     all routes, and the exchange of some for others
-route, duplex_route       one route: its listeners and its pipelines or sessions
-pipelines                 those of a route that are at work
+route                     what every route has: its listeners, who may come in, its end
+stream_route, duplex_route, staged_route    its pipelines; its sessions; sessions with stages
+pipelines                 those of a stream_route that are at work
 changes                   stages that change while their route is at work
 facts                     what there is to tell of a route at a moment
 reception, admission      who listens, and who may come in

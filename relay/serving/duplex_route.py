@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from relay.duplex.begun import Beginnings, Begun, Client
+from relay.duplex.begun import Beginnings, Begun
 from relay.duplex.health import Checks
 from relay.duplex.sessions import Common, Sessions
 from relay.duplex.upstreams import Upstreams
@@ -32,14 +32,13 @@ class DuplexRoute(RunningRoute):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._persistent = False
         self._under_way = 0
         self._sessions: dict[Engine, Sessions] = {}
         self._overs: deque[tuple[SessionRecord, str]] = deque()  # from other engines
         self._told = False
         self.upstreams = Upstreams(self.name, self.route.sink, self.home)
         self._beginnings = Beginnings(self.upstreams, self.route.sink)
-        self._unready: deque[tuple[float, list[tuple[Engine, Client]]]] = deque()  # when they came
+        self._unready: deque[tuple[float, list[tuple[Engine, Introduced]]]] = deque()  # when they came
         self._checks: Checks | None = None
         self._replaced = False
 
@@ -49,12 +48,9 @@ class DuplexRoute(RunningRoute):
             self.upstreams = Upstreams(self.name, self.route.sink, self.home, old.upstreams)
             self._beginnings = Beginnings(self.upstreams, self.route.sink)
 
-    def stand(self) -> None:
-        """Nothing outlives a session."""
-
     def begin(self) -> None:
         """Connections come in from now on."""
-        self.reception.accept()
+        super().begin()
         if self.route.sink.health is not None:
             self._checks = Checks(self.home, self.upstreams, self.route.sink)
             self.home.post(self._checks.start)
@@ -76,21 +72,8 @@ class DuplexRoute(RunningRoute):
     def _crowds(self) -> Crowd:
         return self._crowd
 
-    def _crowd(self, connections: list[tuple[int, str]]) -> None:
-        """On the home engine: some connections came at once."""
-        came: list[Client] = []
-        for fd, peer in connections:
-            if self._introductions is not None and self._introductions.expects(peer):
-                self._introductions.take(fd, peer)
-            else:
-                came.append((fd, peer, "", ""))
-        self._let_in(came)
-
-    def _introduced(self, who: Introduced) -> None:
-        self._let_in([who])
-
-    def _let_in(self, connections: Sequence[Client]) -> None:
-        came: list[tuple[Engine, Client]] = []
+    def _let_in(self, connections: list[Introduced]) -> None:
+        came: list[tuple[Engine, Introduced]] = []
         for who in connections:
             fd, peer, _local, _via = who
             if (self._once and self._under_way) or not self._admission.admit(peer):
@@ -112,13 +95,11 @@ class DuplexRoute(RunningRoute):
         """The upstreams are known: connects begin for the crowd that has waited longest."""
         if self._unready:
             came, crowd = self._unready.popleft()
-            begun = self._beginnings.begin(
-                [peer for _engine, (_fd, peer, _local, _via) in crowd], came, self.home.now
-            )
+            begun = self._beginnings.begin([who.peer for _engine, who in crowd], came, self.home.now)
             self._share_out(crowd, begun)
 
-    def _share_out(self, crowd: Sequence[tuple[Engine, Client]], begun: Sequence[Begun | None]) -> None:
-        shares: dict[Engine, list[tuple[Client, Begun | None]]] = {}
+    def _share_out(self, crowd: Sequence[tuple[Engine, Introduced]], begun: Sequence[Begun | None]) -> None:
+        shares: dict[Engine, list[tuple[Introduced, Begun | None]]] = {}
         for (engine, who), one in zip(crowd, begun, strict=True):
             shares.setdefault(engine, []).append((who, one))
         for engine, share in shares.items():
@@ -180,28 +161,24 @@ class DuplexRoute(RunningRoute):
     @property
     def under_way(self) -> bool:
         """Whether a connection is open."""
-        return self._under_way > 0 or bool(self._introductions)
+        return self._under_way > 0 or super().under_way
 
     def abort(self, reason: str) -> None:
         """Resets every connection."""
-        self._ending = True
         self._check_no_more()
-        self.reception.refuse()
         self.cut_short = self.cut_short or self.under_way
-        if self._introductions is not None:
-            self._introductions.abort(reason)
         while self._unready:
             _came, crowd = self._unready.popleft()
             self._share_out(crowd, [None] * len(crowd))
         for engine, sessions in self._sessions.items():
             engine.post(partial(sessions.abort, reason))
-        self._look_whether_done()
+        super().abort(reason)
 
     def _look_whether_done(self) -> None:
-        if self._under_way or self._done:
-            return
-        super()._look_whether_done()
-        if self._done:
-            self._check_no_more()
-            for engine, sessions in self._sessions.items():
-                engine.post(sessions.close)
+        if not self._under_way:
+            super()._look_whether_done()
+
+    def _finished(self) -> None:
+        self._check_no_more()
+        for engine, sessions in self._sessions.items():
+            engine.post(sessions.close)

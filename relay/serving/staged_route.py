@@ -10,6 +10,7 @@ from relay.engine import Engine
 from relay.serving.changes import Stages, pairs
 from relay.serving.duplex_route import DuplexRoute
 from relay.serving.route import RunningRoute
+from relay.serving.stream_route import StreamRoute
 
 
 class StagedRoute(DuplexRoute):
@@ -39,11 +40,6 @@ class StagedRoute(DuplexRoute):
             if isinstance(sessions, StagedSessions):
                 engine.post(partial(sessions.change, *self._both(), differ))
 
-    @property
-    def under_way(self) -> bool:
-        """Whether a connection is open, or bytes of a mirror wait."""
-        return super().under_way or bool(self._resumption)
-
     def reopen(self) -> None:
         """Files that were moved away are opened anew, those of mirrors too."""
         super().reopen()
@@ -51,16 +47,10 @@ class StagedRoute(DuplexRoute):
             if isinstance(sessions, StagedSessions):
                 engine.post(sessions.reopen)
 
-    def abort(self, reason: str) -> None:
-        """Resets every connection; logs of mirrors are delivered no further."""
-        self.cut_short = self.cut_short or bool(self._resumption)
-        self._resumption.stop(reason)
-        super().abort(reason)
-
 
 def route_of(name: str, route: Any, *arguments: Any, **options: Any) -> RunningRoute:
     """The running route for the settings `route`: of one way, or duplex, with stages or without."""
-    kind: type[RunningRoute] = RunningRoute
+    kind: type[RunningRoute] = StreamRoute
     if route.duplex:
         kind = StagedRoute if route.stages or route.replies else DuplexRoute
     return kind(name, route, *arguments, **options)

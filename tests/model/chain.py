@@ -47,10 +47,7 @@ class Chain(Readers):
         data = source.pipe.read(size)
         self.calls += 1
         if not data:
-            if source.pipe.ended:
-                return self._over()
-            source.readable = False
-            return False
+            return self._nothing_came(source)
         if direct:
             head.stash = data
         else:

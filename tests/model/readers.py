@@ -57,10 +57,7 @@ class Readers(Sweep):
         data = source.pipe.read(min(PIECE, ring.room, ring.behind(ring.position)))
         self.calls += 1
         if not data:
-            if source.pipe.ended:
-                return self._over()
-            source.readable = False
-            return False
+            return self._nothing_came(source)
         passed = self.now - ring.window_at
         if passed >= ring.hold:
             if ring.window * ring.hold < ring.quick * passed:

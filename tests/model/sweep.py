@@ -51,6 +51,13 @@ class Sweep:
             return False
         return source.readable
 
+    def _nothing_came(self, source: Source) -> bool:
+        """A read gave no byte: its end, or there is nothing until the next edge."""
+        if source.pipe.ended:
+            return self._over()
+        source.readable = False
+        return False
+
     def _source_took(self, source: Source, moved: int) -> None:
         source.moved += moved
         if moved and self.pipes and not source.pipe.segments and not source.pipe.ended:
