@@ -88,6 +88,7 @@ class Sessions:
         self._why = {scheme: each.reason for scheme, each in there.items() if each.method == "copy"}
         self._gauge = Gauge(engine, name, ways, route.source.address.scheme, there)
         self._schemes = route.sink.address.scheme, route.source.address.scheme
+        self._mixed = len(there) > 1  # of a session's upstreams some may want another method than it began with
         self._live: dict[int, Session] = {}
         self._patrol = Patrol(engine, route, self._live, self._expired)
 
@@ -145,9 +146,10 @@ class Sessions:
         return session
 
     def _dial_fresh(self, now: float) -> None:
+        known = self._upstreams.known(now)
         while self._fresh:
             session = self._fresh.popleft()
-            if self._upstreams.known(now):
+            if known:
                 self._dial(session, now)
             else:
                 self._upstreams.ready(self._engine, partial(self._dial, session))
@@ -227,7 +229,8 @@ class Sessions:
         session.tries += 1
         if attempt.passed:
             self._passed(session, attempt.passed)
-        session.c.sides[0].method = self._gauge.method(0, attempt.upstream.scheme)
+        if self._mixed:
+            session.c.sides[0].method = self._gauge.method(0, attempt.upstream.scheme)
 
     def _make_room(self, code: int) -> bool:
         """No descriptor is left for a connection's counterpart: of those accepted with it the last gives up its own."""
