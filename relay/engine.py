@@ -109,6 +109,7 @@ class Engine:
         ] = {}  # what pipelines of this engine share, each kind under keys of its own
         self.ferried = 0  # bytes of memory that ferries have (endpoints/ferry.py), which share a bound
         self._events = core.ffi.new("struct relay_event[]", EVENTS)
+        self._told = memoryview(core.ffi.buffer(self._events))
         self._tokens = itertools.count(1)
         self._targets: dict[int, Target] = {}
         self._timers: list[tuple[float, int, Timer]] = []
@@ -274,11 +275,13 @@ class Engine:
             raise KernelError(
                 f"epoll_wait: {os.strerror(-count)}", hint="the engine's descriptors were closed under it"
             )
-        for i in range(count):
-            event = self._events[i]
-            target = self._targets.get(event.token)
+        for token, what, error, mask in core.EVENT.iter_unpack(self._told[: count * core.EVENT.size]):
+            target = self._targets.get(token)
             if target is not None:
-                self._call(target, event.what, event.error, event.mask)
+                try:
+                    target(what, error, mask)
+                except Exception as failed:
+                    self._complain(failed)
         self._run_due()
         while self._posted:
             self._call(self._posted.popleft())
@@ -297,11 +300,14 @@ class Engine:
             if timer.action is not None:
                 self._call(timer.action)
 
-    def _call(self, action: Callable[..., None], *arguments: int) -> None:
+    def _call(self, action: Callable[[], None]) -> None:
         try:
-            action(*arguments)
+            action()
         except Exception as error:
-            log.exception("%s", RelayBug(f"{type(error).__name__} in a callback of {self.name}: {error}"))
+            self._complain(error)
+
+    def _complain(self, error: Exception) -> None:
+        log.exception("%s", RelayBug(f"{type(error).__name__} in a callback of {self.name}: {error}"))
 
     def _woken(self, _mask: int) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -147,7 +147,7 @@ def test_a_record_as_json_is_the_same_either_way(tmp_path: Path) -> None:
         with relayed("tcp", "tcp", directory) as (client, server, duplex):
             story(client, server)
             record = duplex.record()
-            assert json.loads(f"{{{record.as_json()}}}") == record.as_dict()
+            assert json.loads(f"{{{record.as_json()}}}") == {"message": record.as_text(), **record.as_dict()}
 
 
 def test_a_pipe_outlives_the_session_that_held_bytes_in_it(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import random
+import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -117,7 +120,7 @@ def test_histograms_count_as_prometheus_does() -> None:
     """A value that is a bound belongs to it; one beyond all bounds to the last."""
     histogram = Histogram((1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 2.0, 3.0):
-        histogram.add(value)
+        histogram.add([value])
     assert (histogram.counts, histogram.sum) == ([2, 2, 1], 8.0)
 
 
@@ -160,3 +163,62 @@ def test_the_age_of_what_waits() -> None:
     assert ages.oldest(150_000) == pytest.approx(500, abs=8)
     assert ages.oldest(199_900) == pytest.approx(1, abs=8)
     assert Ages().oldest(0) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sessions_that_are_counted_together(seed: int) -> None:
+    """Whenever somebody asks, and from whichever threads they came: every session is in the sums, once."""
+    chance, ledger = random.Random(seed), Ledger()
+    shares: list[list[SessionRecord]] = [[], [], []]
+    for number in range(300):
+        result = chance.choice(["delivered", "failed"])
+        sinks = [
+            SinkRecord(
+                name, "tcp://a:1", chance.randrange(100), 0.1, "copy", result, lost=chance.randrange(3)
+            )
+            for name in chance.sample("xyz", chance.randint(1, 3))
+        ]
+        for sink in sinks:
+            sink.connects, sink.dropped = (chance.random(),) * chance.randrange(3), chance.randrange(5)
+        chance.choice(shares).append(
+            record(
+                id=str(number), route=chance.choice("ab"), result=result, sinks=sinks, bytes=chance.randrange(1000),
+                seconds=chance.random() * 100, back=chance.choice([None, 7]), back_lost=chance.randrange(2),
+                reason=chance.choice(["", "x (ECONNRESET)"]) if result == "failed" else "",
+            )
+        )  # fmt: skip
+
+    def add(share: list[SessionRecord]) -> None:
+        for one in share:
+            ledger.add(one)
+
+    threads = [threading.Thread(target=add, args=(share,)) for share in shares]
+    for thread in threads:
+        thread.start()
+    counted = 0
+    while any(thread.is_alive() for thread in threads):
+        now = sum(totals.ends.total() for totals in ledger.totals("ab").values())
+        assert now >= counted
+        counted = now
+    for thread in threads:
+        thread.join()
+    ledger.compact()
+    everyone = [one for share in shares for one in share]
+    for name, totals in ledger.totals("ab").items():
+        those = [one for one in everyone if one.route == name]
+        assert totals.bytes == sum(one.bytes for one in those)
+        assert totals.back == sum(one.back or 0 for one in those)
+        assert totals.back_lost == sum(one.back_lost for one in those)
+        assert sum(totals.durations.counts) == len(those)
+        assert totals.durations.sum == pytest.approx(sum(one.seconds for one in those))
+        ends = Counter((one.result, one.ended_by, "reset" if one.reason else "none") for one in those)
+        assert totals.ends == ends
+        for sink, figures in totals.sinks.items():
+            parts = [part for one in those for part in one.sinks if part.sink == sink]
+            assert (figures.bytes, figures.dropped, figures.lost) == (
+                sum(part.bytes for part in parts),
+                sum(part.dropped for part in parts),
+                sum(part.lost for part in parts),
+            )
+            assert sum(figures.connects.counts) == sum(len(part.connects) for part in parts)
+    assert len(ledger.recent()) == 100

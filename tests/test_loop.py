@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import select
@@ -275,3 +276,47 @@ def test_timers_that_were_cancelled_are_not_kept(engine: Engine) -> None:
     while len(ran) < len(wanted) and time.monotonic() < end:
         engine.turn(0.01)
     assert ran == sorted(range(100), key=lambda number: wanted[number].due)
+
+
+def test_events_are_read_whole() -> None:
+    """What Python takes out of the memory of C's events is what their fields say, for every width of them."""
+    chance = random.Random(7)
+    events = core.ffi.new("struct relay_event[]", 50)
+    told = []
+    for event in events[0:50]:
+        told.append(
+            (
+                chance.getrandbits(64),
+                chance.randrange(40),
+                chance.randint(-1000, 1000),
+                chance.getrandbits(32),
+            )
+        )
+        event.token, event.what, event.error, event.mask = told[-1]
+    assert list(core.EVENT.iter_unpack(core.ffi.buffer(events))) == told
+
+
+def test_a_callback_that_fails_is_said_and_harms_nobody_else(
+    engine: Engine, fds: Descriptors, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two descriptors that are ready at once the second is heard of although the first one's callback raised."""
+    monkeypatch.setattr(logging.getLogger("relay"), "propagate", True)
+    pipes, heard = [fds.pipe() for _ in range(2)], []
+
+    def fails(_mask: int) -> None:
+        heard.append("first")
+        raise ValueError("nobody thought of it")
+
+    watches = [
+        engine.watch(pipes[0].r, select.EPOLLIN, fails),
+        engine.watch(pipes[1].r, select.EPOLLIN, lambda _mask: heard.append("second")),
+    ]
+    for pipe in pipes:
+        os.write(pipe.w, b"x")
+    engine.turn(1.0)
+    for watch in watches:
+        watch.close()
+    assert sorted(heard) == ["first", "second"]
+    (said,) = [record for record in caplog.records if record.name == "relay.engine"]
+    assert "ValueError in a callback of test: nobody thought of it" in said.getMessage()
+    assert said.exc_info is not None

@@ -118,7 +118,7 @@ def test_a_record_with_upstreams_as_json(servers: list[Server]) -> None:
         served_by(duplex, 2)
         eventually(lambda: len(duplex.records) == 2, "both are over")
         for record in duplex.records:
-            assert json.loads(f"{{{record.as_json()}}}") == record.as_dict()
+            assert json.loads(f"{{{record.as_json()}}}") == {"message": record.as_text(), **record.as_dict()}
         (first,), (second,) = (record.as_dict()["sinks"] for record in duplex.records)
         assert (first["upstream"], first["tries"], second["tries"]) == (servers[1].address, 2, 1)
         assert second["passed_over"][0]["why"].startswith("ejected: Connection refused")

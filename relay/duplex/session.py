@@ -1,8 +1,6 @@
-"""One duplex session, and what is told of its directions when it is over."""
+"""One duplex session."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 from relay.duplex.upstream import Attempt, Upstream
 from relay.kernel import core
@@ -54,18 +52,3 @@ class Session:
     def scheme(self) -> str:
         """Of the upstream that it has; tcp while it has none."""
         return self.attempt.upstream.scheme if self.attempt is not None else "tcp"
-
-
-class Way(NamedTuple):
-    """One direction of a session that is over: bytes the receiver's kernel took, those that were read and had
-    nowhere to go, and how most of them crossed."""
-
-    bytes: int
-    lost: int
-    method: str
-
-    @classmethod
-    def of(cls, side: core.Struct) -> Way:
-        """What came from `side`."""
-        given = side.given
-        return cls(given, side.moved - given, "splice" if side.spliced * 2 > given else "copy")

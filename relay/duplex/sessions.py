@@ -21,7 +21,7 @@ from relay.config.models import Route
 from relay.duplex.begun import SHORT, Begun, Client
 from relay.duplex.gauge import Gauge
 from relay.duplex.patrol import Patrol
-from relay.duplex.session import Session, Way
+from relay.duplex.session import Session
 from relay.duplex.upstream import Attempt, in_words
 from relay.duplex.upstreams import Upstreams
 from relay.endpoints.base import hint
@@ -88,6 +88,7 @@ class Sessions:
         self._why = {scheme: each.reason for scheme, each in there.items() if each.method == "copy"}
         self._gauge = Gauge(engine, name, ways, route.source.address.scheme, there)
         self._schemes = route.sink.address.scheme, route.source.address.scheme
+        self._mixed = len(there) > 1  # of a session's upstreams some may want another method than it began with
         self._live: dict[int, Session] = {}
         self._patrol = Patrol(engine, route, self._live, self._expired)
 
@@ -116,9 +117,8 @@ class Sessions:
     def begin(self, clients: Sequence[Client]) -> None:
         """New sessions for accepted connections, which are this object's from here."""
         now, methods = self._engine.now, self._codes()
-        for client in clients:
-            self._fresh.append(self._made(client, now, methods))
-        self._dial_fresh()
+        self._fresh.extend([self._made(client, now, methods) for client in clients])
+        self._dial_fresh(now)
 
     def go_on(self, clients: Sequence[tuple[Client, Begun | None]]) -> None:
         """As `begin`, for clients whose connects were begun elsewhere, or (None) could not be."""
@@ -129,7 +129,7 @@ class Sessions:
                 self._fresh.append(session)
             else:
                 self._adopt(session, begun, now)
-        self._dial_fresh()
+        self._dial_fresh(now)
 
     def _made(self, client: Client, came: float, methods: tuple[int, int]) -> Session:
         """A new session; one that could not be registered is over."""
@@ -145,9 +145,14 @@ class Sessions:
             self._name_peer(session, fd, local)
         return session
 
-    def _dial_fresh(self) -> None:
+    def _dial_fresh(self, now: float) -> None:
+        known = self._upstreams.known(now)
         while self._fresh:
-            self._upstreams.ready(self._engine, partial(self._dial, self._fresh.popleft()))
+            session = self._fresh.popleft()
+            if known:
+                self._dial(session, now)
+            else:
+                self._upstreams.ready(self._engine, partial(self._dial, session))
         self._patrol.look_soon()
 
     def _adopt(self, session: Session, begun: Begun, now: float) -> None:
@@ -188,26 +193,28 @@ class Sessions:
 
     # -- connecting
 
-    def _dial(self, session: Session) -> None:
+    def _dial(self, session: Session, now: float | None = None) -> None:
         """The upstreams are known: the first that is chosen is tried."""
         if session.slot >= 0:
-            session.until = self._engine.now + self._timeout
-            self._next(session)
+            now = self._engine.now if now is None else now
+            session.until = now + self._timeout
+            self._next(session, now)
 
-    def _next(self, session: Session) -> None:
-        """Tries one upstream after another until a connect does not fail at once."""
+    def _next(self, session: Session, now: float | None = None) -> None:
+        """Tries one upstream after another until a connect does not fail at once. `now`: the time, if it is known."""
         most = min(self._tries, len(self._upstreams))
         while session.slot >= 0:
+            now = self._engine.now if now is None else now
             attempt = None
-            if session.tries < most and (not session.tries or self._engine.now < session.until):
+            if session.tries < most and (not session.tries or now < session.until):
                 attempt = self._upstreams.pick(session.peer, session.tried)
             if attempt is None:
                 self._not_to_be_connected(session)
                 return
             upstream = attempt.upstream
             self._tries_at(session, attempt)
-            left = max(0.0, session.until - self._engine.now)
-            share = int(left * 1e9 / (most - session.tries + 1))
+            share = int(max(0.0, session.until - now) * 1e9 / (most - session.tries + 1))
+            now = None
             error = lib.relay_duplex_dial(self._engine.c, session.c, upstream.dial, share)
             while error in SHORT and self._make_room(-error):
                 error = lib.relay_duplex_dial(self._engine.c, session.c, upstream.dial, share)
@@ -220,8 +227,10 @@ class Sessions:
     def _tries_at(self, session: Session, attempt: Attempt) -> None:
         session.attempt = attempt
         session.tries += 1
-        self._passed(session, attempt.passed)
-        session.c.sides[0].method = self._gauge.method(0, attempt.upstream.scheme)
+        if attempt.passed:
+            self._passed(session, attempt.passed)
+        if self._mixed:
+            session.c.sides[0].method = self._gauge.method(0, attempt.upstream.scheme)
 
     def _make_room(self, code: int) -> bool:
         """No descriptor is left for a connection's counterpart: of those accepted with it the last gives up its own."""
@@ -244,8 +253,7 @@ class Sessions:
 
     def _passed(self, session: Session, those: list[tuple[str, str]]) -> None:
         """Why upstreams did not get it: the latest word on each."""
-        if those:
-            session.passed = tuple({**dict(session.passed), **dict(those)}.items())
+        session.passed = tuple({**dict(session.passed), **dict(those)}.items())
 
     def _not_to_be_connected(self, session: Session) -> None:
         """All that may be tried were. A unix listener's backlog that was full may have room soon: nothing tells."""
@@ -333,45 +341,39 @@ class Sessions:
         """Closes both descriptors, with resets if there is a `reason`, and tells of it."""
         slot, c = session.slot, session.c
         a, b = c.sides[0], c.sides[1]
-        to, back = Way.of(a), Way.of(b)
-        measured = self._gauge.over(session)
+        to, back = a.given, b.given
+        lost, back_lost = a.moved - to, b.moved - back
+        method = "splice" if a.spliced * 2 > to else "copy"
+        back_method = "splice" if b.spliced * 2 > back else "copy"
         connected = c.connected_ns / 1e9
+        measured = self._gauge.over(session) if c.gauges else {}
         lib.relay_duplex_close(self._engine.c, c, bool(reason))
         session.slot = -1
         del self._live[slot]
+        self._exchange.give_back(slot)
         attempt, address, upstream, why = session.attempt, self._sink, "", ""
         if attempt is not None:
             address, upstream = attempt.upstream.address, attempt.upstream.name
-            why = self._why.get(attempt.upstream.scheme, "") if to.method == "copy" else ""
-            session.passed = tuple(one for one in session.passed if one[0] != upstream)
+            if method == "copy":
+                why = self._why.get(attempt.upstream.scheme, "")
+            if session.passed:
+                session.passed = tuple(one for one in session.passed if one[0] != upstream)
             self._upstreams.leave(attempt)
-        self._exchange.give_back(slot)
         seconds = self._engine.now - session.began
         result = "failed" if reason else "delivered"
-        sink = SinkRecord(self._sink, address, to.bytes, seconds, to.method, result, lost=to.lost)
+        # what a record must have by its place, the rest by name afterwards: by name alone is thrice the price
+        sink = SinkRecord(self._sink, address, to, seconds, method, result)
+        sink.lost, sink.upstream, sink.tries, sink.passed_over = lost, upstream, session.tries, session.passed
         if connected:
-            sink.connects = (max(connected - session.began, 1e-6),)
-        sink.upstream, sink.tries, sink.passed_over = upstream, session.tries, session.passed
+            took = connected - session.began
+            sink.connects = (took if took > 1e-6 else 1e-6,)
+        name, ident, moved = self._name, str(session.id), to + lost
         record = SessionRecord(
-            route=self._name,
-            id=str(session.id),
-            source=self._source,
-            peer=session.peer,
-            bytes=to.bytes + to.lost,
-            seconds=seconds,
-            method=to.method,
-            ended_by=ended_by,
-            result=result,
-            reason=reason,
-            why_method=why,
-            sinks=[sink],
-            source_failed=source_failed,
-            back=back.bytes,
-            back_lost=back.lost,
-            back_method=back.method,
-            measured=measured,
-            via=session.via,
+            name, ident, self._source, session.peer, moved, seconds, method, ended_by, result
         )
+        record.reason, record.why_method, record.sinks = reason, why, [sink]
+        record.source_failed, record.measured, record.via = source_failed, measured, session.via
+        record.back, record.back_lost, record.back_method = back, back_lost, back_method
         self._on_over(record, session.peer)
 
     def close(self) -> None:

@@ -90,11 +90,15 @@ class Upstreams:
 
     # -- names
 
+    def known(self, now: float) -> bool:
+        """Whether `ready` would call at once."""
+        return now < self._fresh_until
+
     def ready(self, engine: Engine, then: Callable[[], None]) -> None:
         """Calls `then` on `engine`, whose thread this is, at once or when names that nothing is known of were looked
         up. `reason` says why none is known after that."""
         now = engine.now
-        if now < self._fresh_until:
+        if self.known(now):
             then()
             return
         with self._lock:
@@ -200,6 +204,8 @@ class Upstreams:
         now = time.monotonic()
         with self._lock:
             everyone = self._upstreams
+            if len(everyone) == 1 and not tried:
+                return everyone[0].begin(now, [])  # whatever it is like, there is no other
             fit = [one for one in everyone if one.usable(now)]
             usable = [one for one in fit if one not in tried] if tried else fit
             if usable:

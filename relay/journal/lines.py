@@ -21,9 +21,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-MOST = 1 << 20  # bytes of lines that may wait
+MOST = 1 << 20  # letters of lines that may wait
 PATIENCE = 1.0  # seconds to get rid of them at the end of the program
-TOGETHER = 16 << 10  # bytes of lines in one write, or one line that is longer
+TOGETHER = 16 << 10  # letters of lines in one write, or one line that is longer
 CLOSE = 0.005  # seconds within which lines are close together
 
 
@@ -37,23 +37,25 @@ class LineWriter:
         self._fd = fd
         self._notice = notice
         self._most = most
-        self._lines: deque[bytes] = deque()
-        self._waiting = 0  # bytes in the queue
+        self._lines: deque[str] = deque()
+        self._waiting = 0  # letters in the queue, the ends of lines among them
         self._lost = 0
         self._writing = False
         self._idle = False  # nobody has to be woken
-        self._changed = threading.Condition()
+        # reentrant: a signal's handler may log meanwhile; taken through its condition it costs thrice as much
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         threading.Thread(target=self._run, name="log-lines", daemon=True).start()
 
     def put(self, line: str) -> None:
         """Queues a line; one that does not fit is counted instead."""
-        raw = line.encode(errors="backslashreplace") + b"\n"
-        with self._changed:
-            if self._waiting + len(raw) > self._most:
+        with self._lock:
+            if self._waiting + len(line) >= self._most:
                 self._lost += 1
                 return
-            self._confess()
-            self._add(raw)
+            if self._lost:
+                self._confess()
+            self._add(line)
 
     def flush(self, patience: float = PATIENCE) -> bool:
         """Waits until everything is written; False when that takes longer than `patience` seconds."""
@@ -66,9 +68,9 @@ class LineWriter:
                 self._changed.wait(left)
         return True
 
-    def _add(self, raw: bytes) -> None:
-        self._lines.append(raw)
-        self._waiting += len(raw)
+    def _add(self, line: str) -> None:
+        self._lines.append(line)
+        self._waiting += len(line) + 1
         if self._idle:
             self._idle = False
             self._changed.notify_all()
@@ -76,7 +78,7 @@ class LineWriter:
     def _confess(self) -> None:
         if self._lost:
             count, self._lost = self._lost, 0
-            self._add(self._notice(count).encode() + b"\n")
+            self._add(self._notice(count))
 
     def _run(self) -> None:
         last = 0.0
@@ -94,16 +96,16 @@ class LineWriter:
             if time.monotonic() - last < CLOSE and self._waiting < TOGETHER:
                 time.sleep(CLOSE)
             with self._changed:
-                raw = b"".join(self._taken())
-                self._waiting -= len(raw)
-            self._write(raw)
+                text = "\n".join([*self._taken(), ""])
+                self._waiting -= len(text)
+            self._write(text.encode(errors="backslashreplace"))
             last = time.monotonic()
 
     def _taken(self) -> Iterator[bytes]:
         """Lines that are written together, taken out of the queue."""
         size = 0
         while self._lines and size < TOGETHER:
-            size += len(self._lines[0])
+            size += len(self._lines[0]) + 1
             yield self._lines.popleft()
 
     def _write(self, raw: bytes) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from functools import lru_cache
 from typing import Any, Literal
 
 from relay.journal.lines import Lines, handler_for
@@ -24,17 +25,19 @@ log = logging.getLogger("relay")
 _sessions = logging.getLogger("relay.session")
 
 _PLAIN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+_LEVELS = {logging.INFO: "info", logging.WARNING: "warning"}
 _COLOURS = {"WARNING": "\x1b[33m", "ERROR": "\x1b[31m", "CRITICAL": "\x1b[31m"}
 
 
-def _rfc3339(at: float) -> str:
-    """UTC, to the millisecond.
+@lru_cache(2)
+def _rfc3339(milliseconds: int) -> str:
+    """UTC. Of one millisecond there may be many lines.
 
     datetime with a time zone looks `utcoffset` up by a name that it makes anew, and CPython's cache of attributes keeps
     thousands of these strings for good, each on a page of its own.
     """
-    seconds, milliseconds = divmod(int(at * 1000), 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{milliseconds:03d}+00:00"
+    seconds, rest = divmod(milliseconds, 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:03d}+00:00"
 
 
 class JsonLines(logging.Formatter):
@@ -43,7 +46,7 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record with its extra fields."""
         fields: dict[str, Any] = {
-            "time": _rfc3339(record.created),
+            "time": _rfc3339(int(record.created * 1000)),
             "level": record.levelname.lower(),
             "event": "log",
             "message": record.getMessage(),
@@ -95,9 +98,10 @@ def set_up(form: Format = "auto", level: str = "info", *, records: bool = False)
 def session(record: SessionRecord) -> None:
     """The line of a finished session."""
     level = logging.INFO if record.result == "delivered" else logging.WARNING
-    if record.plain and _put(record, level):
+    if not _sessions.isEnabledFor(level):
         return
-    _sessions.log(level, "%s", record.as_text(), extra={"event": "session", **record.as_dict()})
+    if not (record.plain and _put(record, level)):
+        _sessions.log(level, "%s", record.as_text(), extra={"event": "session", **record.as_dict()})
 
 
 def _put(record: SessionRecord, level: int) -> bool:
@@ -105,20 +109,13 @@ def _put(record: SessionRecord, level: int) -> bool:
 
     False where they do not: the logger takes them as any other.
     """
-    if not _sessions.isEnabledFor(level):
-        return True
     handlers = log.handlers
     if len(handlers) != 1 or _sessions.handlers:
         return False
     handler = handlers[0]
     if not isinstance(handler, Lines) or not isinstance(handler.formatter, JsonLines):
         return False
-    at = _rfc3339(time.time())
-    line = (
-        f'{{"time": "{at}", "level": "{logging.getLevelName(level).lower()}", "event": "session", '
-        f'"message": {_quoted(record.as_text())}, {record.as_json()}}}'
+    at = _rfc3339(int(time.time() * 1000))
+    return handler.put(
+        hidden(f'{{"time": "{at}", "level": "{_LEVELS[level]}", "event": "session", {record.as_json()}}}')
     )
-    return handler.put(hidden(line))
-
-
-_quoted = json.JSONEncoder(ensure_ascii=False).encode

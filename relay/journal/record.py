@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from functools import lru_cache
+from json.encoder import encode_basestring as quoted
 from typing import Any
 
 from relay.units import show_size
@@ -117,9 +118,10 @@ class SessionRecord:
     @property
     def plain(self) -> bool:
         """Whether `as_json` says all there is, as of any duplex session without stages."""
-        if self.back is None or len(self.sinks) != 1 or self.stages or self.measured:
+        if self.back is None or len(self.sinks) != 1 or self.stages or self.measured or not self.peer:
             return False
-        return not (self.sinks[0].blocked_seconds or self.sinks[0].why_method)
+        sink = self.sinks[0]
+        return sink.seconds == self.seconds and not (sink.blocked_seconds or sink.why_method)
 
     def crossing(self, sink: SinkRecord) -> tuple[str, str]:
         """How bytes crossed from the source to `sink`, in one word, and why where that is worth saying."""
@@ -150,21 +152,38 @@ class SessionRecord:
         return found
 
     def as_json(self) -> str:
-        """The inside of `as_dict` as JSON, for a duplex session without stages: a template costs a tenth of it."""
-        sink = self.sinks[0]
-        ends = _ends(self.route, self.source, sink.sink, sink.address)
-        why = f', "why_method": {_quoted(self.why_method)}' if self.why_method else ""
-        reason = f', "reason": {_quoted(self.reason)}' if self.reason else ""
-        via = f', "via": "{self.via}"' if self.via else ""
-        more = _upstream(sink)
-        more += f', "connect_seconds": {sink.connects[-1]:.6f}' if sink.connects else ""
+        """`as_text` as its message, and the inside of `as_dict`, as JSON, of a session that is `plain`: one template
+        costs a fifth of these."""
+        sink, peer = self.sinks[0], self.peer
+        message, route, source, where, upstream = _ends(
+            self.route, self.source, sink.sink, sink.address, sink.upstream
+        )
+        whom, said, more = peer, "", ""
+        if self.via:
+            whom, more = f"{peer} via {self.via}", f', "via": "{self.via}"'
+        if self.reason:
+            reason = quoted(self.reason)
+            said, more = f"; {reason[1:-1]}", f'{more}, "reason": {reason}'
+        if self.why_method:
+            more = f'{more}, "why_method": {quoted(self.why_method)}'
+        if sink.tries:
+            upstream = f'{upstream}, "tries": {sink.tries}'
+        if sink.passed_over:
+            said += quoted(_passed(sink))[1:-1]
+            passed = [{"upstream": name, "why": why} for name, why in sink.passed_over]
+            upstream = f'{upstream}, "passed_over": {_ENCODER.encode(passed)}'
+        if sink.connects:
+            upstream = f'{upstream}, "connect_seconds": {sink.connects[-1]:.6f}'
+        there, back, took = self.bytes, self.back, f"{self.seconds:.6f}"
+        result, ended_by = self.result, self.ended_by
         return (
-            f'{ends[0]}, "id": "{self.id}", {ends[1]}, "peer": "{self.peer}", "bytes": {self.bytes}, '
-            f'"seconds": {self.seconds:.6f}, "method": "{self.method}", "ended_by": "{self.ended_by}", '
-            f'"result": "{self.result}", "sinks": [{{{ends[2]}, "bytes": {sink.bytes}, "lost": {sink.lost}, '
-            f'"dropped": 0, "reconnects": 0, "seconds": {sink.seconds:.6f}, "method": "{sink.method}", '
-            f'"result": "{sink.result}"{more}}}], "bytes_back": {self.back}, "lost_back": {self.back_lost}, '
-            f'"method_back": "{self.back_method}"{via}{reason}{why}'
+            f"{message}{self.id} from {whom}: {there} B there and {back} B back in {self.seconds:.2f} s, {result}, "
+            f'ended by {ended_by}{said}", {route}, "id": "{self.id}", {source}, "peer": "{peer}", '
+            f'"bytes": {there}, "seconds": {took}, "method": "{self.method}", "ended_by": "{ended_by}", '
+            f'"result": "{result}", "sinks": [{{{where}, "bytes": {sink.bytes}, "lost": {sink.lost}, '
+            f'"dropped": 0, "reconnects": 0, "seconds": {took}, "method": "{sink.method}", '
+            f'"result": "{sink.result}"{upstream}}}], "bytes_back": {back}, "lost_back": {self.back_lost}, '
+            f'"method_back": "{self.back_method}"{more}'
         )
 
     def as_text(self) -> str:
@@ -172,8 +191,8 @@ class SessionRecord:
         if self.back is not None:
             said = (
                 f"{self.route} #{self.id} from {self._whom}: {self.bytes} B there and {self.back} B back in "
+                f"{self.seconds:.2f} s, {self.result}, ended by {self.ended_by}"
             )
-            said += f"{self.seconds:.2f} s, {self.result}, ended by {self.ended_by}"
             said = "; ".join([said, *([self.reason] if self.reason else [])])
             said += "".join(_passed(sink) for sink in self.sinks)
             return "; ".join([said, *self._parts()]) if len(self.sinks) > 1 or self.stages else said
@@ -214,17 +233,6 @@ class SessionRecord:
         return parts
 
 
-def _upstream(sink: SinkRecord) -> str:
-    """The part of a duplex session's JSON that says where it went: see SinkRecord.as_dict."""
-    found = f', "upstream": {_quoted(sink.upstream)}' if sink.upstream else ""
-    if sink.tries:
-        found += f', "tries": {sink.tries}'
-    if sink.passed_over:
-        passed = [{"upstream": name, "why": why} for name, why in sink.passed_over]
-        found += f', "passed_over": {_quoted(passed)}'
-    return found
-
-
 def _passed(sink: SinkRecord) -> str:
     """For people: which upstream it was, where others were passed over."""
     if not sink.passed_over:
@@ -233,14 +241,16 @@ def _passed(sink: SinkRecord) -> str:
     return f"; {f'to {sink.upstream}, ' if sink.upstream else ''}passed over: {passed}"
 
 
-_quoted = json.JSONEncoder(ensure_ascii=False).encode
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 @lru_cache(256)
-def _ends(route: str, source: str, sink: str, address: str) -> tuple[str, str, str]:
-    """What is the same in the JSON of every session of a duplex route."""
+def _ends(route: str, source: str, sink: str, address: str, upstream: str) -> tuple[str, str, str, str, str]:
+    """What is the same in the JSON of every session of a duplex route that went to that upstream."""
     return (
-        f'"route": {_quoted(route)}',
-        f'"source": {_quoted(source)}',
-        f'"sink": {_quoted(sink)}, "address": {_quoted(address)}',
+        f'"message": {quoted(route)[:-1]} #',
+        f'"route": {quoted(route)}',
+        f'"source": {quoted(source)}',
+        f'"sink": {quoted(sink)}, "address": {quoted(address)}',
+        f', "upstream": {quoted(upstream)}' if upstream else "",
     )

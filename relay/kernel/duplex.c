@@ -135,7 +135,7 @@ static int settled(struct relay_engine *e, struct relay_duplex *d)
     return 0;
 }
 
-/* What became of a connect: 1, 0 while it goes on, or -errno. */
+/* What became of a connect: 1, 0 while it goes on, or -errno. Of a failure epoll tells beside EPOLLOUT. */
 static int connected(struct relay_side *side)
 {
     struct sockaddr_storage here, there;
@@ -143,7 +143,7 @@ static int connected(struct relay_side *side)
     int error = 0;
     if (!side->writable)
         return 0;
-    if (getsockopt(side->fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0)
+    if (side->hung && getsockopt(side->fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0)
         return -errno;
     if (error)
         return -error;

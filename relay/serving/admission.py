@@ -23,12 +23,15 @@ def host_of(peer: str) -> str:
 
 
 class Admission:
-    """Counts the connections of one route, in all and by host. Lives on the route's home engine."""
+    """Counts the connections of one route, and those of each host where these are limited. Lives on the route's home
+    engine."""
 
     def __init__(self, route: str, limits: Limits) -> None:
         self._route = route
         self._limits = limits
-        self._open: Counter[str] = Counter()
+        self._limited = bool(limits.allow or limits.deny or limits.connections or limits.per_peer)
+        self._open = 0
+        self._of_host: Counter[str] = Counter()
         self._expected = 0  # connected, and nobody knows yet for whom
         self.refused = 0
         self._told = Seldom(BETWEEN)
@@ -36,7 +39,7 @@ class Admission:
     @property
     def connections(self) -> int:
         """How many are admitted and not gone yet."""
-        return self._open.total() + self._expected
+        return self._open + self._expected
 
     def expect(self, peer: str) -> bool:
         """Whether there is room for a connection that has yet to say for whom it comes; it counts until `expected`."""
@@ -52,13 +55,13 @@ class Admission:
 
     def admit(self, peer: str) -> bool:
         """Whether a connection from `peer` may come in; if so it counts until `leave`."""
-        host = host_of(peer)
-        reason = self._refusal(host)
-        if not reason:
-            self._open[host] += 1
-            return True
-        self.refuse(peer, reason)
-        return False
+        if self._limited and (reason := self._refusal(host_of(peer))):
+            self.refuse(peer, reason)
+            return False
+        self._open += 1
+        if self._limits.per_peer is not None:
+            self._of_host[host_of(peer)] += 1
+        return True
 
     def refuse(self, peer: str, reason: str) -> None:
         """Counts a connection that is turned away, and says so now and then."""
@@ -81,10 +84,12 @@ class Admission:
 
     def leave(self, peer: str) -> None:
         """A connection that was admitted is gone."""
-        host = host_of(peer)
-        self._open[host] -= 1
-        if self._open[host] <= 0:
-            del self._open[host]
+        self._open -= 1
+        if self._limits.per_peer is not None:
+            host = host_of(peer)
+            self._of_host[host] -= 1
+            if self._of_host[host] <= 0:
+                del self._of_host[host]
 
     def _refusal(self, host: str) -> str:
         limits = self._limits
@@ -94,7 +99,7 @@ class Admission:
                 return reason
         if reason := self._full():
             return reason
-        if limits.per_peer is not None and self._open[host] >= limits.per_peer:
+        if limits.per_peer is not None and self._of_host[host] >= limits.per_peer:
             return f"{limits.per_peer} connections from {host} are open already (limits.per_peer)"
         return ""
 

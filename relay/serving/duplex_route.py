@@ -75,8 +75,9 @@ class DuplexRoute(RunningRoute):
     def _let_in(self, connections: list[Introduced]) -> None:
         came: list[tuple[Engine, Introduced]] = []
         for who in connections:
-            if (self._once and self._under_way) or not self._admission.admit(who.peer):
-                core.lib.relay_refuse(who.fd)
+            fd, peer, _local, _via = who
+            if (self._once and self._under_way) or not self._admission.admit(peer):
+                core.lib.relay_refuse(fd)
                 continue
             self._under_way += 1
             came.append((next(self._spread), who))
@@ -120,7 +121,8 @@ class DuplexRoute(RunningRoute):
 
     def _sessions_on(self, engine: Engine) -> Sessions:
         """Those that will be on that engine."""
-        return Sessions(engine, self._common, partial(self._ended, engine), partial(self._short, engine))
+        over = self._left if engine is self.home else self._ended
+        return Sessions(engine, self._common, over, partial(self._short, engine))
 
     def _short(self, engine: Engine, code: int) -> None:
         """On any engine: it was a descriptor short of a session. Newcomers wait in the kernel for a moment."""
@@ -129,15 +131,12 @@ class DuplexRoute(RunningRoute):
         else:
             self.home.post(partial(self.reception.cannot_accept, code))
 
-    def _ended(self, engine: Engine, record: SessionRecord, peer: str) -> None:
-        """On the session's engine."""
-        if engine is self.home:
-            self._left(record, peer)
-        else:
-            self._overs.append((record, peer))
-            if not self._told:
-                self._told = True
-                self.home.post(self._all_left)
+    def _ended(self, record: SessionRecord, peer: str) -> None:
+        """On the session's engine, which is another one."""
+        self._overs.append((record, peer))
+        if not self._told:
+            self._told = True
+            self.home.post(self._all_left)
 
     def _all_left(self) -> None:
         self._told = False  # first: whoever comes from here on posts again
@@ -145,6 +144,7 @@ class DuplexRoute(RunningRoute):
             self._left(*self._overs.popleft())
 
     def _left(self, record: SessionRecord, peer: str) -> None:
+        """On the home engine."""
         self._admission.leave(peer)
         self._under_way -= 1
         self._on_record(record)

@@ -22,8 +22,8 @@ class StagedRoute(DuplexRoute):
 
     def _sessions_on(self, engine: Engine) -> StagedSessions:
         spill = partial(self._spills.sink, self._ways)
-        over, short = partial(self._ended, engine), partial(self._short, engine)
-        made = StagedSessions(engine, self._common, over, short, spill)
+        over = self._left if engine is self.home else self._ended
+        made = StagedSessions(engine, self._common, over, partial(self._short, engine), spill)
         made.change(*self._both(), ())
         return made
 
