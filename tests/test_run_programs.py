@@ -76,8 +76,8 @@ def test_no_payload_is_read_or_written(tmp_path: Path) -> None:
             begun = True
         elif begun:
             carried += count
-    assert 0 <= moved["tee"] - 3 * size < 4096, (
-        "the probe at the start tees a few bytes, the stream all the rest"
+    assert 0 <= moved["tee"] - 3 * size <= 17 * 4096, (
+        "the probe at the start and the look at the first pieces tee a page each, the stream all the rest"
     )
     assert moved["splice"] >= 4 * size
     assert carried < 1 << 20, f"{carried} bytes went through memory"

@@ -101,7 +101,7 @@ class LineWriter:
             self._write(text.encode(errors="backslashreplace"))
             last = time.monotonic()
 
-    def _taken(self) -> Iterator[bytes]:
+    def _taken(self) -> Iterator[str]:
         """Lines that are written together, taken out of the queue."""
         size = 0
         while self._lines and size < TOGETHER:
