@@ -88,7 +88,8 @@ class Sessions:
         self._why = {scheme: each.reason for scheme, each in there.items() if each.method == "copy"}
         self._gauge = Gauge(engine, name, ways, route.source.address.scheme, there)
         self._schemes = route.sink.address.scheme, route.source.address.scheme
-        self._mixed = len(there) > 1  # of a session's upstreams some may want another method than it began with
+        # of the upstreams that a session is tried at some may want another method than it began with
+        self._mixed = len(there) > 1
         self._live: dict[int, Session] = {}
         self._patrol = Patrol(engine, route, self._live, self._expired)
 
