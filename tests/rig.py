@@ -324,8 +324,13 @@ class Rig:
         self.ring[1].leave(outlet.reader[1])
 
     def new_stream(self) -> None:
-        """What comes to the broadcast from now on counts as another stream."""
-        if self.ring and not self.model.ring:
+        """What comes from now on counts as another stream."""
+        if self.model.ring:
+            return
+        for step in self.steps:
+            step.model.new_stream()
+            core.lib.relay_gate_stream(step.c)
+        if self.ring:
             self.ring[0].new_stream()
             self.ring[1].new_stream()
             for outlet in self.outlets:
@@ -402,4 +407,4 @@ class Rig:
     @staticmethod
     def _start_gap(step: Step) -> None:
         step.model.start_gap()
-        step.c.rest_have, step.c.rest_need, step.c.dropping = 0, step.model.rest_need, 1
+        core.lib.relay_gate_drop(step.c)

@@ -192,3 +192,26 @@ def test_what_is_known_of_a_stream_is_taken_at_its_word_and_measured_after_that(
     right.take("ring", 1.25)
     flow(right, lambda way, _at: 2.0 if way == "chain" else 1.0, 4 * GIB)
     assert (right.way, right.changes) == ("ring", 1)
+
+
+@pytest.mark.parametrize("ring", [0.6, 0.85])
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_small_messages_are_found_out_soon(ring: float, noise: float) -> None:
+    """A stream whose references cost more than copies would is worth a look: after 100 MiB it goes the cheaper way."""
+    for seed in range(10):
+        balance = Balance("chain", 8.0, usual=0.75)
+        flow(balance, lambda way, _at: 2.6 if way == "chain" else 2.6 * ring, 100 * MIB, noise, seed)
+        assert balance.way == "ring", seed
+
+
+@pytest.mark.parametrize("size", [4 * MIB, 40 * MIB, 100 * MIB, GIB])
+@pytest.mark.parametrize("ratio", [1.0, 1.3, 2.0])
+def test_looking_at_small_messages_costs_little(size: int, ratio: float) -> None:
+    """Where the other way turns out to be as dear or dearer, having tried it costs at most 6 % of the stream."""
+    balance = Balance("chain", 8.0, usual=0.75)
+
+    def cost(way: Way, _at: int) -> float:
+        return 2.6 if way == "chain" else 2.6 * ratio
+
+    assert price(flow(balance, cost, size), cost) < 1.06
+    assert balance.way == "chain"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from pathlib import Path
 
 import pytest
+from numbered import SURE, runs, stream
 from peers import accept, assert_same, payload, receive_all, receive_exactly, tcp_listener
+from relays import end as end_of
 from relays import serving
 from spills import sending
 from standing import end, source_of, standing
@@ -76,3 +79,38 @@ def test_a_branch_that_reads_again_has_both_streams(tmp_path: Path) -> None:
                     end(source)
             assert_same(receive_exactly(late, 600_000), first + second)
             served.sessions(2)
+
+
+@pytest.mark.parametrize("before", [1000, 188 * 1000 + 4])
+def test_a_gap_is_of_whole_pieces_of_its_own_stream(tmp_path: Path, before: int) -> None:
+    """However long the streams before were, gaps begin and end at multiples of `align` from a stream's first byte."""
+    streams = {number: stream(number, size) for number, size in {1: before, 2: 12 << 20, 3: 1 << 20}.items()}
+    with tcp_listener() as (stalled, slow), tcp_listener() as (listener, address):
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+        policy = "{policy: drop, after: 50ms, align: 188}"
+        config = standing(f"'{address}'", f"[{BRANCHES['a sink'] % (slow, policy)}]")
+        late = bytearray()
+        with contextlib.ExitStack() as stack:
+            with serving(config, tmp_path) as served, accept(listener) as sink:
+                behind = stack.enter_context(accept(stalled))
+                reader = threading.Thread(target=lambda: late.extend(receive_all(behind)))
+                for number, data in streams.items():
+                    with source_of(served) as source:
+                        feeder = sending(source, data)
+                        assert_same(receive_exactly(sink, len(data)), data)
+                        feeder.join()
+                        receive_all(source)  # its end: the turn is over
+                    if number == 2:  # from here on it reads: the gap has an end
+                        reader.start()
+                served.sessions(3)
+                end_of(served)
+            reader.join(30)
+    found = runs(bytes(late))
+    assert sum(run.end - run.begin for run in found) < sum(map(len, streams.values())) - 188
+    assert {run.stream for run in found} >= {1, 2}
+    for run in found:
+        size = len(streams[run.stream])
+        whole = run.end >= size - SURE  # the last bytes of a stream are too few to tell where they are from
+        assert any(
+            (run.begin - by) % 188 == 0 and (whole or (run.end - by) % 188 == 0) for by in range(SURE)
+        ), run

@@ -64,12 +64,57 @@ int64_t gate(struct pass *s, struct relay_node *n, int64_t amount)
     return (double)amount > n->tokens ? (int64_t)n->tokens : amount;
 }
 
-/* A gap begins and ends between pieces of `align` bytes, counted from the stream's first byte. The piece that
+#define TURNS ((int)(sizeof((struct relay_turns *)0)->origins / sizeof(int64_t)))
+
+/* The first border at or behind `at`, or (down) the last at or before it. Before the oldest stream that is
+ * remembered the next border known is that stream's beginning. */
+int64_t border(const struct relay_turns *turns, int64_t align, int64_t at, int down)
+{
+    int64_t origin = 0, next = -1, over;
+    int known = turns->count < TURNS ? turns->count : TURNS;
+    for (int i = 1; i <= known; i++) {
+        origin = turns->origins[(turns->count - i) % TURNS];
+        if (origin <= at)
+            break;
+        next = origin;
+    }
+    if (origin > at)
+        return origin;
+    over = (at - origin) % align;
+    if (down || !over)
+        return at - over;
+    at += align - over;
+    return next >= 0 && next < at ? next : at;
+}
+
+void turn_begins(struct relay_turns *turns, int64_t at)
+{
+    if (!turns->count || turns->origins[(turns->count - 1) % TURNS] != at)
+        turns->origins[turns->count++ % TURNS] = at;
+}
+
+/* What the gate still holds is of the streams before; a piece that they did not finish stays as it is. */
+void relay_gate_stream(struct relay_node *n)
+{
+    turn_begins(&n->turns, n->passed + n->dropped + n->held);
+    if (n->rest_need > n->rest_have + n->held)
+        n->rest_need = n->rest_have + n->held;
+}
+
+void relay_gate_drop(struct relay_node *n)
+{
+    int64_t at = n->passed + n->dropped;
+    n->dropping = 1;
+    n->rest_have = 0;
+    n->rest_need = border(&n->turns, n->align, at, 0) - at;
+}
+
+/* A gap begins and ends between pieces of `align` bytes, counted from its stream's first byte. The piece that
  * was under way when it began is kept aside (at most align - 1 bytes) and goes out before anything else. */
 int drop(struct pass *s, struct relay_node *n, int64_t amount)
 {
     struct relay_node *to = n->into;
-    int64_t moved, to_border, before;
+    int64_t moved, to_border, before, at;
     int any;
     if (n->rest_have < n->rest_need) {
         int64_t want = n->rest_need - n->rest_have;
@@ -105,13 +150,13 @@ int drop(struct pass *s, struct relay_node *n, int64_t amount)
             return 1;
         }
         n->rest_need = 0;
-        to_border = (n->passed + n->dropped) % n->align;
+        at = n->passed + n->dropped;
+        to_border = border(&n->turns, n->align, at, 0) - at;
         if (!to_border) {
             n->dropping = 0;
             into_emptied(s, n);
             return 1;
         }
-        to_border = n->align - to_border;
         if (amount > to_border)
             amount = to_border;
     }

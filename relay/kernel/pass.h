@@ -178,6 +178,8 @@ int64_t gate(struct pass *s, struct relay_node *n, int64_t amount);
 void blocked(struct pass *s, struct relay_node *n);
 void into_emptied(struct pass *s, struct relay_node *n);
 int drop(struct pass *s, struct relay_node *n, int64_t amount);
+int64_t border(const struct relay_turns *turns, int64_t align, int64_t at, int down);
+void turn_begins(struct relay_turns *turns, int64_t at);
 
 /* outflow.c */
 void drained(struct pass *s, struct relay_node *n, int64_t moved);

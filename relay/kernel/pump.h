@@ -163,6 +163,13 @@ struct relay_reader {
     int64_t kept;            /* while it has any: it may still read from here on */
 };
 
+/* Where the last streams began, of a row of streams that take turns. A border is a multiple of `align` counted from the
+ * first byte of the stream it is in; where a new stream begins there is a border, too. */
+struct relay_turns {
+    int64_t origins[8];
+    int count;               /* streams that began; none is known: the first began at 0 */
+};
+
 /* Memory that many read, each at its own position (ring.c): the end of a chain, or in place of all of it. */
 struct relay_ring {
     char *memory;            /* NULL: nobody reads and nothing is kept, bytes pass by */
@@ -174,8 +181,7 @@ struct relay_ring {
     int64_t base;            /* the byte at position x lies at (x - base) % size */
     int64_t start;           /* what came before it is not in memory */
     int64_t oldest;          /* no reader that holds is behind it */
-    int64_t origins[8];      /* where the last streams began */
-    int turns;               /* streams that began, the first at 0: 1 to begin with */
+    struct relay_turns turns;
     int ended;
     int tight;               /* there was no room when bytes were to come */
     int count;
@@ -232,6 +238,7 @@ struct relay_node {
     int dropping;              /* discard while slow; gaps start and end at multiples of align */
     int64_t align;
     int64_t rest_need, rest_have; /* the piece that was under way when the gap began, kept in stash */
+    struct relay_turns turns;  /* positions are passed + dropped */
     /* crossing by hand */
     int tee_copies, out_copies;
     char *stash;
@@ -307,6 +314,10 @@ void relay_ring_leave(struct relay_ring *ring, struct relay_reader *reader);
 void relay_ring_drop(struct relay_ring *ring, struct relay_reader *reader, char *rest);
 /* A new stream begins with the next byte. */
 void relay_ring_stream(struct relay_ring *ring);
+
+/* What comes into a gate from now on is another stream; and: what comes from the next border on is dropped. */
+void relay_gate_stream(struct relay_node *n);
+void relay_gate_drop(struct relay_node *n);
 
 /* A ferry's thread: wait for the next loaded pipe (its bytes; 0: the end), give it back, or do both until
  * the end (0), -errno on failure, -ENOBUFS when it must copy and has no buffer, -EINTR after relay_ferry_nudge. */

@@ -5,38 +5,13 @@
  * nothing can be doubled or missing at the seam. The ring is every reader's backlog at once: its size is the
  * memory that it takes, however many read. A reader that is more than `full` behind is full, and its time
  * runs; what the ring has beyond that is reserve, so that it need not hold the source meanwhile. It does when the
- * ring has no room. One that drops holds nobody: it skips to a later position.
- *
- * A border is a multiple of `align` counted from the first byte of the stream it is in; where a new stream
- * begins there is a border, too. */
+ * ring has no room. One that drops holds nobody: it skips to a later position. */
 #include "pass.h"
 
 #include <string.h>
 
-#define TURNS ((int)(sizeof((struct relay_ring *)0)->origins / sizeof(int64_t)))
 #define GIVEN (16 << 20)    /* bytes to readers after which other pipelines have their turn */
 #define FEWEST (64 << 10)   /* bytes that are taken at a time, however many readers there are */
-
-/* The first border at or behind `at`, or (down) the last at or before it. Before the oldest stream that is
- * remembered the next border known is that stream's beginning. */
-static int64_t border(const struct relay_ring *ring, const struct relay_reader *r, int64_t at, int down)
-{
-    int64_t origin = 0, next = -1, over;
-    int known = ring->turns < TURNS ? ring->turns : TURNS;
-    for (int i = 1; i <= known; i++) {
-        origin = ring->origins[(ring->turns - i) % TURNS];
-        if (origin <= at)
-            break;
-        next = origin;
-    }
-    if (origin > at)
-        return origin;
-    over = (at - origin) % r->align;
-    if (down || !over)
-        return at - over;
-    at += r->align - over;
-    return next >= 0 && next < at ? next : at;
-}
 
 static int holding(const struct relay_reader *r)
 {
@@ -242,7 +217,7 @@ static int64_t send_turn(struct pass *s, struct relay_ring *ring, struct relay_r
             from = r->rest;
             amount = r->rest_left;
         } else if (r->dropping) {
-            if (!end_gap(s, ring, r, border(ring, r, ring->offered, 1)))
+            if (!end_gap(s, ring, r, border(&ring->turns, r->align, ring->offered, 1)))
                 break;
             any = 1;
             continue;
@@ -360,7 +335,7 @@ void relay_ring_join(struct relay_ring *ring, struct relay_reader *r)
         from = ring->start;
     if (from < ring->position - ring->size)
         from = ring->position - ring->size;
-    r->at = r->stays ? ring->position : border(ring, r, from, 0);
+    r->at = r->stays ? ring->position : border(&ring->turns, r->align, from, 0);
     if (r->at < ring->oldest)
         ring->oldest = r->at;
     r->after = ring->readers;
@@ -380,7 +355,7 @@ void relay_ring_leave(struct relay_ring *ring, struct relay_reader *gone)
 
 void relay_ring_drop(struct relay_ring *ring, struct relay_reader *r, char *rest)
 {
-    int64_t from = r->at, to = border(ring, r, from, 0);
+    int64_t from = r->at, to = border(&ring->turns, r->align, from, 0);
     if (r->dropping)
         return;
     if (to > ring->position)
@@ -395,8 +370,7 @@ void relay_ring_drop(struct relay_ring *ring, struct relay_reader *r, char *rest
 
 void relay_ring_stream(struct relay_ring *ring)
 {
-    if (ring->position != ring->origins[(ring->turns - 1) % TURNS])
-        ring->origins[ring->turns++ % TURNS] = ring->position;
+    turn_begins(&ring->turns, ring->position);
     for (struct relay_reader *r = ring->readers; r; r = r->after)
         if (r->at > ring->position)     /* it waited for a border, and here is one */
             r->at = ring->position;

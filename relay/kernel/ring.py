@@ -97,7 +97,8 @@ class Ring:
     def __init__(self, full: int, keep: int, align: int, reserve: int) -> None:
         size = max(full + max(reserve, full // 7 + 1), 8 * align)
         size += -size % mmap.PAGESIZE
-        self.c = core.new("ring", size=size, full=full, keep=keep, turns=1)
+        self.c = core.new("ring", size=size, full=full, keep=keep)
+        self.c.turns.count = 1
         self._readers: set[Reader] = set()
         self._map: mmap.mmap | None = None
         self._pool: Pool | None = None
@@ -116,9 +117,15 @@ class Ring:
         c = ring.c
         c.size = SIZE
         c.position = c.offered = c.start = c.oldest = c.base = position
-        c.origins[0] = origin
+        c.turns.origins[0] = origin
         c.batch, c.hold_ns, c.quick, c.least, c.need = BATCH, HOLD, QUICK, LEAST, LEAST
         return ring
+
+    @property
+    def origin(self) -> int:
+        """The position at which the present stream began."""
+        turns = self.c.turns
+        return int(turns.origins[(turns.count - 1) % len(turns.origins)])
 
     @property
     def size(self) -> int:

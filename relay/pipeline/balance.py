@@ -10,7 +10,8 @@ makes the next one need a larger margin, so two ways that cost the same do not t
 spent on trying is a share of the stream: SHARE at first, half of it after each trial that did not pay, and never more
 than RARE of it for a way that costs, or is expected to cost, twice as much. When what the way in force costs has
 changed a good deal, sizes or sinks have: it is looked at again as at the beginning. Nor is anything expected of a
-stream whose references cost more than copies would: its messages are small.
+stream whose references cost more than copies would: its messages are small, and cost much the same either way. So
+more of it may be tried, UNKNOWN, by samples that are shorter: it has found out after some 60 MiB.
 
 Pure: what is measured is told to it, it answers what to do.
 """
@@ -37,7 +38,9 @@ LEAST: Final = 2 * MIB  # though not of fewer: a stream is not from its first by
 SETTLES: Final = MIB // 2  # bytes after a change that are not measured: they fill pipes, windows and caches
 OVER: Final = 2 * MIB  # by so much a trial is longer than it was meant to be: until nothing is under way
 SHARE: Final = 0.02  # of a stream may go the other way for samples
+UNKNOWN: Final = 0.05  # where nothing is expected of the other way
 RARE: Final = 0.001  # at the least, and for a dear way at the most
+ALIKE: Final = 1.2  # times as much may be what nothing is known of
 MARGIN: Final = 0.07  # by so much the other way must be cheaper,
 WIDEST: Final = 0.25  # and after some changes by so much,
 TAKES: Final = 3  # so many times in a row
@@ -69,6 +72,7 @@ class Balance:
     _costs: dict[Way, deque[float]] = field(
         default_factory=lambda: {"chain": deque(maxlen=5), "ring": deque(maxlen=5)}
     )
+    _telling: float = TELLING
     _share: float = field(default_factory=lambda: SHARE)
     _streak: int = 0
     _last: Way | None = None
@@ -115,7 +119,9 @@ class Balance:
     def _less(self, size: int) -> int:
         """So many bytes, or fewer where they cost so much that fewer tell as much."""
         found = self._costs[self.way]
-        return min(size, int(size * TELLING / (OWN * median(found)))) if found and median(found) else size
+        return (
+            min(size, int(size * self._telling / (OWN * median(found)))) if found and median(found) else size
+        )
 
     def spent(self, size: int) -> None:
         """So many bytes went the other way that is not in force."""
@@ -129,7 +135,8 @@ class Balance:
         if way == self.way:
             own = median(self._costs[way])
             if own > self.usual and not self.samples[other(way)]:
-                self.expected = min(self.expected, DEAR - 0.1)
+                self.expected, self._telling = min(self.expected, ALIKE), TELLING / 4
+                self._share = max(self._share, UNKNOWN)
             if self._then and not self._then / CHANGED < own < self._then * CHANGED:
                 self._share, self._then, self.expected = SHARE, 0.0, min(self.expected, DEAR - 0.1)
             return

@@ -64,10 +64,3 @@ def guard(gate: Node, slow: OnSlow) -> None:
     if policy == "drop":
         gate.c.align = slow.align
         gate.give_stash()
-
-
-def start_gap(gate: core.Struct) -> None:
-    """How much of the piece that is under way must still be kept before anything may be dropped."""
-    under_way = (gate.passed + gate.dropped) % gate.align
-    gate.rest_have = 0
-    gate.rest_need = gate.align - under_way if under_way else 0

@@ -13,7 +13,7 @@ from relay.endpoints.options import OnSlow
 from relay.endpoints.settings import SinkSettings
 from relay.journal.record import SinkRecord
 from relay.kernel import core
-from relay.pipeline.node import Node, start_gap
+from relay.pipeline.node import Node
 from relay.pipeline.place import Place
 from relay.stages.base import StageSettings
 from relay.stages.checksum import Checksum
@@ -165,7 +165,9 @@ class Outlet:
         return self.settings is not None and self.settings.verb == "connect"
 
     def begin_turn(self) -> None:
-        """The next stream: its reconnects count from here."""
+        """The next stream: its pieces and its reconnects count from here."""
+        if self.place is None:  # else the ring is told, and it tells where the stream began when it is left
+            core.lib.relay_gate_stream(self.gate.c)
         self.settled = False
         self.away = 0
         self.why_away = ""
@@ -185,8 +187,7 @@ class Outlet:
         if self.place is not None:
             self.place.drop()
             return
-        self.gate.c.dropping = 1
-        start_gap(self.gate.c)
+        core.lib.relay_gate_drop(self.gate.c)
 
     def cut_off(self) -> None:
         """The branch gets nothing more: its head discards, what is in it sees the end of the stream."""

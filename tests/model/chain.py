@@ -163,12 +163,11 @@ class Chain(Readers):
                 node.rest_need = len(node.rest)
                 return True
             node.rest_need = 0
-            over = (node.passed + node.dropped) % node.align
-            if not over:
+            if not node.to_border:
                 node.dropping = False
                 self._no_longer_blocked(node)
                 return True
-            size = min(size, node.align - over)
+            size = min(size, node.to_border)
         if not node.held:
             return False
         return self._discard(node, size, "dropped")

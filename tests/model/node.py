@@ -7,7 +7,7 @@ import dataclasses
 from slots import Pipe
 
 from model.ends import Sink
-from model.ring import Ring
+from model.ring import Ring, border
 
 
 @dataclasses.dataclass(eq=False)
@@ -46,6 +46,7 @@ class Node:
     align: int = 1
     rest: bytes = b""  # the piece that was under way when the gap began, as far as it has come
     rest_need: int = 0
+    origins: list[int] = dataclasses.field(default_factory=list)  # where streams began, of passed + dropped
     tee_copies: bool = False
     out_copies: bool = False
     stash_size: int = 0
@@ -70,6 +71,18 @@ class Node:
 
     def start_gap(self) -> None:
         """From now on bytes are dropped, once the piece that is under way is whole."""
-        under_way = (self.passed + self.dropped) % self.align
-        self.rest, self.rest_need = b"", self.align - under_way if under_way else 0
+        self.rest, self.rest_need = b"", self.to_border
         self.dropping = True
+
+    def new_stream(self) -> None:
+        """What comes in from now on is another stream: a piece that the one before did not finish stays as it is."""
+        here = self.passed + self.dropped + self.held
+        if here not in self.origins[-1:]:
+            self.origins.append(here)
+        self.rest_need = min(self.rest_need, len(self.rest) + self.held)
+
+    @property
+    def to_border(self) -> int:
+        """Bytes until a piece is whole."""
+        at = self.passed + self.dropped
+        return border(self.origins, at, self.align) - at

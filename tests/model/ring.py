@@ -7,6 +7,18 @@ import dataclasses
 from model.ends import Sink
 
 
+def border(origins: list[int], at: int, align: int, *, down: bool = False) -> int:
+    """The first border at or behind `at`, or the last one at or before it, where streams began at `origins`."""
+    known = origins[-8:] or [0]
+    begun = [origin for origin in known if origin <= at]
+    if not begun:
+        return known[0]
+    over = (at - begun[-1]) % align
+    if down or not over:
+        return at - over
+    return min([at + align - over, *(origin for origin in known if origin > at)])
+
+
 @dataclasses.dataclass(eq=False)
 class Reader:
     """One subscriber, or the place of a pipeline's sink (`stays`). What it is still to get is the ring's stream from
@@ -82,14 +94,7 @@ class Ring:
 
     def border(self, at: int, align: int, *, down: bool = False) -> int:
         """The first border at or behind `at`, or the last one at or before it."""
-        known = self.origins[-8:]
-        begun = [origin for origin in known if origin <= at]
-        if not begun:
-            return known[0]
-        over = (at - begun[-1]) % align
-        if down or not over:
-            return at - over
-        return min([at + align - over, *(origin for origin in known if origin > at)])
+        return border(self.origins, at, align, down=down)
 
     def join(self, reader: Reader) -> None:
         """A newcomer, `keep` bytes back, from a border on."""
