@@ -87,16 +87,19 @@ TEE = Tool("GNU tee", "coreutils", ("tee", "--version"), r"tee \(GNU coreutils\)
 NC = Tool("OpenBSD nc", "netcat-openbsd", ("nc", "-h"), r"OpenBSD netcat \(Debian patchlevel (\S+)\)")
 NCAT = Tool("ncat", "ncat", ("ncat", "--version"), r"Version (\S+)")
 PYTHON = Tool("Python", "python3", (sys.executable, "--version"), r"Python (\S+)")
+NGINX = Tool("nginx", "nginx-light", ("nginx", "-v"), r"nginx/(\S+)")
 BASH = Tool("bash", "bash", ("bash", "--version"), r"version ([\d.]+)")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A name in the table, the tools it needs, and the commands for a place. Without tools it is relay."""
+    """A name in the table, the tools it needs, and the commands for a place. Without tools it is relay. One that
+    `serves` waits at `place.listen` to be asked for the file by http, and for SIGTERM."""
 
     name: str
     tools: tuple[Tool, ...]
     parts: Callable[[Place], list[Part]]
+    serves: bool = False
 
     @property
     def is_relay(self) -> bool:
@@ -162,6 +165,18 @@ def python(*words: str) -> list[Part]:
 # mbuffer picks a block size from the system; 1 MiB blocks are what suits it and relay's chunks alike.
 BLOCKS = ("-s", "1M", "-m", "16M")
 
+
+def nginx_sendfile(place: Place) -> list[Part]:
+    """One process, which is all there is to do for one connection; its own files stand beside its sink's name."""
+    own = place.paths[0].parent
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    temporary = " ".join(f"{kind}_temp_path {own}/{kind};" for kind in kinds)
+    server = f"server {{ listen 127.0.0.1:{place.listen}; root {place.file.parent}; }}"
+    http = f"http {{ access_log off; sendfile on; {temporary} {server} }}"
+    config = f"daemon off; master_process off; pid {own}/pid; error_log stderr; events {{}} {http}"
+    return one("bash", "-c", f"echo {shlex.quote(config)} > {own}/conf; exec nginx -p {own} -c {own}/conf")
+
+
 FILE_TCP = (
     Contender("relay send", (), lambda p: one(*RELAY, "send", p.file, "--to", f"tcp://{tcp(p)[0]}")),
     Contender(
@@ -175,6 +190,7 @@ FILE_TCP = (
         (MBUFFER,),
         lambda p: one("mbuffer", "-q", *BLOCKS, "-i", p.file, "-O", tcp(p)[0]),
     ),
+    Contender("nginx, sendfile", (NGINX, BASH), nginx_sendfile, serves=True),
     Contender("nc", (NC,), lambda p: one("nc", "-N", "127.0.0.1", str(p.ports[0]), stdin=p.file)),
     Contender(
         "ncat", (NCAT,), lambda p: one("ncat", "--send-only", "127.0.0.1", str(p.ports[0]), stdin=p.file)

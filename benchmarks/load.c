@@ -8,6 +8,7 @@
  *   load receive HOW tcp COUNT   listens on COUNT ports of 127.0.0.1, one connection each
  *   load receive HOW unix PATH...   listens on unix sockets, one connection each
  *   load receive HOW fifo CAPACITY PATH...   reads fifos; CAPACITY in bytes, 0 leaves the system's default
+ *   load fetch HOW PORT NAME     receives what an http server at 127.0.0.1:PORT, once there is one, has by that name
  *   load keep FD ARGV...         runs a command, waits for it and for all it leaves behind, and writes the KiB of
  *                                the largest process among them to FD
  *   load burn MILLISECONDS       uses that much CPU time; a known quantity to test the accounting with
@@ -226,11 +227,63 @@ static int listening_at(enum kind kind, const char *path)
     return fd;
 }
 
+static enum how how_of(const char *text)
+{
+    return strcmp(text, "discard") == 0 ? DISCARD : strcmp(text, "read") == 0 ? READ : PASS;
+}
+
+static void report_stream(const struct stream *s)
+{
+    printf("received %lld %lld %lld\n", (long long)s->bytes, (long long)s->first, (long long)s->last);
+}
+
+/* The head of an answer, which must say 200, and not a byte more. */
+static void skip_head(int fd)
+{
+    static const char ends[] = "\r\n\r\n";
+    char *end;
+    ssize_t n;
+    do {
+        n = recv(fd, chunk, PAGE, MSG_PEEK);
+        if (n <= 0)
+            die("the head of the answer");
+        end = memmem(chunk, (size_t)n, ends, 4);
+    } while (!end && n < PAGE);
+    if (!end || strncmp((char *)chunk + strlen("HTTP/1.1"), " 200", 4) != 0) {
+        fprintf(stderr, "load: the answer is %.40s\n", (char *)chunk);
+        exit(1);
+    }
+    n = end + 4 - (char *)chunk;
+    if (recv(fd, chunk, (size_t)n, MSG_WAITALL) != n)
+        die("the head of the answer");
+}
+
+static int fetch(const char *how_text, const char *port, const char *name)
+{
+    struct stream s = {0};
+    enum how how = how_of(how_text);
+    if (how == PASS)
+        s.out = atoi(how_text);
+    printf("ready\n");
+    fflush(stdout);
+    s.fd = connected(port);
+    if (dprintf(s.fd, "GET /%s HTTP/1.0\r\n\r\n", name) < 0)
+        die("GET");
+    skip_head(s.fd);
+    struct pollfd wait = {.fd = s.fd, .events = POLLIN};
+    do
+        if (poll(&wait, 1, -1) < 0)
+            die("poll");
+    while (take(&s, how, TCP, -1));
+    report_stream(&s);
+    return 0;
+}
+
 static int receive(const char *how_text, enum kind kind, int count, char **rest)
 {
     static struct stream streams[MOST];
     static struct pollfd polls[MOST];
-    enum how how = strcmp(how_text, "discard") == 0 ? DISCARD : strcmp(how_text, "read") == 0 ? READ : PASS;
+    enum how how = how_of(how_text);
     int null = open("/dev/null", O_WRONLY | O_CLOEXEC), listening[MOST] = {0};
     char *next = (char *)how_text;
     if (null < 0)
@@ -279,8 +332,7 @@ static int receive(const char *how_text, enum kind kind, int count, char **rest)
         }
     }
     for (int i = 0; i < count; i++)
-        printf("received %lld %lld %lld\n", (long long)streams[i].bytes, (long long)streams[i].first,
-               (long long)streams[i].last);
+        report_stream(&streams[i]);
     return 0;
 }
 
@@ -333,6 +385,8 @@ int main(int argc, char **argv)
         return receive(argv[2], UNIX, argc - 4, argv + 4);
     if (argc >= 6 && strcmp(argv[1], "receive") == 0 && strcmp(argv[3], "fifo") == 0 && argc - 5 <= MOST)
         return receive(argv[2], FIFO, argc - 5, argv + 4);
+    if (argc == 5 && strcmp(argv[1], "fetch") == 0)
+        return fetch(argv[2], argv[3], argv[4]);
     if (argc >= 4 && strcmp(argv[1], "keep") == 0)
         return keep(atoi(argv[2]), argv + 3);
     if (argc == 3 && strcmp(argv[1], "burn") == 0)

@@ -15,6 +15,7 @@ import contextlib
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -100,8 +101,21 @@ class Process:
         assert self._popen.stdout is not None
         return self._popen.stdout
 
+    def end(self) -> None:
+        """SIGTERM to what the keeper runs, which is this process; it tells of the end itself."""
+        for child in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGTERM)
+
     def wait(self, seconds: float) -> Usage:
         """Waits for the end and returns the usage; BenchmarkError, and nothing reaped, after `seconds`."""
+        self.finished(seconds)
+        _, status, usage = os.wait4(self._popen.pid, 0)
+        self._popen.returncode = os.waitstatus_to_exitcode(status)
+        return Usage(usage.ru_utime + usage.ru_stime, self._popen.returncode)
+
+    def finished(self, seconds: float) -> None:
+        """Waits for the end, which is told later; BenchmarkError after `seconds`."""
         pidfd = os.pidfd_open(self._popen.pid)
         try:
             poller = select.poll()
@@ -110,9 +124,6 @@ class Process:
                 raise BenchmarkError(f"still running when its time was up: {' '.join(self.argv)}")
         finally:
             os.close(pidfd)
-        _, status, usage = os.wait4(self._popen.pid, 0)
-        self._popen.returncode = os.waitstatus_to_exitcode(status)
-        return Usage(usage.ru_utime + usage.ru_stime, self._popen.returncode)
 
     def kill(self) -> None:
         """Ends the process if it still runs, and closes what Popen opened. Harmless after `wait`."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from . import contender
 from .contender import RELAY, SOCAT, Tool, environment
 
 HAPROXY = Tool("HAProxy", "haproxy", ("haproxy", "-v"), r"HAProxy version (\S+)")
-NGINX = Tool("nginx", "nginx-light libnginx-mod-stream", ("nginx", "-v"), r"nginx/(\S+)")
+NGINX = replace(contender.NGINX, package="nginx-light libnginx-mod-stream")
 STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
 
 Start = Callable[[Path, int, int], list[str]]

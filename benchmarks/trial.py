@@ -125,13 +125,16 @@ class Trial:
             for path in fifos:
                 os.mkfifo(path)
             receivers, report = None, stack.enter_context(tempfile.TemporaryFile())
+            listen = free_port() if cell.source == "tcp" or contender.serves else 0
+            file = self.source(size) if cell.source == "file" else Path("/dev/null")
             ports: tuple[int, ...] = ()
             if cell.sink != "file":
-                receivers = self._receivers(stack, names, hashes, report)
+                fetched = [str(listen), file.name] if contender.serves else []
+                receivers = self._receivers(stack, names, hashes, report, fetched)
                 ports = tuple(map(int, _answer(receivers, deadline)))
             place = Place(
-                listen=free_port() if cell.source == "tcp" else 0,
-                file=self.source(size) if cell.source == "file" else Path("/dev/null"),
+                listen=listen,
+                file=file,
                 ports=ports,
                 fifos=fifos,
                 output=names[0],
@@ -152,6 +155,10 @@ class Trial:
                 for fd in {parts_in, feeder_end} - {-1}:
                     os.close(fd)
             usages = []
+            if contender.serves and receivers is not None:
+                receivers.finished(deadline - time.monotonic())
+                for process in processes:
+                    process.end()
             for process in processes:
                 usage = process.wait(deadline - time.monotonic())
                 _succeeded(process, usage, complaints, spelled(parts))
@@ -188,9 +195,15 @@ class Trial:
             )
 
     def _receivers(
-        self, stack: contextlib.ExitStack, names: tuple[Path, ...], hashes: list[_Digest], report: IO[bytes]
+        self,
+        stack: contextlib.ExitStack,
+        names: tuple[Path, ...],
+        hashes: list[_Digest],
+        report: IO[bytes],
+        fetched: list[str],
     ) -> Process:
-        """One process for all receivers: the fewest wake-ups and switches, the same for everyone."""
+        """One process for all receivers: the fewest wake-ups and switches, the same for everyone. `fetched`: the port
+        of a contender that serves, and what it is asked for."""
         how = ",".join(str(one.write_end) for one in hashes) or self.cell.receivers
         ends = {
             "fifo": ["fifo", str(self.cell.pipe), *map(str, names)],
@@ -198,7 +211,7 @@ class Trial:
             "tcp": ["tcp", str(self.cell.sinks)],
         }[self.cell.sink]
         process = Process(
-            [str(self.load), "receive", how, *ends],
+            [str(self.load), *(["fetch", how, *fetched] if fetched else ["receive", how, *ends])],
             cpus=self._load_cpus,
             stdout=subprocess.PIPE,
             stderr=report,

@@ -106,6 +106,7 @@ def test_tiny_cell_with_tee(load: Path, tmp_path: Path) -> None:
     [
         ("file-tcp", "socat -b 1M"),
         ("file-tcp", "Python socket.sendfile"),
+        ("file-tcp", "nginx, sendfile"),
         ("tcp-4tcp", "mbuffer -s 1M"),
         ("tcp-4tcp", "Python asyncio"),
         ("tcp-file", "socat -b 1M"),
@@ -131,6 +132,17 @@ def test_tiny_cell_of_every_kind(load: Path, tmp_path: Path, name: str, who: str
     run = trial.run(one, MIB)
     assert run.seconds >= 0
     assert run.cpu > 0
+
+
+def test_what_a_server_does_not_have_is_a_failure(load: Path, tmp_path: Path) -> None:
+    """An answer that is no 200 is not counted as bytes that were moved: the run fails, and says what the answer was."""
+    small = cell("file-tcp")
+    nginx = peer(small, "nginx, sendfile")
+    elsewhere = replace(
+        nginx, parts=lambda place: nginx.parts(replace(place, file=tmp_path / "none" / "file"))
+    )
+    with pytest.raises(BenchmarkError, match="404"):
+        Trial(load, small, tmp_path).run(elsewhere, MIB)
 
 
 def test_relay_delivers_in_every_kind_of_cell(load: Path, tmp_path: Path) -> None:
