@@ -113,6 +113,7 @@ def test_a_full_disk_fails_that_sink_alone(data: Path, tmp_path: Path) -> None:
     said = ended.stdout.decode()
     assert "File too large (EFBIG)" in said
     assert f"what was written stays in {tmp_path}/out.part" in said
+    assert said.count("what was written stays") == 1
 
 
 @forked.needs_root

@@ -11,6 +11,9 @@ from typing import Any
 from relay.units import show_size
 
 
+STAYS = "; what was written stays"  # as errors of writing have it in their hints
+
+
 @dataclass
 class SinkRecord:
     """One sink's part. `result` is delivered or failed; `bytes` reached the sink, `lost` of these are known
@@ -57,7 +60,7 @@ class SinkRecord:
         if self.reason:
             line += f"; {self.reason}"
         if self.path.endswith(".part"):
-            line += f"; what was written stays in {self.path}"
+            line = f"{line.removesuffix(STAYS)}{STAYS} in {self.path}"
         return line
 
     def as_dict(self) -> dict[str, Any]:
