@@ -10,7 +10,6 @@ from typing import Any
 
 from relay.units import show_size
 
-
 STAYS = "; what was written stays"  # as errors of writing have it in their hints
 
 
