@@ -45,6 +45,7 @@ class Pieces(NamedTuple):
 
 UNSEEN: Final = Pieces()
 SMALL: Final = 1024  # bytes: such messages are copied for less than a slot costs in every pipe
+FEW: Final = 20 << 10  # bytes at a time: to tcp a copy costs less than passing them on
 LITTLE: Final = 40 << 10  # bytes at a time: references cost more than dropping a copy of them
 PLENTY: Final = 768 << 10  # bytes at a time: more than there is room for
 
@@ -72,6 +73,8 @@ def thought(source: str, sinks: Sequence[str], pieces: Pieces = UNSEEN) -> tuple
         return 0.8, SMALL_ONES
     if small and source == "unix" and pieces.first * len(sinks) <= 2 * SMALL:
         return 0.9, SMALL_ONES  # to more pipes, the copies into each cost as much
+    if 0 < pieces.filled <= FEW and (paged or source == "tcp") and set(sinks) == {"tcp"}:
+        return 0.9, "few bytes at a time cost less to copy than to pass on by reference"
     if "tcp" in sinks:
         return (1.9 if several else 1.3), REFERENCES
     return 8.0, REFERENCES
