@@ -17,6 +17,11 @@ Forced = Literal["auto", "zero-copy", "copy", "sendfile", "splice", "vmsplice"]
 Method = Literal["splice", "tee", "sendfile", "vmsplice", "copy"]
 
 STRAIGHT = ("tcp", "unix", "fifo")  # sinks that a file may reach by sendfile when nothing else is on the way
+PAGED = (
+    "fifo",
+    "stdio",
+    "fd",
+)  # sources that were written into a pipe: single pages, however large the writes
 APPENDING = "a file opened to append refuses splice"
 STRAIGHT_TO_FILE = "into memory that files are written from: splice would copy into the page cache, too"
 REFERENCES = "pages move by reference; what that costs is measured as they do"
@@ -45,8 +50,8 @@ class Pieces(NamedTuple):
 
 UNSEEN: Final = Pieces()
 SMALL: Final = 1024  # bytes: such messages are copied for less than a slot costs in every pipe
-FEW: Final = 20 << 10  # bytes at a time: to tcp a copy costs less than passing them on
-LITTLE: Final = 40 << 10  # bytes at a time: references cost more than dropping a copy of them
+FEW_TO_TCP: Final = 20 << 10  # bytes at a time: to tcp a copy costs less than passing them on
+FEW_TO_NULL: Final = 40 << 10  # bytes at a time: references cost more than dropping a copy of them
 PLENTY: Final = 768 << 10  # bytes at a time: more than there is room for
 
 
@@ -58,22 +63,18 @@ def thought(source: str, sinks: Sequence[str], pieces: Pieces = UNSEEN) -> tuple
     """
     several = len(sinks) > 1
     small = 0 < pieces.first <= SMALL
-    paged = source in (
-        "fifo",
-        "stdio",
-        "fd",
-    )  # written into a pipe: page by page, however large the pieces were
+    paged = source in PAGED
     if "file" in sinks:
         return (0.7 if source in ("tcp", "unix") else 0.85), STRAIGHT_TO_FILE
     if several and set(sinks) == {"tcp"} and (source == "file" or (paged and pieces.filled >= PLENTY)):
         return 0.9, "into memory that all sinks are sent from: fewer, larger sends than page by page"
-    if list(sinks) == ["null"] and (source == "unix" or (paged and 0 < pieces.filled <= LITTLE)):
+    if list(sinks) == ["null"] and (source == "unix" or (paged and 0 < pieces.filled <= FEW_TO_NULL)):
         return 0.7, "into one piece of memory: that costs less than references that nobody takes"
     if small and source in ("tcp", "unix") and set(sinks) <= {"tcp", "unix"}:
         return 0.8, SMALL_ONES
     if small and source == "unix" and pieces.first * len(sinks) <= 2 * SMALL:
         return 0.9, SMALL_ONES  # to more pipes, the copies into each cost as much
-    if 0 < pieces.filled <= FEW and (paged or source == "tcp") and set(sinks) == {"tcp"}:
+    if 0 < pieces.filled <= FEW_TO_TCP and (paged or source == "tcp") and set(sinks) == {"tcp"}:
         return 0.9, "few bytes at a time cost less to copy than to pass on by reference"
     if "tcp" in sinks:
         return (1.9 if several else 1.3), REFERENCES
@@ -111,10 +112,9 @@ class Ways:
                 "asked for" if self.forced == "vmsplice" else "pages that nobody writes to again are lent"
             )
             return Choice("copy", refused) if refused else Choice("vmsplice", reason)
-        narrow = (
-            alone == "unix" and self.forced != "sendfile"
-        )  # its own pipe of 16 slots costs 1.1 of a large one
-        if scheme == "file" and alone and not narrow and self.forced in ("auto", "zero-copy", "sendfile"):
+        # to a unix socket the 16 slots of sendfile's own pipe cost 1.1 of a large pipe's
+        fits = alone and (alone != "unix" or self.forced == "sendfile")
+        if scheme == "file" and fits and self.forced in ("auto", "zero-copy", "sendfile"):
             refused = self.machine.refused("sendfile")
             if not refused:
                 return Choice("sendfile", "a file straight to one socket needs no pipe")

@@ -119,9 +119,8 @@ class Balance:
     def _less(self, size: int) -> int:
         """So many bytes, or fewer where they cost so much that fewer tell as much."""
         found = self._costs[self.way]
-        return (
-            min(size, int(size * self._telling / (OWN * median(found)))) if found and median(found) else size
-        )
+        cost = median(found) if found else 0.0
+        return min(size, int(size * self._telling / (OWN * cost))) if cost else size
 
     def spent(self, size: int) -> None:
         """So many bytes went the other way that is not in force."""

@@ -39,10 +39,8 @@ class Place:
         self._gate.passed += came - dropped
         self._gate.blocked_ns += self.blocked
         began = int(self._ring.c.position) - self._ring.origin  # so many bytes ago
-        self._gate.turns.origins[0], self._gate.turns.count = (
-            self._gate.passed + self._gate.dropped - began,
-            1,
-        )
+        turns = self._gate.turns
+        turns.origins[0], turns.count = self._gate.passed + self._gate.dropped - began, 1
         if self._node != self._gate:
             self._node.passed += came - dropped
         self._node.sink = self.c.sink
