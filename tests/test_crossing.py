@@ -175,6 +175,30 @@ def test_auto_tries_the_other_way_and_says_what_it_found(
     assert all(cost > 0 for cost in told["cpu_seconds_per_gib"].values())
 
 
+def test_a_trial_of_a_dear_way_ends_where_its_sample_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file, which always has more, no more than a sample and what settles before it go the way that costs."""
+    monkeypatch.setattr(balance, "RARE", 0.05)
+    monkeypatch.setattr(crossing, "PATIENCE", 10.0)
+    data = payload(7, 8 * MIB) * 32
+    path = tmp_path / "source"
+    path.write_bytes(data)
+    with (
+        receivers(["unix"], tmp_path) as (addresses, opens),
+        Relay(route(addresses) | {"source": str(path)}) as relay,
+    ):
+        got = bytearray()
+        take(opens[0](), got)
+        record = relay.wait()
+    assert record is not None
+    assert_same(bytes(got), data)
+    assert record.measured["began"] == "zero-copy"
+    assert record.measured["samples"]["copy"] > 0
+    most = balance.SETTLES + balance.TRIAL_DEAR + MIB // 2  # the last: a read that was under way
+    assert record.measured["bytes"]["copy"] <= most * record.measured["samples"]["copy"]
+
+
 def test_a_sink_that_drops_out_of_a_ring_counts_every_byte(tmp_path: Path) -> None:
     """Delivered and dropped are received, the gaps whole pieces; the sink beside it gets everything."""
     data = payload(5, 48 * MIB)

@@ -34,11 +34,11 @@ class Stream:
             step = min(size, self._until - self._come)
             self._come += step
             self.by[self.way] += step
-            self.found.fed += step
+            self.found.came(self.way, step)
             size -= step
             if self._come < self._until:
                 continue
-            self.found.measured(self, self.way, self.cost(self.way), self._come)
+            self.found.measured(self, self.way, self.cost(self.way))
             self._come = 0
             way, wanted = self.found.next(self)
             if way == self.way:
@@ -50,7 +50,7 @@ class Stream:
     def end(self) -> None:
         """It is over, and what was measured of it counts."""
         if self._come - SETTLES >= COUNTS:
-            self.found.measured(self, self.way, self.cost(self.way), self._come)
+            self.found.measured(self, self.way, self.cost(self.way))
         self.found.leaves(self)
 
 

@@ -41,7 +41,6 @@ class _Direction:
 
     def __init__(self, session: Gauged, which: int, found: Experience) -> None:
         self.session, self.which, self.found = session, which, found
-        self.told = 0
 
 
 class Gauge:
@@ -81,10 +80,9 @@ class Gauge:
             at = self._at = _Direction(session, which, self._found[which, scheme])
             self._seen.setdefault(session, set()).add(which)
         found, way = at.found, self._way(side)
-        found.fed += side.moved - at.told
-        at.told = side.moved
+        found.came(way, int(self._c.came))
         changes = found.balance.changes
-        found.measured(at, way, self._c.cpu_ns / self._c.gauged, int(self._c.came))
+        found.measured(at, way, self._c.cpu_ns / self._c.gauged)
         wanted, size = found.next(at)
         if found.balance.changes != changes:
             for each in live:

@@ -199,7 +199,7 @@ int fill_from_source(struct pass *s)
     struct relay_pipeline *p = s->p;
     struct relay_node *head = p->head;
     struct relay_end *source = p->source;
-    int64_t most = RELAY_PIECE, moved;
+    int64_t most = most_read(p), moved;
     loff_t offset;
     int gives = source_gives(s), from_memory;
 

@@ -116,6 +116,9 @@ static inline void sink_took(struct pass *s, struct relay_end *sink, int64_t mov
     }
 }
 
+/* Bytes of one read at the most; in a brief sample of one sweep, too. */
+static inline int64_t most_read(const struct relay_pipeline *p) { return p->brief ? RELAY_PIECE / 2 : RELAY_PIECE; }
+
 static inline int refuses(const struct relay_node *n) { return n->full || n->prefix_left; }
 
 /* Whether an own pipe gave or took nothing, though it was there to: it is asked again, or it is broken. */

@@ -264,6 +264,7 @@ struct relay_pipeline {
     int64_t gauged, cpu_ns;    /* the bytes they read, and what they took of the engine's thread's CPU time; once told,
                                   the time of the threads that wrote those bytes to files is in it, too */
     int sample;                /* its number: not 0 while anything is measured */
+    int brief;                 /* a short one, of a dear way: reads and sweeps are short, so that little goes beyond it */
     int sweeps;                /* that were measured for it */
     unsigned chance;           /* which of many small ones are */
     int looks;                 /* fills of an empty head still to be looked at, or fewer where they are large; then */

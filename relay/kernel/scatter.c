@@ -70,7 +70,7 @@ static int fill_ring(struct pass *s, struct relay_ring *ring)
 
     if (gives <= 0)
         return gives < 0;
-    moved = ring_room(s, ring, RELAY_PIECE);
+    moved = ring_room(s, ring, most_read(p));
     if (!moved) {
         offer(ring);            /* who is waited for may be a reader of what is held back */
         return 0;

@@ -88,9 +88,8 @@ class Balance:
         if self._streak:  # in pairs: what else the machine does weighs on both alike
             return (other(self.way), self.trial) if self._last == self.way else (self.way, self.own)
         size = self.trial
-        dear = self.expected >= DEAR
-        share = min(self._share, RARE) if dear else self._share
-        if len(own) >= ENOUGH and self.tried + size + SETTLES + OVER * dear <= share * fed:
+        share = min(self._share, RARE) if self.dear else self._share
+        if len(own) >= ENOUGH and self.tried + size + SETTLES + OVER * self.dear <= share * fed:
             return other(self.way), size
         return self.way, self.own
 
@@ -100,6 +99,11 @@ class Balance:
         if self._streak or len(self._costs[self.way]) < ENOUGH:
             return SETTLES
         return REST * self.own // OWN
+
+    @property
+    def dear(self) -> bool:
+        """Whether the other way costs much more, as far as is known."""
+        return self.expected >= DEAR
 
     @property
     def trying(self) -> bool:
@@ -114,7 +118,7 @@ class Balance:
     @property
     def trial(self) -> int:
         """Bytes of a sample of the other way."""
-        return TRIAL_DEAR if self.expected >= DEAR else max(self._less(TRIAL), min(self.least, TRIAL))
+        return TRIAL_DEAR if self.dear else max(self._less(TRIAL), min(self.least, TRIAL))
 
     def _less(self, size: int) -> int:
         """So many bytes, or fewer where they cost so much that fewer tell as much."""

@@ -208,13 +208,16 @@ class Crossing:
         choice = self._ways.across(source, self._schemes, pieces)
         if choice.method == "copy" and found.balance.way == "chain":
             self._begins = choice
+            self._tell(found)
             found.balance.take("ring", self._ways.odds(source, self._schemes, "ring", pieces))
             self._change_over()
 
     # -- measuring
 
     def _measure(self, size: int, skip: int = SETTLES) -> None:
-        """The next `size` bytes are measured, after `skip` that are not."""
+        """The next `size` bytes are measured, after `skip` that are not; of a dear way little goes beyond them."""
+        balance = self._experience.balance if self._experience is not None else None
+        self._pipeline.brief = balance is not None and self.way != balance.way and balance.dear
         self._from = int(self._pipeline.fed)
         self._pipeline.cpu_ns = self._pipeline.gauged = 0
         self._pipeline.sample += 1
@@ -248,18 +251,24 @@ class Crossing:
             self._timer = self._engine.later(PATIENCE, self._too_long)
             self._engine.ready(self._pipeline)
 
-    def _heed(self, found: Experience) -> None:
-        """What was measured is told, and the bytes that came since the last time."""
+    def _tell(self, found: Experience) -> None:
+        """The bytes that came since the last time."""
         fed = int(self._pipeline.fed)
-        found.fed += fed - self._told
+        found.came(self.way, fed - self._told)
         self._told = fed
+
+    def _heed(self, found: Experience) -> None:
+        """What was measured is told."""
+        self._tell(found)
         gauged = int(self._pipeline.gauged)
         # of a sample cut short by the stream's end the threads' part is not in yet
         short = gauged >= COUNTS and "file" not in self._schemes
         if short or (gauged and not self._pipeline.gauge_until):
-            found.measured(self, self.way, int(self._pipeline.cpu_ns) / gauged, fed - self._from)
+            found.measured(self, self.way, int(self._pipeline.cpu_ns) / gauged)
 
     def _still(self) -> None:
+        if self._experience is not None:
+            self._tell(self._experience)  # after a trial some more bytes went its way
         changed = self._change()
         self._go_on()
         if not changed and self._experience is not None:
@@ -272,10 +281,14 @@ class Crossing:
         self._measure(size)
 
     def _too_long(self) -> None:
-        if self._experience is not None and self.way == self._experience.balance.way:
-            self._experience.gave_up(self)
+        found = self._experience
+        if found is not None and self.way == found.balance.way:
+            found.gave_up(self)
         self._go_on()
-        self._sample()
+        if found is not None and self.way != found.balance.way:
+            self._measure(SETTLES, 0)  # soon once more: it is not wanted here
+        else:
+            self._sample()
 
     def _go_on(self) -> None:
         if self._timer is not None:
@@ -293,7 +306,7 @@ class Crossing:
         if found is not None and self._intake is not None:
             self._heed(found)
             found.leaves(self)
-        self._pipeline.gauge_until = self._pipeline.looks = 0
+        self._pipeline.gauge_until = self._pipeline.looks = self._pipeline.brief = 0
         fed = int(self._pipeline.fed)
         self._by[self.way] += fed - self._since
         self._since = fed

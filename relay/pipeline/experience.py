@@ -63,8 +63,14 @@ class Experience:
         self._tries(who)
         return (way, size) if self._last is who else (self.balance.way, self.balance.own)
 
-    def measured(self, who: object, way: Way, cost: float, size: int) -> None:
-        """`who` measured, in CPU nanoseconds a byte; `size` bytes of it went that way meanwhile."""
+    def came(self, way: Way, size: int) -> None:
+        """So many bytes more, and which way they went."""
+        self.fed += size
+        if way != self.balance.way:
+            self.balance.spent(size)
+
+    def measured(self, who: object, way: Way, cost: float) -> None:
+        """`who` measured, in CPU nanoseconds a byte."""
         own = way == self.balance.way
         if own:
             if not self._may(who):
@@ -72,8 +78,6 @@ class Experience:
             self._last = who
         elif self.trier is not who:
             return  # the others changed their mind, and it did not hear of that so far
-        else:
-            self.balance.spent(size)
         self._since = self.fed
         self.balance.measured(way, cost)
         if not own and not self.balance.trying:
