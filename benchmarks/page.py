@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import auto, duplex, floors, machine, published, table
+from . import auto, duplex, floors, machine, published, start, table
 from .catalogue import catalogue
 from .cell import GIB, MIB, Cell
 from .load import BenchmarkError, compiled
@@ -222,6 +222,11 @@ def bare(run: Run) -> str:
     return "\n".join(aligned(floors.HEAD, rows))
 
 
+def starts(run: Run) -> str:
+    """What starting costs."""
+    return start.table(max(run.runs, start.LEAST_RUNS) if run.size is None else run.runs)
+
+
 def circumstances(run: Run) -> str:
     """The machine, before anything runs."""
     about = machine.description(run.directory)
@@ -244,6 +249,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     **{name: _pinned(name, size) for name, size in PINNED.items()},
     "both-ways": _both_ways(JOBS, pinned=True),
     "floors": bare,
+    "start": starts,
     "auto": chosen,
     "unpinned": unpinned,
     "both-ways-unpinned": _both_ways(JOBS_UNPINNED, pinned=False),
