@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 
 from . import contender
-from .contender import Contender
+from .contender import MBUFFER, NC, NCAT, NGINX, PV, SOCAT, TEE, Contender, Tool
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -17,13 +17,26 @@ LARGE_PIPE = MIB
 
 
 @dataclass(frozen=True)
+class Goal:
+    """The most CPU and the least GiB/s that relay is to have, as fractions of the best peers'; set for these tools."""
+
+    cpu: float
+    speed: float
+    tools: tuple[Tool, ...]
+
+    def concerns(self, one: Contender) -> bool:
+        """Whether it was set beside that peer: all of its tools but the shell are among them."""
+        return all(tool in (*self.tools, contender.BASH) for tool in one.tools)
+
+
+@dataclass(frozen=True)
 class Cell:
     """One table: from where (`file`, `tcp`, `unix`, `pipe`), to where (`tcp`, `unix`, `fifo`, `file`), how many times.
 
     `size` is bytes of the source stream, so many that starting up is a small part of what they cost, and is fed in
     writes of `chunk`, or (`feed` is `lend`) by lending pages to the pipe. `receivers` drop bytes in the kernel
-    (`discard`) or copy them (`read`). `target` bounds relay's CPU as a fraction of the named peer's; `goal` is the
-    most CPU and the least GiB/s that relay is to have, as fractions of the best peers'.
+    (`discard`) or copy them (`read`). `target` bounds relay's CPU as a fraction of the named peer's, `goal`
+    says what relay is to reach.
     """
 
     name: str
@@ -38,7 +51,7 @@ class Cell:
     receivers: str = "discard"
     target: tuple[str, float] | None = None
     chunk: int = MIB
-    goal: tuple[float, float] | None = None
+    goal: Goal | None = None
     feed: str = "feed"
 
 
@@ -51,9 +64,18 @@ _BASE = (
         1,
         4 * GIB,
         contender.FILE_TCP,
-        goal=(0.9, 1.1),
+        goal=Goal(0.9, 1.1, (NGINX, SOCAT, PV, NC, NCAT)),
     ),
-    Cell("tcp-4tcp", "tcp to 4 tcp", "tcp", "tcp", 4, 4 * GIB, contender.TCP_4TCP, goal=(0.8, 1.25)),
+    Cell(
+        "tcp-4tcp",
+        "tcp to 4 tcp",
+        "tcp",
+        "tcp",
+        4,
+        4 * GIB,
+        contender.TCP_4TCP,
+        goal=Goal(0.8, 1.25, (MBUFFER,)),
+    ),
     Cell(
         "pipe-4pipes",
         "Pipe to 4 pipes, chunks and pipes of 1 MiB",
@@ -63,9 +85,18 @@ _BASE = (
         16 * GIB,
         contender.PIPE_4PIPES,
         target=("tee", 0.2),
-        goal=(0.1, 8.0),
+        goal=Goal(0.1, 8.0, (TEE, SOCAT)),
     ),
-    Cell("tcp-file", "tcp to file", "tcp", "file", 1, 2 * GIB, contender.TCP_FILE, goal=(0.8, 1.1)),
+    Cell(
+        "tcp-file",
+        "tcp to file",
+        "tcp",
+        "file",
+        1,
+        2 * GIB,
+        contender.TCP_FILE,
+        goal=Goal(0.8, 1.1, (SOCAT, NC, NCAT, TEE)),
+    ),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 
-from .cell import GIB, Cell, lent, one_way
+from .cell import GIB, Cell, Goal, lent, one_way
 from .contender import (
     BASH,
     BLOCKS,
@@ -127,7 +127,14 @@ _SMALL = replace(
     target=None,
 )
 _UNIX = Cell(
-    "unix-4unix", "unix to 4 unix, chunks of 1 MiB", "unix", "unix", 4, 4 * GIB, UNIX_4UNIX, goal=(0.1, 8.0)
+    "unix-4unix",
+    "unix to 4 unix, chunks of 1 MiB",
+    "unix",
+    "unix",
+    4,
+    4 * GIB,
+    UNIX_4UNIX,
+    goal=Goal(0.1, 8.0, (TEE, SOCAT)),
 )
 
 _BASE = (
@@ -139,9 +146,9 @@ _BASE = (
         8,
         GIB,
         FILE_8TCP,
-        goal=(0.7, 1.3),
+        goal=Goal(0.7, 1.3, (MBUFFER, NC)),
     ),
-    Cell("tcp-16tcp", "tcp to 16 tcp", "tcp", "tcp", 16, GIB, TCP_4TCP, goal=(0.8, 1.25)),
+    Cell("tcp-16tcp", "tcp to 16 tcp", "tcp", "tcp", 16, GIB, TCP_4TCP, goal=Goal(0.8, 1.25, (MBUFFER,))),
     _SMALL,
     Cell(
         "pipe-16pipes",
@@ -151,7 +158,7 @@ _BASE = (
         16,
         8 * GIB,
         PIPE_4PIPES,
-        goal=(0.1, 8.0),
+        goal=Goal(0.1, 8.0, (TEE, SOCAT)),
     ),
     replace(
         _SMALL,
@@ -162,7 +169,16 @@ _BASE = (
     ),
     _UNIX,
     replace(_UNIX, name="unix-4unix-64k", title="unix to 4 unix, chunks of 64 KiB", chunk=64 * KIB),
-    Cell("tcp-3files", "tcp to 3 files", "tcp", "file", 3, GIB, TCP_3FILES, goal=(0.8, 1.1)),
+    Cell(
+        "tcp-3files",
+        "tcp to 3 files",
+        "tcp",
+        "file",
+        3,
+        GIB,
+        TCP_3FILES,
+        goal=Goal(0.8, 1.1, (SOCAT, NC, TEE)),
+    ),
 )
 
 

@@ -1,7 +1,7 @@
 """`python -m benchmarks.page docs/benchmarks.md`: makes all tables of the page anew and writes them into it.
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`; what is around it is left alone. Each is written as
-soon as it is there, so a run that is broken off has done something.
+soon as it is there, so a run that is broken off has done something. Then the page's pictures are drawn from its tables.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import auto, duplex, floors, machine, table
+from . import auto, duplex, floors, machine, published, start, table
 from .catalogue import catalogue
 from .cell import GIB, MIB, Cell
 from .load import BenchmarkError, compiled
@@ -222,6 +222,11 @@ def bare(run: Run) -> str:
     return "\n".join(aligned(floors.HEAD, rows))
 
 
+def starts(run: Run) -> str:
+    """What starting costs."""
+    return start.table(max(run.runs, start.LEAST_RUNS) if run.size is None else run.runs)
+
+
 def circumstances(run: Run) -> str:
     """The machine, before anything runs."""
     about = machine.description(run.directory)
@@ -244,6 +249,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     **{name: _pinned(name, size) for name, size in PINNED.items()},
     "both-ways": _both_ways(JOBS, pinned=True),
     "floors": bare,
+    "start": starts,
     "auto": chosen,
     "unpinned": unpinned,
     "both-ways-unpinned": _both_ways(JOBS_UNPINNED, pinned=False),
@@ -292,6 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
                     continue
                 options.page.write_text(put(options.page.read_text(), name, made))
                 say(f"== {name}: written after {time.monotonic() - began:.0f} s")
+                published.pictures(options.page.read_text(), options.page.parent / published.PICTURES)
                 if options.json is not None:
                     options.json.write_text(json.dumps(run.raw, indent=1) + "\n")
     except (BenchmarkError, OSError) as error:

@@ -94,8 +94,7 @@ def _ratios(cells: Sequence[dict[str, Any]]) -> list[Chart]:
         peers = [one for one in contenders if not _is_relay(one)]
         if relay is None or not peers:
             continue
-        faster = relay["gib_s"]["median"] / max(one["gib_s"]["median"] for one in peers)
-        dearer = relay["cpu_s_gib"]["median"] / min(one["cpu_s_gib"]["median"] for one in peers)
+        faster, dearer = beside(cell)
         speed.append(_ratio(cell["cell"], faster, better=faster > 1))
         cpu.append(_ratio(cell["cell"], dearer, better=dearer < 1))
         # on a short stream what is left without start-up may be less than its own spread
@@ -112,6 +111,33 @@ def _ratios(cells: Sequence[dict[str, Any]]) -> list[Chart]:
         ),
         Chart("CPU without start-up by the cheapest peer's", tuple(net), "below 1 relay is cheaper", mark=1),
     ]
+
+
+def beside(cell: dict[str, Any]) -> tuple[float, float]:
+    """relay's GiB/s by the fastest peer's, and its CPU by the cheapest one's; `said` has them of unrounded figures."""
+    if "said" in cell:
+        return float(cell["said"][0]), float(cell["said"][1])
+    contenders = _measured(cell)
+    (relay,) = [one for one in contenders if _is_relay(one)]
+    peers = [one for one in contenders if not _is_relay(one)]
+    return (
+        relay["gib_s"]["median"] / max(one["gib_s"]["median"] for one in peers),
+        relay["cpu_s_gib"]["median"] / min(one["cpu_s_gib"]["median"] for one in peers),
+    )
+
+
+def draw_jobs(jobs: Sequence[tuple[str, float, float | None]], directory: Path) -> Path:
+    """Writes `both-ways.svg`: of each job what relay costs, and its rate, by the best peer's; the path."""
+    rates = tuple(_ratio(title, rate, better=rate > 1) for title, _cost, rate in jobs if rate is not None)
+    costs = tuple(_ratio(title, cost, better=cost < 1) for title, cost, _rate in jobs)
+    panels = [
+        Chart("rate by the best peer's", rates, "above 1 relay is faster", mark=1),
+        Chart("CPU (idle: memory) by the best peer's", costs, "below 1 relay is cheaper", mark=1),
+    ]
+    path = directory / "both-ways.svg"
+    title = "relay by the best peer, both ways"
+    path.write_text(svg(title, panels, order=("better", "worse"), label=320, width=560), encoding="utf-8")
+    return path
 
 
 def _ratio(name: str, value: float, *, better: bool) -> Group:

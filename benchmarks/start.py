@@ -21,6 +21,7 @@ from statistics import median
 from typing import NamedTuple
 
 from .contender import RELAY, environment
+from .table import aligned
 
 LEAST_RUNS = 9
 ROUTE = "routes: {start: {source: 'tcp://127.0.0.1:%d', sink: 'null:'}}\n"
@@ -85,6 +86,31 @@ CASES: dict[str, Callable[[dict[str, str]], Cost]] = {
     "relay check": ended(*RELAY, "check"),
     "relay serve, ready": serving,
 }
+GOALS = {"relay --help": 150, "relay serve, ready": 350}  # milliseconds
+
+
+def measured(runs: int, places: dict[str, dict[str, str]]) -> dict[tuple[str, str], list[Cost]]:
+    """`runs` of each case in each checkout, by its environment, in turn."""
+    costs: dict[tuple[str, str], list[Cost]] = {}
+    for turn in range(runs + 1):
+        for case, run in CASES.items():
+            for place, env in places.items():
+                cost = run(env)
+                if turn:
+                    costs.setdefault((case, place), []).append(cost)
+    return costs
+
+
+def table(runs: int) -> str:
+    """A row a case, for a page."""
+    rows = []
+    for (case, _place), found in measured(runs, {"this": environment()}).items():
+        cpu, wall = ([1000 * value for value in values] for values in zip(*found, strict=True))
+        spread = f"{median(wall):.0f} ({min(wall):.0f} to {max(wall):.0f})"
+        goal = GOALS.get(case)
+        met = "" if goal is None else f"{goal} ms: {'met' if median(wall) <= goal else 'missed'}"
+        rows.append([f"`{case}`" if case.startswith("relay") else case, f"{median(cpu):.0f}", spread, met])
+    return "\n".join(aligned(["started", "CPU ms", "wall ms (min to max)", "goal"], rows))
 
 
 def main() -> int:
@@ -100,13 +126,7 @@ def main() -> int:
     places = {"this": environment()}
     if options.against is not None:
         places["against"] = {**environment(), "PYTHONPATH": str(options.against.resolve())}
-    costs: dict[tuple[str, str], list[Cost]] = {}
-    for turn in range(options.runs + 1):
-        for case, run in CASES.items():
-            for place, env in places.items():
-                cost = run(env)
-                if turn:
-                    costs.setdefault((case, place), []).append(cost)
+    costs = measured(options.runs, places)
     print(f"{'':22}{'':9}{'CPU ms':>8}{'wall ms':>9}   medians of {options.runs} runs, {os.cpu_count()} CPUs")
     for (case, place), found in costs.items():
         cpu, wall = (1000 * median(values) for values in zip(*found, strict=True))

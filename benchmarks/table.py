@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from .cell import GIB, MIB, Cell, cpus
+from .cell import GIB, MIB, Cell, Goal, cpus
 from .contender import Place, spelled
 from .load import BenchmarkError
 from .series import Result
@@ -53,7 +53,7 @@ def raw(cell: Cell, size: int, runs: int, results: list[Result]) -> dict[str, An
         "sinks": cell.sinks,
         "chunk": cell.chunk,
         "feed": cell.feed,
-        "goal": None if cell.goal is None else {"cpu": cell.goal[0], "gib_s": cell.goal[1]},
+        "goal": None if cell.goal is None else {"cpu": cell.goal.cpu, "gib_s": cell.goal.speed},
         "size": size,
         "runs": runs,
         "contenders": [
@@ -125,7 +125,11 @@ def _sentences(cell: Cell, results: list[Result], relay: Result | None) -> list[
             f"({verdict}{overlap})."
         )
     if cell.goal is not None and relay is not None and peers:
-        said.append(_goal(cell.goal, relay, peers))
+        said.append(f"Goal, {_goal(cell.goal, relay, peers)}.")
+        named = [peer for peer in peers if cell.goal.concerns(peer.contender)]
+        if named and len(named) < len(peers):
+            tools = ", ".join(dict.fromkeys(tool.name for tool in cell.goal.tools))
+            said.append(f"Beside {tools} alone, for which it was set, {_goal(cell.goal, relay, named)}.")
     if cell.target is not None and relay is not None:
         name, bound = cell.target
         peer = next((r for r in peers if r.contender.name == name), None)
@@ -150,16 +154,16 @@ def _sentences(cell: Cell, results: list[Result], relay: Result | None) -> list[
     return said
 
 
-def _goal(goal: tuple[float, float], relay: Result, peers: list[Result]) -> str:
-    """How relay stands to what it is to reach, beside the cheapest and the fastest of all peers."""
+def _goal(goal: Goal, relay: Result, peers: list[Result]) -> str:
+    """How relay stands to what it is to reach, beside the cheapest and the fastest of these peers."""
     cpu = relay.cpu().median / min(peer.cpu().median for peer in peers)
     speed = relay.rate().median / max(peer.rate().median for peer in peers)
     words = {True: "met", False: "missed"}
     least = min(peer.net_cpu() for peer in peers)
     net = f" ({relay.net_cpu() / least:.2f} without start-up)" if least > 0 else ""
     return (
-        f"Goal, at most {goal[0]:g} of the CPU: {words[cpu <= goal[0]]}, {cpu:.2f}{net}; "
-        f"at least {goal[1]:g} times the GiB/s: {words[speed >= goal[1]]}, {speed:.2f}."
+        f"at most {goal.cpu:g} of the CPU: {words[cpu <= goal.cpu]}, {cpu:.2f}{net}; "
+        f"at least {goal.speed:g} times the GiB/s: {words[speed >= goal.speed]}, {speed:.2f}"
     )
 
 

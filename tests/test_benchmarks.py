@@ -19,7 +19,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as command
-from benchmarks import contender, duplex, floors, memory, page, proxies, table
+from benchmarks import contender, duplex, floors, memory, page, proxies, start, table
 from benchmarks import trial as trial_module
 from benchmarks.catalogue import catalogue
 from benchmarks.cell import GIB, MIB, Cell
@@ -256,6 +256,22 @@ def test_losses_are_said_plainly() -> None:
     assert "Goal, at most 0.1 of the CPU: missed, 1.25 (1.33 without start-up); at least 8 times" in text
 
 
+def test_a_goal_is_also_said_beside_those_it_was_set_for() -> None:
+    """A goal that somebody else keeps relay from is missed, and met beside the tools that it names."""
+    one = cell("file-8tcp")
+    results = [
+        Result(c, "1", [Measure(GIB, 1.0, cpu, 1024, 1.0, 0.0)], [Measure(0, 0.1, 0.0, 1024, 0.1, 0.0)])
+        for c, cpu in zip(one.contenders, (0.6, 1.0, 1.0, 1.0, 0.5), strict=True)
+    ]
+    assert [r.contender.tools for r in results][4] == (contender.PYTHON,)
+    text = table.markdown(one, GIB, 1, results)
+    assert "- Goal, at most 0.7 of the CPU: missed, 1.20 (1.20 without start-up); at least 1.3 times" in text
+    assert (
+        "- Beside mbuffer, OpenBSD nc alone, for which it was set, at most 0.7 of the CPU: met, 0.60 (0.60 without "
+        "start-up); at least 1.3 times the GiB/s: missed, 1.00." in text
+    )
+
+
 def test_command_lists_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     """--list names the cells a pattern picks; a pattern that picks none is refused with all names."""
     assert command.main(["--list", "--only", "file-*"]) == 0
@@ -359,6 +375,17 @@ def test_a_table_is_written_where_it_belongs(tmp_path: Path) -> None:
     assert "| **`relay run`** | relay " in written
     raw = json.loads((tmp_path / "runs.json").read_text())
     assert raw["unix-4unix"]["size"] == MIB
+
+
+def test_starting_is_measured_beside_its_goals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way to start has a row; the two that have a goal say whether they met it, and more than that is missed."""
+    monkeypatch.setitem(start.GOALS, "relay --help", 0)
+    head, _rule, *rows = start.table(1).splitlines()
+    assert head.startswith("| started |")
+    assert [row.split(" | ")[0].strip("| `") for row in rows] == list(start.CASES)
+    goals = {row.split(" | ")[0].strip("| `"): row.split(" | ")[3] for row in rows}
+    assert goals["relay --help"] == "0 ms: missed |"
+    assert goals["relay serve, ready"] in ("350 ms: met |", "350 ms: missed |")
 
 
 def test_a_page_without_a_place_is_refused_before_anything_runs(

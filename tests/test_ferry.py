@@ -16,7 +16,7 @@ from line import File, Line
 from peers import assert_same, eventually, payload, read_all
 from syscalls import readable
 
-from relay.endpoints.ferry import MOST_MEMORY, ROOM
+from relay.endpoints.ferry import LARGE, MOST_MEMORY, SMALL
 from relay.endpoints.written import Writing, WrittenFile
 from relay.engine import Engine
 from relay.kernel import core
@@ -275,14 +275,18 @@ def test_a_nudge_comes_before_the_next_load(engine: Engine, fds: Descriptors, tm
 
 
 def test_memory_has_a_bound(engine: Engine, fds: Descriptors, tmp_path: Path) -> None:
-    """Ferries beyond the bound of their engine do with pipes; what one had is free again when it is closed."""
+    """Few ferries have large loads, many have small ones, and those beyond the bound of their engine do with pipes;
+    what they had is free again when they are closed."""
     target = fds.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY)
-    engine.ferried = MOST_MEMORY - 2 * ROOM
-    lines = [Line(engine, fds, b"", [File(target)]) for _ in range(2)]
-    assert [line.ferries[0].have_memory() for line in lines] == [True, False]
+    few = MOST_MEMORY // 2 // (2 * LARGE)
+    many = MOST_MEMORY // 2 // (2 * SMALL)
+    lines = [Line(engine, fds, b"", [File(target)]) for _ in range(few + many + 1)]
+    assert [line.ferries[0].have_memory() for line in lines] == [True] * (few + many) + [False]
+    assert [line.ferries[0].c.room for line in lines] == [LARGE] * few + [SMALL] * many + [0]
+    assert engine.ferried == MOST_MEMORY
     for line in lines:
         line.close()
-    assert engine.ferried == MOST_MEMORY - 2 * ROOM
+    assert engine.ferried == 0
 
 
 def test_reserved_blocks_are_given_back(fds: Descriptors, tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from relay.kernel import core
 from relay.kernel.pipe import Pipe
 
 BUFFER = 256 * 1024  # bytes copied at a time where the end cannot be spliced
-ROOM = 512 * 1024  # bytes of a load in memory: two copies of it stay in a CPU's cache, and more gains nothing
 MOST_MEMORY = 64 << 20  # bytes of memory that all ferries of one engine may have; further ones do with pipes
+LARGE = 2 << 20  # bytes of a load in memory: few large ones wake threads less often,
+SMALL = 512 << 10  # and small ones are for many, once half of that memory is taken
 
 
 class Ferry:
@@ -80,12 +81,13 @@ class Ferry:
         """
         if self._memory is not None or self._knock < 0:
             return self._knock >= 0
-        if self._engine.ferried + 2 * ROOM > MOST_MEMORY:
+        room = LARGE if self._engine.ferried + 2 * LARGE <= MOST_MEMORY // 2 else SMALL
+        if self._engine.ferried + 2 * room > MOST_MEMORY:
             return False
-        self._memory = mmap.mmap(-1, 2 * ROOM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = mmap.mmap(-1, 2 * room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._pointer = core.ffi.from_buffer("char[]", self._memory)
-        self._engine.ferried += 2 * ROOM
-        self.c.memory, self.c.room = self._pointer, ROOM
+        self._engine.ferried += 2 * room
+        self.c.memory, self.c.room = self._pointer, room
         return True
 
     def start(self) -> None:
@@ -202,8 +204,8 @@ class Ferry:
         if self._memory is not None:
             self.c.memory = core.ffi.NULL
             core.ffi.release(self._pointer)
+            self._engine.ferried -= len(self._memory)
             self._memory.close()
-            self._engine.ferried -= 2 * ROOM
         os.close(self._knock)
         os.close(self._answer)
         self._knock = self._answer = -1
