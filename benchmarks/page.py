@@ -48,10 +48,10 @@ PINNED = {
     "tcp-3files": GIB,
 }
 UNPINNED = {
-    "file-tcp-unpinned": 2 * GIB,
+    "file-tcp-unpinned": 12 * GIB,
     "tcp-4tcp-unpinned": GIB,
     "pipe-4pipes-unpinned": 4 * GIB,
-    "tcp-file-unpinned": GIB,
+    "tcp-file-unpinned": 2 * GIB,
     "unix-4unix-unpinned": GIB,
 }
 JOBS = tuple(job for job in duplex.JOBS if job.name not in ("ping-1-4096", "ping-10-64", "ping-10-4096"))
