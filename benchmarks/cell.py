@@ -26,7 +26,7 @@ class Goal:
 
     def concerns(self, one: Contender) -> bool:
         """Whether it was set beside that peer: all of its tools but the shell are among them."""
-        return all(tool in (*self.tools, contender.BASH) for tool in one.tools)
+        return not one.is_relay and set(one.tools) <= {*self.tools, contender.BASH}
 
 
 @dataclass(frozen=True)

@@ -298,9 +298,9 @@ def main(arguments: list[str] | None = None) -> int:
                     continue
                 options.page.write_text(put(options.page.read_text(), name, made))
                 say(f"== {name}: written after {time.monotonic() - began:.0f} s")
-                published.pictures(options.page.read_text(), options.page.parent / published.PICTURES)
                 if options.json is not None:
                     options.json.write_text(json.dumps(run.raw, indent=1) + "\n")
+            published.draw(options.page.read_text(), options.page.parent / published.PICTURES)
     except (BenchmarkError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2

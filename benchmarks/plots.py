@@ -58,6 +58,10 @@ def _measured(cell: dict[str, Any]) -> list[dict[str, Any]]:
     return [one for one in cell["contenders"] if "gib_s" in one]
 
 
+def _net(contender: dict[str, Any]) -> float:
+    return float(contender["net_cpu_s_gib"])
+
+
 def _is_relay(contender: dict[str, Any]) -> bool:
     return str(contender["name"]).startswith("relay")
 
@@ -89,19 +93,17 @@ def _ratios(cells: Sequence[dict[str, Any]]) -> list[Chart]:
     """relay's figures by those of the best peer, cell by cell."""
     speed, cpu, net = [], [], []
     for cell in cells:
-        contenders = _measured(cell)
-        relay = next((one for one in contenders if _is_relay(one)), None)
-        peers = [one for one in contenders if not _is_relay(one)]
-        if relay is None or not peers:
+        ratios = beside(cell)
+        if ratios is None:
             continue
-        faster, dearer = beside(cell)
+        faster, dearer = ratios
         speed.append(_ratio(cell["cell"], faster, better=faster > 1))
         cpu.append(_ratio(cell["cell"], dearer, better=dearer < 1))
         # on a short stream what is left without start-up may be less than its own spread
-        least = min(one["net_cpu_s_gib"] for one in peers)
-        if least > 0 and relay["net_cpu_s_gib"] > 0:
-            dearer = relay["net_cpu_s_gib"] / least
-            net.append(_ratio(cell["cell"], dearer, better=dearer < 1))
+        own = min(_net(one) for one in _measured(cell) if _is_relay(one))
+        least = min(_net(one) for one in _measured(cell) if not _is_relay(one))
+        if own > 0 and least > 0:
+            net.append(_ratio(cell["cell"], own / least, better=own < least))
     if not speed:
         return []
     return [
@@ -113,13 +115,16 @@ def _ratios(cells: Sequence[dict[str, Any]]) -> list[Chart]:
     ]
 
 
-def beside(cell: dict[str, Any]) -> tuple[float, float]:
-    """relay's GiB/s by the fastest peer's, and its CPU by the cheapest one's; `said` has them of unrounded figures."""
+def beside(cell: dict[str, Any]) -> tuple[float, float] | None:
+    """relay's GiB/s by the fastest peer's, and its CPU by the cheapest one's; None where one of them has no figures.
+    `said` has them of unrounded figures."""
+    contenders = _measured(cell)
+    relay = next((one for one in contenders if _is_relay(one)), None)
+    peers = [one for one in contenders if not _is_relay(one)]
+    if relay is None or not peers:
+        return None
     if "said" in cell:
         return float(cell["said"][0]), float(cell["said"][1])
-    contenders = _measured(cell)
-    (relay,) = [one for one in contenders if _is_relay(one)]
-    peers = [one for one in contenders if not _is_relay(one)]
     return (
         relay["gib_s"]["median"] / max(one["gib_s"]["median"] for one in peers),
         relay["cpu_s_gib"]["median"] / min(one["cpu_s_gib"]["median"] for one in peers),

@@ -7,6 +7,7 @@ Both are of what is published, so they never say anything else than the tables b
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,12 @@ SHOWN = (
     "tcp-file",
     "tcp-3files",
 )
-SHOWN_JOBS = ("One bulk stream", "Ping-pong of 64 B over 1000", "New connections", "5,000 idle")
+SHOWN_JOBS = {
+    "One bulk stream": "One bulk stream, both ways",
+    "Ping-pong of 64 B over 1000 connections": "Ping-pong of 64 B over 1000 connections",
+    "New connections, one question of 64 B each": "New connections, one question of 64 B each",
+    "5,000 idle connections": "5,000 idle connections: memory",
+}
 HEADLINE = ["work", "speed, by the fastest other", "CPU, by the cheapest other"]
 
 
@@ -49,7 +55,7 @@ def part(page: str, name: str) -> str:
     return rest.partition(END)[0]
 
 
-def table(page: str, name: str) -> list[list[str]]:
+def rows_of(page: str, name: str) -> list[list[str]]:
     """The cells of a page's table, its head first; empty where there is none."""
     rows = [line for line in part(page, name).splitlines() if line.startswith("|")]
     cut = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
@@ -60,7 +66,7 @@ def cells(page: str) -> Iterator[dict[str, Any]]:
     """Each cell that the page has contenders of, as plots.draw takes it."""
     head = [title.strip() for title in HEAD[0].strip("|").split("|")]
     for cell in catalogue():
-        rows = table(page, cell.name)
+        rows = rows_of(page, cell.name)
         if not rows or rows[0] != head:
             continue
         said = re.findall(
@@ -95,32 +101,28 @@ def _spread(text: str) -> dict[str, float]:
 def jobs(page: str) -> list[Job]:
     """The jobs both ways."""
     found = []
-    for row in table(page, JOBS)[1:]:
+    for row in rows_of(page, JOBS)[1:]:
         if re.fullmatch(r"[\d.]+", row[-2]):
             found.append(Job(row[0].partition(":")[0], float(row[-2]), float(row[-1]) if row[-1] else None))
     return found
 
 
 def headline(page: str) -> str:
-    """A table of what relay is beside the best of the others."""
+    """A table of what relay is beside the best of the others, as far as both were measured."""
+    found = {cell["cell"]: cell for cell in cells(page)}
     rows = []
-    for cell in sorted(cells(page), key=lambda each: each["cell"]):
-        if cell["cell"] in SHOWN:
-            speed, cost = plots.beside(cell)
-            rows.append((SHOWN.index(cell["cell"]), [cell["title"], f"{speed:.2f} times", f"{cost:.2f}"]))
+    for name in SHOWN:
+        ratios = plots.beside(found[name]) if name in found else None
+        if ratios is not None:
+            rows.append([found[name]["title"], f"{ratios[0]:.2f} times", f"{ratios[1]:.2f}"])
     for job in jobs(page):
-        for place, begins in enumerate(SHOWN_JOBS):
-            if job.title.startswith(begins):
-                rate = "" if job.rate is None else f"{job.rate:.2f} times"
-                what = f"{job.title}, both ways" if place == 0 else job.title
-                rows.append((len(SHOWN) + place, [what, rate, f"{job.cost:.2f}"]))
-    seen: dict[int, list[str]] = {}
-    for place, row in rows:
-        seen.setdefault(place, row)
-    return "\n".join(aligned(HEADLINE, [seen[place] for place in sorted(seen)]))
+        if job.title in SHOWN_JOBS:
+            rate = "" if job.rate is None else f"{job.rate:.2f} times"
+            rows.append([SHOWN_JOBS[job.title], rate, f"{job.cost:.2f}"])
+    return "\n".join(aligned(HEADLINE, rows))
 
 
-def pictures(page: str, directory: Path) -> list[Path]:
+def draw(page: str, directory: Path) -> list[Path]:
     """Draws the page's tables into `directory`; the paths."""
     directory.mkdir(exist_ok=True)
     drawn = plots.draw({"cells": list(cells(page))}, directory)
@@ -130,15 +132,19 @@ def pictures(page: str, directory: Path) -> list[Path]:
     return drawn
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Draws the pictures of a page, and writes its few figures into another."""
-    page, readme = map(Path, arguments)
-    text = page.read_text()
-    for path in pictures(text, page.parent / PICTURES):
+    parser = argparse.ArgumentParser("python -m benchmarks.published", description=main.__doc__)
+    parser.add_argument("page", type=Path, help="the page with the tables; its pictures go beside it")
+    parser.add_argument("readme", type=Path, help="the page that shows a few of its figures")
+    options = parser.parse_args(arguments)
+    text = options.page.read_text()
+    written = put(options.readme.read_text(), "headline", headline(text))
+    for path in draw(text, options.page.parent / PICTURES):
         print(path)
-    readme.write_text(put(readme.read_text(), "headline", headline(text)))
+    options.readme.write_text(written)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

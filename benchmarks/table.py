@@ -128,7 +128,8 @@ def _sentences(cell: Cell, results: list[Result], relay: Result | None) -> list[
         said.append(f"Goal, {_goal(cell.goal, relay, peers)}.")
         named = [peer for peer in peers if cell.goal.concerns(peer.contender)]
         if named and len(named) < len(peers):
-            tools = ", ".join(dict.fromkeys(tool.name for tool in cell.goal.tools))
+            there = {tool for peer in named for tool in peer.contender.tools}
+            tools = ", ".join(tool.name for tool in cell.goal.tools if tool in there)
             said.append(f"Beside {tools} alone, for which it was set, {_goal(cell.goal, relay, named)}.")
     if cell.target is not None and relay is not None:
         name, bound = cell.target

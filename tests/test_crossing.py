@@ -199,6 +199,55 @@ def test_a_trial_of_a_dear_way_ends_where_its_sample_does(
     assert record.measured["bytes"]["copy"] <= most * record.measured["samples"]["copy"]
 
 
+def test_a_trial_that_cannot_end_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sink that stalls and drops in mid-trial keeps the way from changing back: that is tried ever more rarely."""
+    stops = threading.Event()
+    tries: list[int] = []
+    still, too_long = crossing.Crossing._still, crossing.Crossing._too_long
+
+    def changes(self: crossing.Crossing) -> None:
+        still(self)
+        if self.way == "ring":
+            stops.set()
+
+    def fails(self: crossing.Crossing) -> None:
+        if self.way == "ring":
+            tries.append(int(self._pipeline.fed))
+        too_long(self)
+
+    monkeypatch.setattr(crossing.Crossing, "_still", changes)
+    monkeypatch.setattr(crossing.Crossing, "_too_long", fails)
+    monkeypatch.setattr(balance, "RARE", 0.5)
+    monkeypatch.setattr(balance, "TRIAL_DEAR", 32 * MIB)
+    piece = payload(8, 8 * MIB)
+    slow = {"policy": "drop", "after": "1ms"}
+    with receivers(["unix", "unix"], tmp_path) as (addresses, opens):
+        stages = [{"tee": {"to": addresses[0], "on_slow": slow}}]
+        with Relay({**route(addresses), "stages": stages}) as relay, connected(relay.bound[-1]) as source:
+            stalls, reads = opens[0](), opens[1]()
+
+            def read_until_told() -> None:
+                while not stops.is_set() and stalls.recv(MIB):
+                    pass
+
+            reader = threading.Thread(target=read_until_told)
+            reader.start()
+            feeder = threading.Thread(target=lambda: [send_all(source, piece) for _ in range(64)])
+            feeder.start()
+            for _ in range(64):
+                assert_same(receive_exactly(reads, len(piece)), piece)
+            feeder.join(30)
+            reader.join(30)
+            source.shutdown(socket.SHUT_WR)
+            receive_all(stalls)
+            record = relay.wait()
+    assert record is not None
+    assert record.sinks[0].dropped > 0
+    assert tries, "the change back was never in the way of anybody"
+    assert len(tries) < 16
+    assert record.measured["samples"]["copy"] == 1
+
+
 def test_a_sink_that_drops_out_of_a_ring_counts_every_byte(tmp_path: Path) -> None:
     """Delivered and dropped are received, the gaps whole pieces; the sink beside it gets everything."""
     data = payload(5, 48 * MIB)

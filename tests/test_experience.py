@@ -20,8 +20,9 @@ class Stream:
     def __init__(self, found: Experience, cost: Cost) -> None:
         self.found, self.cost = found, cost
         self.way = found.begins(self)
+        self._trial = self.way != found.balance.way
         self.by: dict[Way, int] = {"chain": 0, "ring": 0}
-        self._come = 0
+        self._come = self._untold = 0
         self._sample()
 
     def _sample(self) -> None:
@@ -34,10 +35,11 @@ class Stream:
             step = min(size, self._until - self._come)
             self._come += step
             self.by[self.way] += step
-            self.found.came(self.way, step)
+            self._untold += step
             size -= step
             if self._come < self._until:
                 continue
+            self._tell()
             self.found.measured(self, self.way, self.cost(self.way))
             self._come = 0
             way, wanted = self.found.next(self)
@@ -45,10 +47,16 @@ class Stream:
                 self._until = wanted + (self.found.balance.pause if way == self.found.balance.way else 0)
             else:
                 self.way = way
+                self._trial = way != self.found.balance.way and self.found.trier is self
                 self._sample()
+
+    def _tell(self) -> None:
+        self.found.came(self._untold, tried=self._trial and self.way != self.found.balance.way)
+        self._untold = 0
 
     def end(self) -> None:
         """It is over, and what was measured of it counts."""
+        self._tell()
         if self._come - SETTLES >= COUNTS:
             self.found.measured(self, self.way, self.cost(self.way))
         self.found.leaves(self)
@@ -95,6 +103,19 @@ def test_all_streams_follow_when_the_way_changes() -> None:
             stream.flow(16 * MIB)
     assert {stream.way for stream in streams} == {"ring"}
     assert found.balance.changes == 1
+
+
+def test_who_hears_late_of_a_change_has_tried_nothing() -> None:
+    """What the others sent the old way until they heard that another one changed it is no trial of theirs."""
+    found = Experience(Balance("chain", 1.5))
+    streams = [Stream(found, lambda way: 0.5 if way == "ring" else 1.0) for _ in range(8)]
+    while not found.balance.changes:
+        streams[0].flow(MIB)
+    tried = found.balance.tried
+    for stream in streams[1:]:
+        stream.flow(128 * MIB)
+    assert {stream.way for stream in streams} == {"ring"}
+    assert found.balance.tried == tried
 
 
 def test_a_stream_that_stopped_in_the_middle_of_a_trial_is_not_waited_for() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import resource
 import select
 import socket
 import threading
@@ -16,7 +17,7 @@ from line import File, Line
 from peers import assert_same, eventually, payload, read_all
 from syscalls import readable
 
-from relay.endpoints.ferry import LARGE, MOST_MEMORY, SMALL
+from relay.endpoints.ferry import FOR_LARGE, LARGE, MOST_MEMORY, SMALL
 from relay.endpoints.written import Writing, WrittenFile
 from relay.engine import Engine
 from relay.kernel import core
@@ -278,14 +279,30 @@ def test_memory_has_a_bound(engine: Engine, fds: Descriptors, tmp_path: Path) ->
     """Few ferries have large loads, many have small ones, and those beyond the bound of their engine do with pipes;
     what they had is free again when they are closed."""
     target = fds.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY)
-    few = MOST_MEMORY // 2 // (2 * LARGE)
-    many = MOST_MEMORY // 2 // (2 * SMALL)
+    few = FOR_LARGE // (2 * LARGE)
+    many = (MOST_MEMORY - FOR_LARGE) // (2 * SMALL)
     lines = [Line(engine, fds, b"", [File(target)]) for _ in range(few + many + 1)]
     assert [line.ferries[0].have_memory() for line in lines] == [True] * (few + many) + [False]
     assert [line.ferries[0].c.room for line in lines] == [LARGE] * few + [SMALL] * many + [0]
     assert engine.ferried == MOST_MEMORY
     for line in lines:
         line.close()
+    assert engine.ferried == 0
+
+
+def test_without_memory_a_ferry_does_with_pipes(engine: Engine, fds: Descriptors, tmp_path: Path) -> None:
+    """Where the system refuses the memory the answer is no, and none of it counts as taken."""
+    target = fds.open(tmp_path / "out", os.O_CREAT | os.O_WRONLY)
+    line = Line(engine, fds, b"", [File(target)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used, hard))
+    try:
+        had = line.ferries[0].have_memory()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    line.close()
+    assert not had
     assert engine.ferried == 0
 
 

@@ -159,3 +159,42 @@ def test_a_gauge_is_taken_from_who_is_still(tmp_path: Path, quick: None) -> None
         duplex.drain()
         duplex.over()
         assert where.side == nobody
+
+
+def test_who_loses_the_gauge_in_a_trial_goes_back(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that is on trial when the gauge moves on crosses as before again, whatever its route hears."""
+    monkeypatch.setattr(gauge.Gauge, "heard", lambda *_what: None)
+    with listener("tcp", tmp_path, "s") as (server, address), Duplex("tcp://127.0.0.1:0", address) as duplex:
+        engine = duplex.engines[0]
+        where = engine.call(lambda: engine.exchange().c.gauge)
+        with connected(duplex.address) as client, accept(server) as end:
+            stream_until(client, end, lambda: engine.call(lambda: where.side != gauge.core.ffi.NULL))
+            before = engine.call(lambda: where.side)
+            assert before.method == gauge.core.SPLICE
+            engine.call(lambda: setattr(before, "method", gauge.core.COPY))
+            with connected(duplex.address) as other, accept(server) as other_end:
+                engine.call(lambda: setattr(where, "last_ns", where.last_ns - 2_000_000_000))
+                stream_until(other, other_end, lambda: engine.call(lambda: where.side != before))
+                assert engine.call(lambda: before.method) == gauge.core.SPLICE
+
+
+def test_a_trial_that_a_session_did_not_finish_counts(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sessions that end in the middle of a trial spend what they sent that way: there is no trial for each of them."""
+    monkeypatch.setattr(balance, "SHARE", 0.5)
+    monkeypatch.setattr(balance, "TRIAL", 64 * MIB)
+    monkeypatch.setattr(balance.Balance, "_less", lambda _balance, size: size)
+    spent: list[int] = []
+    monkeypatch.setattr(balance.Balance, "spent", lambda _balance, size: spent.append(size))
+    data = payload(4, 160 * MIB)
+    with listener("tcp", tmp_path, "s") as (server, address), Duplex("tcp://127.0.0.1:0", address) as duplex:
+        with connected(duplex.address) as client, accept(server) as end:
+            got: list[bytes] = []
+            for thread in [*both_ways(client, data, got), *both_ways(end, b"", got)]:
+                thread.join(60)
+        duplex.record()
+    assert_same(max(got, key=len), data)
+    assert 0 < sum(spent) <= len(data)

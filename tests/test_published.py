@@ -21,7 +21,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 def test_every_table_of_contenders_has_a_picture_that_is_of_it(tmp_path: Path) -> None:
     """Each picture on the page is what its table draws now, and none is missing or left over."""
     text = PAGE.read_text()
-    drawn = published.pictures(text, tmp_path)
+    drawn = published.draw(text, tmp_path)
     assert {cell["cell"] for cell in published.cells(text)} == set(page.PINNED)
     assert {path.name for path in drawn} == {
         path.name for path in (PAGE.parent / published.PICTURES).iterdir()
@@ -57,7 +57,7 @@ def test_what_failed_or_is_absent_is_no_peer(tmp_path: Path) -> None:
     assert published.headline(text).splitlines()[2:] == [
         "| Pipe to 4 pipes, chunks and pipes of 1 MiB | 2.00 times | 0.25 |"
     ]
-    bars, ratios = published.pictures(text, tmp_path)
+    bars, ratios = published.draw(text, tmp_path)
     assert (bars.name, ratios.name) == ("pipe-4pipes.svg", "ratios.svg")
     assert "a | b" in bars.read_text()
     assert "broken" not in bars.read_text()

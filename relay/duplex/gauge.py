@@ -15,12 +15,10 @@ from typing import Any, Protocol
 
 from relay.engine import Engine
 from relay.kernel import core
-from relay.pipeline.balance import OWN, SETTLES, Way
+from relay.pipeline.balance import NAMES, OWN, SETTLES, Way
 from relay.pipeline.experience import Experience
 from relay.ways import Ways
 
-GIB = 1 << 30
-NAMES: dict[Way, str] = {"chain": "zero-copy", "ring": "copy"}
 METHODS: dict[Way, int] = {"chain": core.SPLICE, "ring": core.COPY}
 SIDES = ("to_sink", "back")
 
@@ -73,6 +71,8 @@ class Gauge:
     def heard(self, session: Gauged, which: int, live: Iterable[Gauged]) -> None:
         """The gauge is full: what it says is noted, and what comes next is set up."""
         side = session.c.sides[which]
+        if self._c.side != core.ffi.addressof(side):
+            return  # it has moved on meanwhile
         at = self._at
         if at is None or at.session is not session or at.which != which:
             self._left()
@@ -80,7 +80,7 @@ class Gauge:
             at = self._at = _Direction(session, which, self._found[which, scheme])
             self._seen.setdefault(session, set()).add(which)
         found, way = at.found, self._way(side)
-        found.came(way, int(self._c.came))
+        self._count(at)
         changes = found.balance.changes
         found.measured(at, way, self._c.cpu_ns / self._c.gauged)
         wanted, size = found.next(at)
@@ -91,7 +91,15 @@ class Gauge:
         pause = found.balance.pause if wanted == found.balance.way else 0
         self._c.skip = pause if wanted == way else SETTLES
         self._c.size = size
-        self._c.came = self._c.gauged = self._c.cpu_ns = 0
+        self._c.gauged = self._c.cpu_ns = 0
+        self._c.method = METHODS[found.balance.way]
+
+    def _count(self, at: _Direction) -> None:
+        """The bytes that came since it was set up, tried or not."""
+        found = at.found
+        tried = found.trier is at and self._way(at.session.c.sides[at.which]) != found.balance.way
+        found.came(int(self._c.came), tried=tried)
+        self._c.came = 0
 
     @staticmethod
     def _way(side: core.Struct) -> Way:
@@ -111,12 +119,14 @@ class Gauge:
 
     def over(self, session: Gauged) -> dict[str, Any]:
         """A session is over: what was measured of each of its directions, for its record; nothing where nothing was."""
-        if self._at is not None and self._at.session is session:
+        at = self._at
+        if at is not None and at.session is session:
+            if self._c.side == core.ffi.addressof(session.c.sides[at.which]):
+                self._count(at)  # of a sample that its end cut short
             self._left()
         told = {}
         for which in sorted(self._seen.pop(session, ())):
             scheme = self._source if which else session.scheme
             balance = self._found[which, scheme].balance
-            costs = {NAMES[way]: round(cost * GIB / 1e9, 4) for way, cost in balance.costs().items()}
-            told[SIDES[which]] = {"way": NAMES[balance.way], "cpu_seconds_per_gib": costs}
+            told[SIDES[which]] = {"way": NAMES[balance.way], "cpu_seconds_per_gib": balance.costs()}
         return told

@@ -21,9 +21,10 @@ from relay.kernel import core
 from relay.kernel.pipe import Pipe
 
 BUFFER = 256 * 1024  # bytes copied at a time where the end cannot be spliced
-MOST_MEMORY = 64 << 20  # bytes of memory that all ferries of one engine may have; further ones do with pipes
+MOST_MEMORY = 96 << 20  # bytes of memory that all ferries of one engine may have; further ones do with pipes
 LARGE = 2 << 20  # bytes of a load in memory: few large ones wake threads less often,
-SMALL = 512 << 10  # and small ones are for many, once half of that memory is taken
+FOR_LARGE = 32 << 20  # while no more than so much of that memory is taken;
+SMALL = 512 << 10  # after that small ones are for many
 
 
 class Ferry:
@@ -75,16 +76,19 @@ class Ferry:
         self._thread = threading.Thread(target=self._run, name=f"{engine.name}-ferry", daemon=True)
 
     def have_memory(self) -> bool:
-        """Gives it memory for two loads, which a source is read into straight; False if there is none left.
+        """Gives it memory for two loads, which a source is read into straight; False if there is none.
 
         Pages that nothing was written to yet cost nothing: an idle stream has none. Only `carry` takes such loads.
         """
         if self._memory is not None or self._knock < 0:
             return self._knock >= 0
-        room = LARGE if self._engine.ferried + 2 * LARGE <= MOST_MEMORY // 2 else SMALL
+        room = LARGE if self._engine.ferried + 2 * LARGE <= FOR_LARGE else SMALL
         if self._engine.ferried + 2 * room > MOST_MEMORY:
             return False
-        self._memory = mmap.mmap(-1, 2 * room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._memory = mmap.mmap(-1, 2 * room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:  # a limit of the process (ulimit -v), or overcommit that is strict
+            return False
         self._pointer = core.ffi.from_buffer("char[]", self._memory)
         self._engine.ferried += 2 * room
         self.c.memory, self.c.room = self._pointer, room

@@ -185,7 +185,10 @@ static int at_gauge(const struct relay_engine *e, const struct relay_duplex *d, 
         return 1;
     if (!d->gauges || !from->bulk || (g->side && e->now_ns - g->last_ns < STILL_NS))
         return 0;
+    if (g->side)
+        g->side->method = (uint8_t)g->method;
     g->side = from;
+    g->method = from->method;
     g->skip = g->first_skip;
     g->size = g->first_size;
     g->came = g->gauged = g->cpu_ns = 0;

@@ -63,6 +63,7 @@ struct relay_duplex {
  * for a second, takes it; then Python says what is measured next. */
 struct relay_gauge {
     struct relay_side *side; /* whose bytes, or NULL */
+    int method;              /* that side's when nothing is tried: it has it again when the gauge moves on */
     int64_t skip, size;      /* bytes that are to come before, and to be measured then */
     int64_t came;            /* bytes since it was set up, */
     int64_t gauged, cpu_ns;  /* of these, measured ones, and what they took of the engine's thread's CPU time */

@@ -12,7 +12,7 @@
 #include "pass.h"
 
 #define HOLD_NS 1000000LL
-#define LARGE (256 << 10)
+#define RUSH (256 << 10)         /* bytes of a load after which more are expected at once */
 
 /* A load that is back tells what the thread took for it, if anybody asked. */
 static void weigh(struct relay_ferry *f, int k)
@@ -84,7 +84,7 @@ void ferry_flush(struct pass *s, struct relay_ferry *f)
         wake_at(s, f->since_ns + HOLD_NS);
     if (!load || hold || !ferry_has(f, k ^ 1))
         return;
-    hand_over(s->p, f, f->load[k] >= LARGE);
+    hand_over(s->p, f, f->load[k] >= RUSH);
     if (p->tell_idle)
         ask(f);
 }
@@ -127,7 +127,7 @@ int64_t give_to_ferry(struct pass *s, struct relay_node *n, int64_t amount)
             look_again(s);
             return 0;
         }
-        hand_over(s->p, f, f->load[k] >= LARGE);
+        hand_over(s->p, f, f->load[k] >= RUSH);
     }
     return 0;
 }

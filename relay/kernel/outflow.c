@@ -3,10 +3,9 @@
 
 #define STUCK_NS 20000000LL
 
-/* Bytes left the node; `into_stash` says that they were already out of the pipe. */
+/* Bytes left the node. */
 void drained(struct pass *s, struct relay_node *n, int64_t moved)
 {
-    (void)s;
     n->held -= moved;
     if (n->next)
         n->owed -= moved;

@@ -116,8 +116,11 @@ static inline void sink_took(struct pass *s, struct relay_end *sink, int64_t mov
     }
 }
 
-/* Bytes of one read at the most; in a brief sample of one sweep, too. */
-static inline int64_t most_read(const struct relay_pipeline *p) { return p->brief ? RELAY_PIECE / 2 : RELAY_PIECE; }
+#define BRIEFLY (RELAY_PIECE / 2)
+
+/* Bytes of one read, and of one sweep, at the most. */
+static inline int64_t most_read(const struct relay_pipeline *p) { return p->brief ? BRIEFLY : RELAY_PIECE; }
+static inline int64_t most_swept(const struct pass *s) { return s->p->brief ? BRIEFLY : s->e->budget; }
 
 static inline int refuses(const struct relay_node *n) { return n->full || n->prefix_left; }
 

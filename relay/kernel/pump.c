@@ -179,7 +179,7 @@ static int sweep(struct pass *s)
             if (n->ring)
                 moved |= ring_give(s, n->ring);
         }
-    } while (moved && s->read < (p->brief ? most_read(p) : s->e->budget) && !ring_gave_enough(s));
+    } while (moved && s->read < most_swept(s) && !ring_gave_enough(s));
     if (p->ring)
         open = scatter_settle(s, &empty, &calm);
     for (n = p->ring ? NULL : p->head; n; n = n->after) {

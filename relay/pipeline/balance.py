@@ -25,13 +25,16 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 Way = Literal["chain", "ring"]
+NAMES: Final[Mapping[Way, str]] = {"chain": "zero-copy", "ring": "copy"}
 
 MIB: Final = 1 << 20
+GIB: Final = 1 << 30
 OWN: Final = 16 * MIB  # bytes of a sample of the way in force
 REST: Final = 7 * OWN  # between two of them, once there are enough: measuring costs, too
 TRIAL: Final = 8 * MIB  # bytes of a sample of the other one,
 TRIAL_DEAR: Final = MIB  # of one that costs at least
-DEAR: Final = 2.0  # times as much
+DEAR: Final = 2.0  # times as much,
+STAYS: Final = 1.7  # and is dear until it costs less than that: one sample is not like another
 COPY: Final = 0.15  # CPU nanoseconds that a copy of a byte takes, more or less
 TELLING: Final = 20e6  # CPU nanoseconds of the way in force that tell as much as OWN bytes,
 LEAST: Final = 2 * MIB  # though not of fewer: a stream is not from its first bytes on as it will be
@@ -68,6 +71,7 @@ class Balance:
     usual: float = math.inf  # CPU nanoseconds a byte; what costs more is not what `expected` was thought of
     changes: int = 0
     tried: int = 0
+    dear: bool = field(init=False)  # the other way costs much more, as far as is known
     samples: dict[Way, int] = field(default_factory=lambda: {"chain": 0, "ring": 0})
     _costs: dict[Way, deque[float]] = field(
         default_factory=lambda: {"chain": deque(maxlen=5), "ring": deque(maxlen=5)}
@@ -79,6 +83,12 @@ class Balance:
     _margin: float = MARGIN
     _not_before: int = 0  # bytes that must have come before the next trial
     _then: float = 0.0  # what the way in force cost at the last trial
+
+    def __post_init__(self) -> None:
+        self._expect(self.expected, DEAR)
+
+    def _expect(self, expected: float, dear: float) -> None:
+        self.expected, self.dear = expected, expected >= dear
 
     def next(self, fed: int) -> tuple[Way, int]:
         """The way to measure next, and over how many bytes; `fed` have come so far."""
@@ -99,11 +109,6 @@ class Balance:
         if self._streak or len(self._costs[self.way]) < ENOUGH:
             return SETTLES
         return REST * self.own // OWN
-
-    @property
-    def dear(self) -> bool:
-        """Whether the other way costs much more, as far as is known."""
-        return self.expected >= DEAR
 
     @property
     def trying(self) -> bool:
@@ -138,13 +143,16 @@ class Balance:
         if way == self.way:
             own = median(self._costs[way])
             if own > self.usual and not self.samples[other(way)]:
-                self.expected, self._telling = min(self.expected, ALIKE), TELLING / 4
+                self._expect(min(self.expected, ALIKE), DEAR)
+                self._telling = TELLING / 4
                 self._share = max(self._share, UNKNOWN)
             if self._then and not self._then / CHANGED < own < self._then * CHANGED:
-                self._share, self._then, self.expected = SHARE, 0.0, min(self.expected, DEAR - 0.1)
+                self._share, self._then = SHARE, 0.0
+                self._expect(min(self.expected, DEAR - 0.1), DEAR)
             return
         own = self._costs[self.way][-1] if self._costs[self.way] else cost  # measured just before
-        self.expected = cost / own if own else self.expected
+        if own:
+            self._expect(cost / own, STAYS if self.dear else DEAR)
         if cost < own * (1 - self._margin):
             self._streak += 1
             if self._streak >= TAKES:
@@ -156,7 +164,8 @@ class Balance:
 
     def take(self, way: Way, expected: float) -> None:
         """What is known by now says that `way` is the cheaper one, though nothing was measured; see `expected`."""
-        self.way, self.expected, self.usual = way, expected, math.inf
+        self.way, self.usual = way, math.inf
+        self._expect(expected, DEAR)
         self.changes += 1
         self._streak, self._last = 0, None
 
@@ -167,7 +176,7 @@ class Balance:
         self._streak = 0
         self._share, self._margin = SHARE / 2, min(self._margin * 2, WIDEST)
         own = median(self._costs[self.way])
-        self.expected = median(self._costs[before]) / own
+        self._expect(median(self._costs[before]) / own, DEAR)
         self._then = own
 
     def gave_up(self, fed: int) -> None:
@@ -175,6 +184,6 @@ class Balance:
         self._streak = 0
         self._not_before = max(fed + TRIAL, fed * 5 // 4)
 
-    def costs(self) -> Mapping[Way, float]:
-        """What each way cost when it was last measured: CPU nanoseconds a byte."""
-        return {way: median(found) for way, found in self._costs.items() if found}
+    def costs(self) -> dict[str, float]:
+        """What each way cost when it was last measured, by its name: CPU-seconds per GiB."""
+        return {NAMES[way]: round(median(cost) * GIB / 1e9, 4) for way, cost in self._costs.items() if cost}

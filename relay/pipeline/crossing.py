@@ -21,7 +21,7 @@ from relay.endpoints.settings import SinkSettings
 from relay.engine import Engine, Timer
 from relay.kernel import core
 from relay.kernel.ring import Borrower, Ring
-from relay.pipeline.balance import OWN, SETTLES, Balance, Way
+from relay.pipeline.balance import NAMES, OWN, REST, SETTLES, Balance, Way
 from relay.pipeline.chain import Chain
 from relay.pipeline.experience import COUNTS, Experience
 from relay.pipeline.intake import METHODS, Intake
@@ -35,8 +35,6 @@ READ = ("tcp", "unix", "fifo", "file", "stdio", "fd")  # ends that may be read i
 PATIENCE = 0.02  # seconds that the source waits for a change
 LOOKS = 16  # of the first pieces,
 BUSY_NS = 100_000_000  # in so long at the most
-GIB = 1 << 30
-NAMES: dict[Way, str] = {"chain": "zero-copy", "ring": "copy"}
 
 
 class Crossing:
@@ -72,7 +70,9 @@ class Crossing:
         self._began: Way = "chain"
         self._before = (0, 0, 0)  # changes and samples of its route when this stream began
         self._told = 0  # fed when its bytes were counted last
-        self._from = 0  # fed when what is measured began
+        self._trial = False  # it goes the other way to try that
+        self._counts = True  # the present sample
+        self._soon = SETTLES  # bytes after which a trial that could not end is to
         self._timer: Timer | None = None
 
     @property
@@ -103,6 +103,7 @@ class Crossing:
             self._change()
         self._began = self.way
         if self._experience is not None:
+            self._trial = self._tries(self._experience)
             self._look()
             self._sample()
 
@@ -214,15 +215,18 @@ class Crossing:
 
     # -- measuring
 
-    def _measure(self, size: int, skip: int = SETTLES) -> None:
-        """The next `size` bytes are measured, after `skip` that are not; of a dear way little goes beyond them."""
-        balance = self._experience.balance if self._experience is not None else None
-        self._pipeline.brief = balance is not None and self.way != balance.way and balance.dear
-        self._from = int(self._pipeline.fed)
+    def _measure(self, size: int, skip: int = SETTLES, *, counts: bool = True) -> None:
+        """The next `size` bytes are measured, after `skip` that are not; of a dear way little goes beyond them. What
+        does not count is only waited for."""
+        self._counts = counts
+        self._pipeline.brief = (
+            counts and self._trial and self._experience is not None and self._experience.balance.dear
+        )
+        begins = int(self._pipeline.fed)
         self._pipeline.cpu_ns = self._pipeline.gauged = 0
         self._pipeline.sample += 1
-        self._pipeline.gauge_from = self._from + skip
-        self._pipeline.gauge_until = self._from + skip + size
+        self._pipeline.gauge_from = begins + skip
+        self._pipeline.gauge_until = begins + skip + size
 
     def hear(self, what: int) -> None:
         """The pump reports: nothing is under way, its first pieces were seen, or what was to be measured has come."""
@@ -251,44 +255,61 @@ class Crossing:
             self._timer = self._engine.later(PATIENCE, self._too_long)
             self._engine.ready(self._pipeline)
 
+    def _tries(self, found: Experience) -> bool:
+        """Whether it goes the other way because it is its turn to try that."""
+        return self.way != found.balance.way and found.trier is self
+
     def _tell(self, found: Experience) -> None:
         """The bytes that came since the last time."""
         fed = int(self._pipeline.fed)
-        found.came(self.way, fed - self._told)
+        found.came(fed - self._told, tried=self._trial and self.way != found.balance.way)
         self._told = fed
 
     def _heed(self, found: Experience) -> None:
-        """What was measured is told."""
+        """What was measured is told, once."""
         self._tell(found)
         gauged = int(self._pipeline.gauged)
         # of a sample cut short by the stream's end the threads' part is not in yet
         short = gauged >= COUNTS and "file" not in self._schemes
-        if short or (gauged and not self._pipeline.gauge_until):
+        if self._counts and (short or (gauged and not self._pipeline.gauge_until)):
+            self._counts = False
             found.measured(self, self.way, int(self._pipeline.cpu_ns) / gauged)
 
     def _still(self) -> None:
-        if self._experience is not None:
-            self._tell(self._experience)  # after a trial some more bytes went its way
+        found = self._experience
+        if found is not None:
+            self._tell(found)  # after a trial some more bytes went its way
+        tries = found is not None and self.way == found.balance.way
         changed = self._change()
         self._go_on()
-        if not changed and self._experience is not None:
-            self._experience.gave_up(self)
+        self._soon = SETTLES
+        if found is not None:
+            self._trial = self._tries(found)
+            if tries and not changed:
+                found.gave_up(self)
         self._sample()
 
     def _sample(self) -> None:
         balance = self._experience.balance if self._experience is not None else None
-        size = OWN if balance is None else balance.own if self.way == balance.way else balance.trial
-        self._measure(size)
+        if balance is None or self.way == balance.way:
+            self._measure(OWN if balance is None else balance.own)
+        elif self._trial:
+            self._measure(balance.trial)
+        else:
+            self._measure(OWN, REST, counts=False)  # it could not change its way: not all the time once more
 
     def _too_long(self) -> None:
         found = self._experience
+        self._go_on()
+        if found is not None and self._trial:
+            self._measure(
+                self._soon, 0, counts=False
+            )  # it is not wanted here, but whoever makes it wait may stay
+            self._soon = min(2 * self._soon, REST)
+            return
         if found is not None and self.way == found.balance.way:
             found.gave_up(self)
-        self._go_on()
-        if found is not None and self.way != found.balance.way:
-            self._measure(SETTLES, 0)  # soon once more: it is not wanted here
-        else:
-            self._sample()
+        self._sample()
 
     def _go_on(self) -> None:
         if self._timer is not None:
@@ -323,7 +344,7 @@ class Crossing:
         balance = found.balance if found is not None else None
         costs = balance.costs() if balance is not None else {}
         if len(costs) == 2:
-            told = ", ".join(f"{NAMES[way]} {cost * GIB / 1e9:.2f}" for way, cost in costs.items())
+            told = ", ".join(f"{name} {cost:.2f}" for name, cost in costs.items())
             choice = Choice(choice.method, f"measured, in CPU-seconds per GiB: {told}")
         self._intake.choice = choice
         self._intake.source.c.method = METHODS[choice.method]
@@ -337,7 +358,7 @@ class Crossing:
             "began": NAMES[self._began],
             "changes": changes,
             "bytes": {NAMES[way]: count for way, count in self._by.items()},
-            "cpu_seconds_per_gib": {NAMES[way]: round(cost * GIB / 1e9, 4) for way, cost in costs.items()},
+            "cpu_seconds_per_gib": costs,
             "samples": dict(zip(NAMES.values(), samples, strict=True)),
         }
 

@@ -63,10 +63,10 @@ class Experience:
         self._tries(who)
         return (way, size) if self._last is who else (self.balance.way, self.balance.own)
 
-    def came(self, way: Way, size: int) -> None:
-        """So many bytes more, and which way they went."""
+    def came(self, size: int, *, tried: bool) -> None:
+        """So many bytes more, and whether they went the other way to try that."""
         self.fed += size
-        if way != self.balance.way:
+        if tried:
             self.balance.spent(size)
 
     def measured(self, who: object, way: Way, cost: float) -> None:
