@@ -205,6 +205,9 @@ def test_a_trial_that_cannot_end_holds_nobody(tmp_path: Path, monkeypatch: pytes
     tries: list[int] = []
     still, too_long = crossing.Crossing._still, crossing.Crossing._too_long
 
+    def once(self: balance.Balance, fed: int) -> tuple[balance.Way, int]:
+        return ("ring", 16 * MIB) if fed > 64 * MIB and not self.samples["ring"] else ("chain", balance.OWN)
+
     def changes(self: crossing.Crossing) -> None:
         still(self)
         if self.way == "ring":
@@ -217,10 +220,10 @@ def test_a_trial_that_cannot_end_holds_nobody(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(crossing.Crossing, "_still", changes)
     monkeypatch.setattr(crossing.Crossing, "_too_long", fails)
-    monkeypatch.setattr(balance, "RARE", 0.5)
-    monkeypatch.setattr(balance, "TRIAL_DEAR", 32 * MIB)
+    monkeypatch.setattr(balance.Balance, "next", once)
+    monkeypatch.setattr(balance.Balance, "trial", 16 * MIB)
     piece = payload(8, 8 * MIB)
-    slow = {"policy": "drop", "after": "1ms"}
+    slow = {"policy": "drop", "after": "100ms"}
     with receivers(["unix", "unix"], tmp_path) as (addresses, opens):
         stages = [{"tee": {"to": addresses[0], "on_slow": slow}}]
         with Relay({**route(addresses), "stages": stages}) as relay, connected(relay.bound[-1]) as source:
