@@ -140,7 +140,7 @@ class Compared:
         best, took = self.best, self.took()
         if took == best:
             tried = statistics.median(other_share(found["auto"]) for found in self.rounds)
-            return f"the same method, {tried:.1%} of the bytes went another way"
+            return f"the same method, {tried:.1%} of the bytes of these runs went another way"
         if self.measures and best in WAYS.values():
             return f"auto took {took}, {best} is cheaper, which so short a stream does not find out"
         if self.measures:
