@@ -215,3 +215,33 @@ def test_looking_at_small_messages_costs_little(size: int, ratio: float) -> None
 
     assert price(flow(balance, cost, size), cost) < 1.06
     assert balance.way == "chain"
+
+
+@pytest.mark.parametrize("cost", [0.5, 1.0, 1.9])
+def test_a_trial_is_compared_with_the_sample_before_it(cost: float) -> None:
+    """However much may be tried, after each sample of the other way comes one of the way in force; another of the
+    other way by itself, whatever made it, changes nothing."""
+    balance = Balance("chain", 1.5)
+    for _ in range(5):
+        balance.measured("chain", 1.0)
+    assert balance.next(100 * GIB)[0] == "ring"
+    balance.measured("ring", cost)
+    assert balance.next(100 * GIB)[0] == "chain"
+    for _ in range(5):
+        balance.measured("ring", 0.1)
+    assert balance.way == "chain"
+    assert balance.samples["ring"] == 1
+    balance.measured("chain", 1.0)
+    assert balance.next(200 * GIB)[0] == "ring"
+
+
+def test_a_dear_way_is_dear_until_it_costs_much_less() -> None:
+    """One that costs about twice as much gets next to nothing, whichever side of twice a sample happens to be on."""
+    costs = iter([2.1, 1.95, 2.1, 1.9, 1.95, 2.05, 1.9] * 40)
+    went = flow(Balance("chain", 8.0), lambda way, _at: next(costs) if way == "ring" else 1.0, 40 * GIB)
+    assert 0 < went["ring"] <= RARE * 40 * GIB
+    balance = Balance("chain", 8.0)
+    for cost, dear in [(1.75, True), (1.65, False), (1.95, False), (2.05, True)]:
+        balance.measured("chain", 1.0)
+        balance.measured("ring", cost)
+        assert balance.dear == dear

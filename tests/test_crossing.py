@@ -32,7 +32,7 @@ from twins import Scatter, Spec
 
 from relay.journal.record import SessionRecord
 from relay.kernel import ring
-from relay.pipeline import balance, crossing
+from relay.pipeline import balance, crossing, experience
 
 MIB = 1 << 20
 
@@ -180,6 +180,9 @@ def test_a_trial_of_a_dear_way_ends_where_its_sample_does(
 ) -> None:
     """Of a file, which always has more, no more than a sample and what settles before it go the way that costs."""
     monkeypatch.setattr(balance, "RARE", 0.05)
+    monkeypatch.setattr(
+        experience, "COPY", 1e9
+    )  # however slow the machine is, references are not in question
     monkeypatch.setattr(crossing, "PATIENCE", 10.0)
     data = payload(7, 8 * MIB) * 32
     path = tmp_path / "source"
@@ -249,6 +252,43 @@ def test_a_trial_that_cannot_end_holds_nobody(tmp_path: Path, monkeypatch: pytes
     assert tries, "the change back was never in the way of anybody"
     assert len(tries) < 16
     assert record.measured["samples"]["copy"] == 1
+
+
+def test_a_way_that_was_tried_and_taken_is_no_trial_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the way that is tried is in force its reads are whole, however dear the one before is known to be."""
+    measures: list[tuple[bool, int]] = []
+    measure, told = crossing.Crossing._measure, balance.Balance.measured
+
+    def noted(
+        self: crossing.Crossing, size: int, skip: int = balance.SETTLES, *, counts: bool = True
+    ) -> None:
+        measure(self, size, skip, counts=counts)
+        if self._experience is not None:
+            measures.append((self.way == self._experience.balance.way, int(self._pipeline.brief)))
+
+    def taken(self: balance.Balance, way: balance.Way, cost: float) -> None:
+        if not self.changes:
+            told(self, way, cost)
+        if way == "ring" and not self.changes:
+            self.take("ring", 8.0)
+
+    monkeypatch.setattr(crossing.Crossing, "_measure", noted)
+    monkeypatch.setattr(balance.Balance, "measured", taken)
+    monkeypatch.setattr(balance, "RARE", 0.05)
+    monkeypatch.setattr(
+        experience, "COPY", 1e9
+    )  # however slow the machine is, references are not in question
+    monkeypatch.setattr(balance, "REST", 0)
+    monkeypatch.setattr(crossing, "PATIENCE", 10.0)
+    data = payload(9, 8 * MIB) * 32
+    record, got = carried(["unix"], data, tmp_path)
+    assert_same(got[0], data)
+    assert record.measured["way"] == "copy"
+    assert (False, 1) in measures
+    assert {brief for own, brief in measures if own} == {0}
+    assert measures[-1] == (True, 0)
 
 
 def test_a_sink_that_drops_out_of_a_ring_counts_every_byte(tmp_path: Path) -> None:

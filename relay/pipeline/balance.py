@@ -95,8 +95,10 @@ class Balance:
         own = self._costs[self.way]
         if fed < self._not_before:
             return self.way, self.own
-        if self._streak:  # in pairs: what else the machine does weighs on both alike
-            return (other(self.way), self.trial) if self._last == self.way else (self.way, self.own)
+        if self._last == other(self.way):  # in pairs: what else the machine does weighs on both alike
+            return self.way, self.own
+        if self._streak:
+            return other(self.way), self.trial
         size = self.trial
         share = min(self._share, RARE) if self.dear else self._share
         if len(own) >= ENOUGH and self.tried + size + SETTLES + OVER * self.dear <= share * fed:
@@ -136,7 +138,9 @@ class Balance:
         self.tried += size
 
     def measured(self, way: Way, cost: float) -> None:
-        """A sample: CPU nanoseconds a byte."""
+        """A sample: CPU nanoseconds a byte. One of the other way that follows another such says nothing."""
+        if way != self.way and self._last == way:
+            return
         self._costs[way].append(cost)
         self.samples[way] += 1
         self._last = way

@@ -274,6 +274,7 @@ class Crossing:
         if self._counts and (short or (gauged and not self._pipeline.gauge_until)):
             self._counts = False
             found.measured(self, self.way, int(self._pipeline.cpu_ns) / gauged)
+        self._trial = self._trial and self.way != found.balance.way  # it may be in force by now
 
     def _still(self) -> None:
         found = self._experience
@@ -302,9 +303,7 @@ class Crossing:
         found = self._experience
         self._go_on()
         if found is not None and self._trial:
-            self._measure(
-                self._soon, 0, counts=False
-            )  # it is not wanted here, but whoever makes it wait may stay
+            self._measure(self._soon, 0, counts=False)  # whoever makes it wait here may do so for long
             self._soon = min(2 * self._soon, REST)
             return
         if found is not None and self.way == found.balance.way:
