@@ -41,7 +41,7 @@ PINNED = {
     "file-8tcp": 6 * GIB,
     "tcp-16tcp": 256 * MIB,
     "pipe-16pipes": 2 * GIB,
-    "pipe-16pipes-lent": 8 * GIB,
+    "pipe-16pipes-lent": 16 * GIB,
     "pipe-16pipes-64k": GIB,
     "unix-4unix": 2 * GIB,
     "unix-4unix-64k": 2 * GIB,

@@ -163,9 +163,14 @@ def _goal(goal: Goal, relay: Result, peers: list[Result]) -> str:
     least = min(peer.net_cpu() for peer in peers)
     net = f" ({relay.net_cpu() / least:.2f} without start-up)" if least > 0 else ""
     return (
-        f"at most {goal.cpu:g} of the CPU: {words[cpu <= goal.cpu]}, {cpu:.2f}{net}; "
-        f"at least {goal.speed:g} times the GiB/s: {words[speed >= goal.speed]}, {speed:.2f}"
+        f"at most {goal.cpu:g} of the CPU: {words[cpu <= goal.cpu]}, {_beyond(cpu, goal.cpu)}{net}; "
+        f"at least {goal.speed:g} times the GiB/s: {words[speed >= goal.speed]}, {_beyond(speed, goal.speed)}"
     )
+
+
+def _beyond(figure: float, bound: float) -> str:
+    """In two digits, or in as many as tell it from the bound."""
+    return next(said for n in range(2, 17) if float(said := f"{figure:.{n}f}") != bound or figure == bound)
 
 
 def _sample(cell: Cell) -> Place:

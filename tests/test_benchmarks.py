@@ -272,6 +272,16 @@ def test_a_goal_is_also_said_beside_those_it_was_set_for() -> None:
     )
 
 
+def test_what_misses_a_goal_by_little_is_not_rounded_to_it() -> None:
+    """A figure that two digits would make the goal itself has as many as it takes; the goal itself has two."""
+    assert [table._beyond(cpu, 0.1) for cpu in (0.103, 0.0996, 0.1, 0.25)] == [
+        "0.103",
+        "0.0996",
+        "0.10",
+        "0.25",
+    ]
+
+
 def test_command_lists_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     """--list names the cells a pattern picks; a pattern that picks none is refused with all names."""
     assert command.main(["--list", "--only", "file-*"]) == 0
