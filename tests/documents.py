@@ -278,6 +278,8 @@ def clone(scratch: Path) -> Path:
         for path in ROOT.iterdir():
             if path.name == "docs":  # pages that a command writes into
                 shutil.copytree(path, place / path.name)
+            elif path.suffix == ".md":  # and those of its own
+                shutil.copy(path, place / path.name)
             elif not path.name.startswith("."):
                 (place / path.name).symlink_to(path)
     return place
