@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peers import payload, program
@@ -194,6 +197,53 @@ def test_a_directory_without_a_parent_is_refused(tmp_path: Path) -> None:
     """A slip in a path makes no tree of directories."""
     with pytest.raises(SinkError, match="its parent must exist"):
         SpillDirectory(str(tmp_path / "no" / "spill"))
+
+
+def test_what_a_killed_relay_had_not_quite_removed_goes(tmp_path: Path) -> None:
+    """Empty directories of logs go when the next relay has the lock; logs, and what is somebody else's, stay."""
+    for name in (
+        "r.tcp-127.0.0.1-9.20260101T000000Z-1",
+        "r.tcp-127.0.0.1-9",
+        "r.x.20260101T000000Z-2",
+        "lost+found",
+    ):
+        (tmp_path / name).mkdir()
+    (tmp_path / "r.x.20260101T000000Z-2" / "cursor").write_bytes(b"")
+    (tmp_path / "r.elsewhere").symlink_to(tmp_path / "lost+found")
+    SpillDirectory(str(tmp_path)).close()
+    stays = {"r.x.20260101T000000Z-2", "lost+found", "r.elsewhere", "lock"}
+    assert {path.name for path in tmp_path.iterdir()} == stays
+
+
+@pytest.mark.parametrize("killed_at", range(1, 6))
+def test_a_log_is_found_or_gone_wherever_its_removal_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    """A relay that is killed between any two steps of removing a log leaves one that the next finds, or an empty
+    directory that goes."""
+    directory = SpillDirectory(str(tmp_path))
+    log = directory.log("r.x.20260101T000000Z-1")
+    fill(log, b"x" * 100)
+    steps = itertools.count(1)
+
+    def until_killed(call: Callable[..., None]) -> Callable[..., None]:
+        def step(*arguments: Any, **more: Any) -> None:
+            if next(steps) >= killed_at:
+                raise KeyboardInterrupt
+            call(*arguments, **more)
+
+        return step
+
+    with monkeypatch.context() as patched:
+        for name in ("unlink", "rmdir"):
+            patched.setattr(os, name, until_killed(getattr(os, name)))
+        with contextlib.suppress(KeyboardInterrupt):
+            log.close()
+    directory.close()
+    again = SpillDirectory(str(tmp_path))
+    names = again.found()
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "lock"}
+    again.close()
 
 
 def test_logs_are_found_by_what_they_hold(tmp_path: Path) -> None:

@@ -363,8 +363,9 @@ class Log:
     def _remove(self, directory: Path) -> None:
         for segment in self._segments:
             segment.remove()
-        (directory / "cursor").unlink(missing_ok=True)
         (directory / TRIAL).unlink(missing_ok=True)
+        # last: a relay that is killed before that leaves a log of which nothing is left
+        (directory / "cursor").unlink(missing_ok=True)
         try:
             directory.rmdir()
         except OSError as error:

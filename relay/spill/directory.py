@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import os
@@ -25,6 +26,7 @@ class SpillDirectory:
             self.path.mkdir(mode=0o700, exist_ok=True)
             self._fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._sweep()
         except OSError as error:
             self.close()
             taken = isinstance(error, BlockingIOError)
@@ -37,6 +39,14 @@ class SpillDirectory:
                 else "its parent must exist and be writable",
                 reason="another relay uses it" if taken else "",
             ) from error
+
+    def _sweep(self) -> None:
+        """A relay that was killed while it made a log or removed one left an empty directory: it goes."""
+        with os.scandir(self.path) as entries:
+            left = [each.name for each in entries if "." in each.name and each.is_dir(follow_symlinks=False)]
+        for name in left:
+            with contextlib.suppress(OSError):  # it is not empty: a log, or somebody else's
+                (self.path / name).rmdir()
 
     def found(self) -> list[str]:
         """The names of the logs in it: directories with a cursor or a segment."""
